@@ -1,0 +1,1 @@
+"""Measurements: load tests, micro-benchmarks, quality, peers. Each module is a command."""

@@ -1,0 +1,30 @@
+"""EngineConfig: every setting of the engine process; the server process passes it on as JSON."""
+
+import msgspec
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one engine. ``None`` means: decide at start-up, and log what was decided.
+
+    model_path:          folder made by ``headstart pull`` (see engine/models/store.py)
+    backend:             "auto", "cpu" or "reference"
+    isa:                 CPU kernels: "auto", "avx512_bf16", "avx512", "avx2" or "portable"
+    weights:             "auto", "f32", "bf16" or "int8"
+    kv_memory:           bytes of KV pool
+    max_model_len:       longest prompt plus output of one sequence, tokens
+    max_batched_tokens:  token budget of one step
+    max_running:         sequences computed in one step
+    threads:             CPU threads of the kernels
+    prefix_caching:      keep KV of finished prompts in the radix cache
+    """
+
+    model_path: str
+    backend: str = "auto"
+    isa: str = "auto"
+    weights: str = "auto"
+    kv_memory: int | None = None
+    max_model_len: int | None = None
+    max_batched_tokens: int = 512
+    max_running: int = 64
+    threads: int | None = None
+    prefix_caching: bool = True

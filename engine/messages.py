@@ -1,0 +1,103 @@
+"""What the server process and the engine process say to each other (msgspec over ZeroMQ).
+
+    server -> engine   Add, Abort, Shutdown
+    engine -> server   Ready (once), Step (one per engine step, for all sequences), Rejected
+"""
+
+import msgspec
+
+from headstart.engine.sampling_params import SamplingParams
+
+
+class Add(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Start a request. ``token_ids``: the prompt as little-endian int32. ``id`` is the client's."""
+
+    id: int
+    token_ids: bytes
+    params: SamplingParams
+    namespace: bytes = b""
+
+
+class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Stop these requests and free what they hold. Unknown ids are ignored."""
+
+    ids: list[int]
+
+
+class Shutdown(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """End the engine process; running requests are dropped."""
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """Log-probability of one sampled token and of the most likely ones, best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Output(msgspec.Struct, array_like=True, frozen=True):
+    """New tokens of one request. ``finish_reason`` is set on the last one.
+
+    ``cached_tokens`` counts prompt tokens whose KV came from the cache.
+    """
+
+    id: int
+    token_ids: list[int]
+    finish_reason: str | None = None
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class Stats(msgspec.Struct, array_like=True, frozen=True):
+    """The engine's counters after a step. Totals count from the start of the engine process."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_used: int = 0        # held by sequences or by the radix cache
+    pages_cached: int = 0      # held by the radix cache alone: free on demand
+    prompt_tokens: int = 0     # total, cached ones included
+    cached_tokens: int = 0     # total, prompt tokens found in the radix cache
+    generation_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0  # total time inside steps
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server needs to know of the model the engine has loaded."""
+
+    max_model_len: int
+    vocab_size: int
+    page_size: int
+    num_pages: int
+    eos_token_ids: list[int]
+    backend: str
+    weights: str
+    version: str
+
+
+class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """The engine has loaded its model and takes requests."""
+
+    model: ModelInfo
+
+
+class Step(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Everything one engine step produced."""
+
+    outputs: list[Output]
+    stats: Stats
+
+
+class Rejected(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """A request the engine could not accept, with the reason for the caller."""
+
+    id: int
+    message: str
+    param: str | None = None
+
+
+ToEngine = Add | Abort | Shutdown
+ToServer = Ready | Step | Rejected

@@ -1,0 +1,85 @@
+"""What a request asks of the sampler. Travels over the wire as it is (msgspec)."""
+
+import msgspec
+
+from headstart.engine.errors import RequestError
+
+MAX_LOGPROBS = 20
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next tokens of one sequence are chosen, and when it ends.
+
+    ``temperature`` 0 is greedy. ``None`` switches a filter off. ``logprobs`` is the number of
+    most likely alternatives reported beside each sampled token (0: only the token itself).
+    ``seed`` fixes the random draws: draw i of a sequence depends on (seed, i) alone, never on
+    what else is in the batch. ``logit_bias`` is added to the raw logits.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the logits depend on the tokens so far."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    def validate(self, vocab_size: int) -> None:
+        """Raise RequestError, naming the field, if a value is out of its range."""
+        for name, value, low, high in (
+            ("max_tokens", self.max_tokens, 1, None),
+            ("temperature", self.temperature, 0.0, 2.0),
+            ("top_k", self.top_k, 1, None),
+            ("top_p", self.top_p, None, 1.0),
+            ("min_p", self.min_p, 0.0, 1.0),
+            ("presence_penalty", self.presence_penalty, -2.0, 2.0),
+            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
+            ("logprobs", self.logprobs, 0, MAX_LOGPROBS),
+        ):
+            if value is None:
+                continue
+            # Written so that NaN fails both comparisons.
+            if low is not None and not value >= low:
+                raise RequestError(f"{name} must be at least {low}, got {value}", name)
+            if high is not None and not value <= high:
+                raise RequestError(f"{name} must be at most {high}, got {value}", name)
+        if self.top_p is not None and not self.top_p > 0:
+            raise RequestError(f"top_p must be above 0, got {self.top_p}", "top_p")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise RequestError(
+                f"repetition_penalty must be above 0, got {self.repetition_penalty}",
+                "repetition_penalty",
+            )
+        for token_id, bias in (self.logit_bias or {}).items():
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(
+                    f"logit_bias names token {token_id}; the vocabulary has {vocab_size}",
+                    "logit_bias",
+                )
+            if not -100 <= bias <= 100:
+                raise RequestError(f"logit_bias must be in [-100, 100], got {bias}", "logit_bias")
+        for token_id in self.stop_token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(
+                    f"stop_token_ids names token {token_id}; the vocabulary has {vocab_size}",
+                    "stop_token_ids",
+                )

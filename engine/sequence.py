@@ -1,0 +1,66 @@
+"""Sequence: one request on its way from the scheduler to the sampler."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from headstart.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from headstart.engine.radix_cache import Node
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended; the values are the API's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The tokens of one request, the pages that hold their KV, and how far it has come.
+
+        token_ids  [ p p p p p p p p | o o o o ]      prompt, then output
+                     ^ num_cached_tokens: taken from the radix cache at admission
+                             ^ num_computed_tokens: KV present in pages
+        pages      [ 7 ][ 3 ][ 9 ]                    page i holds positions [i*page, (i+1)*page)
+
+    ``namespace`` is the part of the cache key that is not tokens (model, adapter, segment
+    structure, tenant salt): KV is shared only between sequences of equal namespace.
+    """
+
+    id: int
+    token_ids: array[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    namespace: bytes = b""
+    status: Status = Status.WAITING
+    pages: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    node: Node | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens whose KV is not computed yet; 1 for a sequence that decodes."""
+        return len(self.token_ids) - self.num_computed_tokens

@@ -1,0 +1,1 @@
+"""HTTP and text: the OpenAI API over an engine client. Token ids end here."""
