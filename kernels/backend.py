@@ -1,0 +1,185 @@
+"""Backend: the operations a device must supply. The only place that asks about devices.
+
+A model is written against this protocol (engine/models/decoder.py) and never learns which device,
+number format or attention method is active. Attention is a list of **KV ranges**: a run of pages,
+the rows that read it, and per row how many of its keys that row sees. Each range yields
+``(out, lse)`` per row; partial results of one row are merged (reference.py has the algebra).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Query heads, key/value heads (a divisor of them) and head size of one model."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class KVRanges:
+    """The KV ranges of one batch, as flat arrays (int32).
+
+        page_start  [ 0       3    4 ]        range i reads pages[page_start[i] : page_start[i+1]]
+        pages       [ 7  3  9 | 4 ]
+        row_start   [ 0   2          5 ]      and is read by rows[row_start[i] : row_start[i+1]]
+        rows        [ 0   1 | 2   3   4 ]
+        visible     [ 64 65 | 8   9  10 ]     row sees keys [0, visible) of its range
+
+    Key k of a range lies in page k // page_size of its run, at offset k % page_size.
+    """
+
+    page_start: IntArray
+    pages: IntArray
+    row_start: IntArray
+    rows: IntArray
+    visible: IntArray
+
+    def __len__(self) -> int:
+        return len(self.page_start) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """cos and sin by position, float32 ``[positions, head_dim / 2]``, scaling included."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Linear(Protocol):
+    """A weight as the backend keeps it."""
+
+    in_features: int
+    out_features: int
+
+
+class Backend(Protocol):
+    """Operations on rows (tokens). Results of an operation are valid until its next call.
+
+    ``Rows`` (typed Any) is whatever this backend hands to its own ``linear``: float32, bf16, or
+    uint8 with a scale per row. ``KV`` (Any) is the pool of all layers.
+    """
+
+    name: str
+    page_size: int
+
+    def linear_weight(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """A dense layer from ``weight [out, in]`` and ``bias [out]``."""
+        ...
+
+    def quantized_weight(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Linear:
+        """A dense layer from int8 ``weight [out, in]`` and float32 ``scale [out]``."""
+        ...
+
+    def kv_bytes_per_page(self, shape: AttentionShape, layers: int) -> int: ...
+
+    def allocate_kv(self, shape: AttentionShape, layers: int, num_pages: int) -> Any:
+        """A pool of ``num_pages`` pages in every layer. Memory is touched on first use only."""
+        ...
+
+    def plan_attention(self, num_rows: int, ranges: KVRanges, shape: AttentionShape) -> Any:
+        """What ``attend`` needs of a batch, made once and used by every layer."""
+        ...
+
+    def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
+        """Rows of ``table``, float32 ``[rows, hidden]``: the residual stream, owned by the caller."""
+        ...
+
+    def norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Any:
+        """RMSNorm of ``residual += delta`` (updated in place), as Rows."""
+        ...
+
+    def linear(self, x: Any, weight: Linear) -> Tensor:
+        """``x W^T + bias``, ``[rows, out]``."""
+        ...
+
+    def rope_and_store(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        rope: RopeTable,
+        positions: Tensor,
+        slots: Tensor,
+        shape: AttentionShape,
+        kv: Any,
+        layer: int,
+    ) -> Any:
+        """Norm (where given) and rotate q and k; write k and v into their slots; return q.
+
+        ``positions``, ``slots``: int32 ``[rows]``; slot = page * page_size + offset.
+        Rotation acts on halves of a head. Softmax scale is 1/sqrt(head_dim).
+        """
+        ...
+
+    def attend(self, q: Any, kv: Any, layer: int, plan: Any) -> Any:
+        """Attention of every row over its ranges, merged, as Rows ``[rows, heads * head_dim]``."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Any:
+        """``silu(gate) * up`` of ``[rows, 2 * size]``, as Rows ``[rows, size]``."""
+        ...
+
+    def argmax(self, logits: Tensor) -> list[int]:
+        """Index of each row's largest value, the first of equals; -1 if the row holds NaN."""
+        ...
+
+
+WEIGHT_FORMATS = ("f32", "bf16", "int8")
+
+
+def instruction_sets() -> list[str]:
+    """CPU instruction sets the kernels can use on this machine, best first."""
+    from headstart.kernels import _cpu
+
+    return list(_cpu.supported())
+
+
+def default_weights(isa: str) -> str:
+    """The weight format that suits an instruction set, quality aside."""
+    if isa in ("avx512_bf16", "avx512_vnni"):
+        return "int8"
+    return "f32"
+
+
+def load_backend(name: str, *, isa: str, weights: str, threads: int, page_size: int = 32) -> Backend:
+    """The backend called ``name`` ("cpu" or "reference") for one weight format.
+
+    Raises ValueError, saying what there is, for a name or instruction set this machine lacks.
+    """
+    torch.set_num_threads(threads)
+    if name == "reference":
+        if weights != "f32":
+            raise ValueError(f"the reference backend computes in f32 only, not {weights}")
+        from headstart.kernels.reference import ReferenceBackend
+
+        return ReferenceBackend(page_size=page_size)
+    if name == "cpu":
+        from headstart.kernels.cpu.backend import CpuBackend
+
+        available = instruction_sets()
+        if isa == "auto":
+            isa = available[0]
+        if isa not in available:
+            raise ValueError(f"this machine has no {isa} kernels; it has {', '.join(available)}")
+        return CpuBackend(isa=isa, weights=weights, threads=threads, page_size=page_size)
+    raise ValueError(f"there is no backend {name!r}; there are cpu and reference")

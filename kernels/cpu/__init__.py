@@ -1,0 +1,1 @@
+"""The CPU backend: C++ kernels for five instruction sets, chosen at run time."""

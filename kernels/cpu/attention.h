@@ -1,0 +1,333 @@
+// Attention over KV ranges: items of the plan in parallel, then a merge per row.
+//
+// A page holds `page_size` tokens of one layer; per KV head a key tile and a value tile, in the
+// order in which dot_tile reads its right-hand side (words are 1 float or 2 bf16):
+//
+//   page  = [ head 0: K | V ][ head 1: K | V ] ...
+//   K     = [head_dim / per_word][page_size] words     dims across words, keys across lanes
+//   V     = [page_size / per_word][head_dim] words     keys across words, dims across lanes
+//
+// An item walks its keys in blocks of kBlockPages and its vectors in tiles of kScoreRows:
+//
+//               block of keys
+//   vectors  [ S = q K^T  -> registers -> scratch ]   then online softmax: P = 2^(S - m)
+//            [ O = O * alpha + P V                ]   O stays in registers through the block
+//
+// Scores are in powers of two: q was multiplied by scale * log2(e) when it was stored.
+// Online softmax: Milakov & Gimelshein 2018; tiling as in FlashAttention-2 (arXiv 2307.08691).
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+#include "rows.h"
+#include "simd.h"
+
+namespace headstart::HEADSTART_ISA {
+
+inline constexpr int kBlockPages = 4;
+
+template <class Unit>
+struct TileState {  // one item's vectors; lives in the thread's scratch
+  float* maximum;
+  float* sum;
+  float* out;                      // [vectors, head_dim]
+  typename Unit::element* q;       // [vectors, head_dim]
+  float* scores;                   // [kScoreRows, block keys]
+  typename Unit::element* probabilities;
+};
+
+template <class Unit>
+static TileState<Unit> carve_scratch(std::vector<char>& scratch, int vectors, int head_dim, int block_keys) {
+  size_t offset = 0;
+  auto take = [&](size_t bytes) {
+    size_t at = offset;
+    offset += (bytes + 63) / 64 * 64;
+    return at;
+  };
+  using element = typename Unit::element;
+  const size_t padded = (vectors + kScoreRows + kLanes - 1) / kLanes * kLanes + kLanes;
+  const size_t m = take(padded * 4), s = take(padded * 4), o = take(size_t(vectors) * head_dim * 4),
+               q = take(size_t(vectors) * head_dim * sizeof(element)),
+               sc = take(size_t(kScoreRows) * block_keys * 4),
+               p = take(size_t(kScoreRows) * block_keys * sizeof(element));
+  if (scratch.size() < offset + 64) scratch.resize(offset + 64);
+  char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
+  return {reinterpret_cast<float*>(base + m),  reinterpret_cast<float*>(base + s),
+          reinterpret_cast<float*>(base + o),  reinterpret_cast<element*>(base + q),
+          reinterpret_cast<float*>(base + sc), reinterpret_cast<element*>(base + p)};
+}
+
+// S[r] = q[r] . K of one page, R vectors.
+template <class Unit, int R>
+static HEADSTART_INLINE void score_page(const typename Unit::element* q, const typename Unit::element* keys,
+                                        int head_dim, int page_size, float* scores, int stride) {
+  using word = typename Unit::word;
+  const int words = head_dim / Unit::kPerWord;
+  for (int k = 0; k < page_size; k += 2 * kLanes) {
+    Floats acc[R][2] = {};
+    dot_tile<Unit, R, 2>(acc, reinterpret_cast<const word*>(q), words,
+                         reinterpret_cast<const word*>(keys) + k, page_size, words);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      store(scores + r * stride + k, acc[r][0]);
+      store(scores + r * stride + k + kLanes, acc[r][1]);
+    }
+  }
+}
+
+// O[r] = O[r] * alpha[r] + P[r] V over the block's pages, for C vectors of head_dim.
+template <class Unit, int R, int C>
+static HEADSTART_INLINE void add_values(float* out, int head_dim, const float* alpha,
+                                        const typename Unit::element* probabilities, int stride,
+                                        const typename Unit::element* const* values, int num_pages,
+                                        int page_size, int keys) {
+  using word = typename Unit::word;
+  Floats acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[r][c] = load(out + r * head_dim + c * kLanes) * broadcast(alpha[r]);
+  for (int p = 0; p < num_pages; ++p) {
+    const int count = std::min(page_size, keys - p * page_size);
+    dot_tile<Unit, R, C>(acc, reinterpret_cast<const word*>(probabilities + p * page_size),
+                         stride / Unit::kPerWord, reinterpret_cast<const word*>(values[p]), head_dim,
+                         (count + Unit::kPerWord - 1) / Unit::kPerWord);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(out + r * head_dim + c * kLanes, acc[r][c]);
+}
+
+template <class Unit>
+class Attend {
+  using element = typename Unit::element;
+
+ public:
+  Attend(const AttendArgs& args, std::vector<char>& scratch)
+      : args_(args), plan_(*args.plan), group_(plan_.heads / plan_.kv_heads), head_dim_(plan_.head_dim),
+        page_size_(plan_.page_size), block_keys_(kBlockPages * page_size_), scratch_(scratch) {}
+
+  void run(const AttentionItem& item) {
+    const int vectors = (item.entry_end - item.entry_begin) * group_;
+    state_ = carve_scratch<Unit>(scratch_, vectors, head_dim_, block_keys_);
+    gather_queries(item);
+    std::fill_n(state_.maximum, vectors, -std::numeric_limits<float>::infinity());
+    std::fill_n(state_.sum, vectors, 0.0f);
+    std::fill_n(state_.out, size_t(vectors) * head_dim_, 0.0f);
+
+    const size_t tile = size_t(head_dim_) * page_size_, page = 2 * tile * plan_.kv_heads;
+    const element* pool = static_cast<const element*>(args_.pool) + 2 * tile * item.kv_head;
+    int base = item.key_offset;
+    for (int p = item.page_begin; p < item.page_end; p += kBlockPages, base += block_keys_) {
+      const int pages = std::min(kBlockPages, item.page_end - p);
+      const element *keys[kBlockPages], *values[kBlockPages];
+      for (int i = 0; i < pages; ++i) {
+        keys[i] = pool + page * plan_.pages[p + i];
+        values[i] = keys[i] + tile;
+      }
+      if (vectors <= kScoreRows) prefetch_next(pool, page, tile, p + pages, item.page_end);
+      for (int v = 0; v < vectors; v += kScoreRows) {
+        with_constant<kScoreRows>(std::min(kScoreRows, vectors - v), [&](auto r) {
+          block<decltype(r)::value>(item, v, base, pages, keys, values);
+        });
+      }
+    }
+    finish(item, vectors);
+  }
+
+ private:
+  int row_of(const AttentionItem& item, int vector) const {
+    return plan_.rows[item.entry_begin + vector / group_];
+  }
+
+  void gather_queries(const AttentionItem& item) {
+    const element* q = static_cast<const element*>(args_.q);
+    element* to = state_.q;
+    for (int e = item.entry_begin; e < item.entry_end; ++e) {
+      const size_t head = size_t(plan_.rows[e]) * plan_.heads + size_t(item.kv_head) * group_;
+      std::memcpy(to, q + head * head_dim_, sizeof(element) * group_ * head_dim_);
+      to += group_ * head_dim_;
+    }
+  }
+
+  // Few vectors do little work per byte: ask for the next block while this one is computed.
+  void prefetch_next(const element* pool, size_t page, size_t tile, int begin, int end) const {
+    for (int p = begin; p < std::min(begin + kBlockPages, end); ++p) {
+      const char* at = reinterpret_cast<const char*>(pool + page * plan_.pages[p]);
+      for (size_t b = 0; b < 2 * tile * sizeof(element); b += 64) __builtin_prefetch(at + b, 0, 2);
+    }
+  }
+
+  template <int R>
+  void block(const AttentionItem& item, int v, int base, int pages, const element* const* keys,
+             const element* const* values) {
+    int visible[R], most = 0, least = std::numeric_limits<int>::max();
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      visible[r] = plan_.visible[item.entry_begin + (v + r) / group_] - base;
+      most = std::max(most, visible[r]);
+      least = std::min(least, visible[r]);
+    }
+    if (most <= 0) return;
+    const int count = std::min(most, pages * page_size_);
+    const int used = (count + page_size_ - 1) / page_size_;
+    for (int p = 0; p < used; ++p) {
+      score_page<Unit, R>(state_.q + size_t(v) * head_dim_, keys[p], head_dim_, page_size_,
+                          state_.scores + p * page_size_, block_keys_);
+    }
+    float alpha[R];
+    if (least >= used * page_size_) {
+      softmax<R, false>(v, used * page_size_, visible, alpha);
+    } else {
+      softmax<R, true>(v, used * page_size_, visible, alpha);
+    }
+    for (int r = 0; r < R; r += kValueRows) {
+      with_constant<std::min(kValueRows, R)>(std::min(kValueRows, R - r), [&](auto n) {
+        values_of<decltype(n)::value>(v + r, alpha + r, state_.probabilities + r * block_keys_, values, used, count);
+      });
+    }
+  }
+
+  // Updates maximum and sum, leaves P = 2^(S - m) as elements and the factor for O in alpha.
+  template <int R, bool kMasked>
+  HEADSTART_INLINE void softmax(int v, int keys, const int* visible, float* alpha) {
+    const Floats none = broadcast(-std::numeric_limits<float>::infinity());
+    for (int r = 0; r < R; ++r) {
+      float* s = state_.scores + r * block_keys_;
+      element* p = state_.probabilities + r * block_keys_;
+      Floats top = none;
+      for (int k = 0; k < keys; k += kLanes) {
+        Floats x = load(s + k);
+        if constexpr (kMasked) {
+          x = lane_index() < broadcast(visible[r] - k) ? x : none;
+          store(s + k, x);
+        }
+        top = maximum(top, x);
+      }
+      const float before = state_.maximum[v + r];
+      const float now = std::max(before, horizontal_max(top));
+      const Floats shift = broadcast(now == -std::numeric_limits<float>::infinity() ? 0.0f : now);
+      Floats sum = broadcast(0.0f);
+      for (int k = 0; k < keys; k += kLanes) {
+        Floats x = exp2<Unit::kExactExp>(load(s + k) - shift);
+        if constexpr (kMasked) x = lane_index() < broadcast(visible[r] - k) ? x : broadcast(0.0f);
+        store(p + k, x);
+        sum += x;
+      }
+      alpha[r] = before == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp2(before - now);
+      state_.maximum[v + r] = now;
+      state_.sum[v + r] = state_.sum[v + r] * alpha[r] + horizontal_sum(sum);
+    }
+  }
+
+  template <int R>
+  HEADSTART_INLINE void values_of(int v, const float* alpha, const element* probabilities,
+                                  const element* const* values, int pages, int keys) {
+    constexpr int kColumns = 4;
+    const element* columns[kBlockPages];
+    for (int d = 0; d < head_dim_; d += kColumns * kLanes) {
+      for (int p = 0; p < pages; ++p) columns[p] = values[p] + d * Unit::kPerWord;
+      with_constant<kColumns>(std::min(kColumns, (head_dim_ - d) / kLanes), [&](auto c) {
+        add_values<Unit, R, decltype(c)::value>(state_.out + size_t(v) * head_dim_ + d, head_dim_, alpha,
+                                                probabilities, block_keys_, columns, pages, page_size_, keys);
+      });
+    }
+  }
+
+  void finish(const AttentionItem& item, int vectors) {
+    for (int v = 0; v < vectors; ++v) {
+      const int entry = item.entry_begin + v / group_;
+      const size_t slot = plan_.entry_slot[entry] + item.split;
+      const size_t head = slot * plan_.heads + size_t(item.kv_head) * group_ + v % group_;
+      const float sum = state_.sum[v];
+      const Floats inverse = broadcast(sum > 0 ? 1.0f / sum : 0.0f);
+      for (int d = 0; d < head_dim_; d += kLanes) {
+        store(args_.partial + head * head_dim_ + d, load(state_.out + size_t(v) * head_dim_ + d) * inverse);
+      }
+      args_.partial_lse[head] = sum > 0 ? state_.maximum[v] + std::log2(sum) : -std::numeric_limits<float>::infinity();
+    }
+  }
+
+  const AttendArgs& args_;
+  const AttentionPlan& plan_;
+  const int group_, head_dim_, page_size_, block_keys_;
+  std::vector<char>& scratch_;
+  TileState<Unit> state_{};
+};
+
+// out = sum_j 2^(lse_j - lse) out_j over the slots of one row; PAPERS: the merge all methods share.
+// With one slot there is nothing to merge and the slot itself is the row.
+static HEADSTART_INLINE const float* merge_row(const AttendArgs& args, int row, float* merged) {
+  const AttentionPlan& plan = *args.plan;
+  const int begin = plan.row_slot_start[row], end = plan.row_slot_start[row + 1];
+  const size_t size = size_t(plan.heads) * plan.head_dim;
+  if (end - begin == 1) return args.partial + plan.row_slots[begin] * size;
+  for (int h = 0; h < plan.heads; ++h) {
+    float* to = merged + size_t(h) * plan.head_dim;
+    std::fill_n(to, plan.head_dim, 0.0f);
+    float top = -std::numeric_limits<float>::infinity();
+    for (int i = begin; i < end; ++i) top = std::max(top, args.partial_lse[size_t(plan.row_slots[i]) * plan.heads + h]);
+    if (top == -std::numeric_limits<float>::infinity()) continue;
+    float sum = 0;
+    for (int i = begin; i < end; ++i) sum += std::exp2(args.partial_lse[size_t(plan.row_slots[i]) * plan.heads + h] - top);
+    for (int i = begin; i < end; ++i) {
+      const size_t slot = plan.row_slots[i];
+      const float weight = std::exp2(args.partial_lse[slot * plan.heads + h] - top) / sum;
+      if (weight == 0) continue;
+      const float* from = args.partial + slot * size + size_t(h) * plan.head_dim;
+      for (int d = 0; d < plan.head_dim; d += kLanes) store(to + d, load(to + d) + load(from + d) * broadcast(weight));
+    }
+  }
+  return merged;
+}
+
+static HEADSTART_INLINE void merged_lse(const AttendArgs& args, int row) {
+  const AttentionPlan& plan = *args.plan;
+  for (int h = 0; h < plan.heads; ++h) {
+    float top = -std::numeric_limits<float>::infinity();
+    const int begin = plan.row_slot_start[row], end = plan.row_slot_start[row + 1];
+    for (int i = begin; i < end; ++i) top = std::max(top, args.partial_lse[size_t(plan.row_slots[i]) * plan.heads + h]);
+    float sum = 0;
+    if (top != -std::numeric_limits<float>::infinity()) {
+      for (int i = begin; i < end; ++i) sum += std::exp2(args.partial_lse[size_t(plan.row_slots[i]) * plan.heads + h] - top);
+    }
+    const float ln2 = 0.6931471805599453f;
+    args.lse[size_t(row) * plan.heads + h] = sum > 0 ? (top + std::log2(sum)) * ln2 : -std::numeric_limits<float>::infinity();
+  }
+}
+
+static void attend(const AttendArgs& args, int threads) {
+  const AttentionPlan& plan = *args.plan;
+  const int num_items = int(plan.items.size()), size = plan.heads * plan.head_dim;
+  std::atomic<int> next{0};
+#pragma omp parallel num_threads(threads)
+  {
+    thread_local std::vector<char> scratch;
+    thread_local std::vector<float> merged;
+    auto work = [&](auto unit) {
+      Attend<decltype(unit)> attend(args, scratch);
+      for (int i = next.fetch_add(1); i < num_items; i = next.fetch_add(1)) attend.run(plan.items[i]);
+    };
+    if (args.kv_type == Type::kF32) {
+      work(F32{});
+    } else {
+      work(BF16{});
+    }
+#pragma omp barrier
+    if (int(merged.size()) < size) merged.resize(size);
+#pragma omp for schedule(static)
+    for (int row = 0; row < plan.num_rows; ++row) {
+      write_row(args.out, row, size, merge_row(args, row, merged.data()));
+      if (args.lse) merged_lse(args, row);
+    }
+  }
+}
+
+}  // namespace headstart::HEADSTART_ISA

@@ -1,0 +1,315 @@
+"""CpuBackend: the operations of Backend on the C++ kernels.
+
+float32 and bf16 matrix products are torch's (oneDNN); int8 ones are ours (linear.h says how, and
+bench/README.md why). Everything is called from one thread, so that torch and the kernels share
+one OpenMP team. Tensors cross as addresses: this class keeps every buffer they point into.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart.kernels import _cpu
+from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+_LOG2E = 1.4426950408889634
+_PANEL = 32  # outputs a panel of packed int8 weights holds (linear.h)
+
+
+class Rows(NamedTuple):
+    """Rows on their way into ``linear``; ``scales [rows]`` only for uint8 (zero point 128)."""
+
+    data: Tensor
+    scales: Tensor
+    data_ptr: int
+    scales_ptr: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLinear:
+    """A float32 or bf16 weight for torch's matrix product."""
+
+    weight: Tensor
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """An int8 weight in panels (linear.h). The tensors are kept for the addresses beside them."""
+
+    tensors: tuple[Tensor, ...]
+    weight_ptr: int
+    scale_ptr: int
+    sums_ptr: int
+    bias_ptr: int
+    in_features: int
+    out_features: int
+
+
+class KVPool(NamedTuple):
+    """All layers' pages, and the address of each layer's first."""
+
+    data: Tensor
+    layer_ptrs: list[int]
+
+
+class Query(NamedTuple):
+    data: Tensor
+    ptr: int
+
+
+def pack_int8(weight: Tensor) -> Tensor:
+    """``[out, in]`` int8 to panels ``[out / 32][in / 4][32][4]``, zero-padded (linear.h)."""
+    out_features, in_features = weight.shape
+    padded = torch.nn.functional.pad(
+        weight, (0, -in_features % 4, 0, -out_features % _PANEL)
+    )
+    rows, columns = padded.shape
+    return padded.view(rows // _PANEL, _PANEL, columns // 4, 4).permute(0, 2, 1, 3).contiguous()
+
+
+class CpuBackend:
+    """See Backend. ``weights``: "f32", "bf16" or "int8"; KV is float32 for f32, else bf16."""
+
+    name = "cpu"
+
+    def __init__(self, *, isa: str, weights: str, threads: int, page_size: int) -> None:
+        if page_size % 32:
+            raise ValueError(f"page_size must be a multiple of 32 on this backend, got {page_size}")
+        self.page_size = page_size
+        self.isa = isa
+        self.threads = threads
+        self.kv_dtype = torch.float32 if weights == "f32" else torch.bfloat16
+        self._kernels = _cpu.Kernels(isa, threads)
+        rows = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
+        self._rows_dtype = rows[weights]
+        self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, int, int], tuple[Tensor, int]] = {}
+
+    def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """``[rows, columns]`` of scratch called ``name``, and its address; its content is stale."""
+        key = (name, rows, columns)
+        view = self._views.get(key)
+        if view is not None:
+            return view
+        base = self._buffers.get(name)
+        if base is None or base.numel() < rows * columns:
+            base = torch.empty(rows * columns, dtype=dtype)
+            self._buffers[name] = base
+            self._views = {k: v for k, v in self._views.items() if k[0] != name}
+        tensor = base[: rows * columns].view(rows, columns)
+        view = (tensor, tensor.data_ptr())
+        self._views[key] = view
+        return view
+
+    def _rows(self, name: str, rows: int, columns: int) -> Rows:
+        data, data_ptr = self._buffer(name, rows, columns, self._rows_dtype)
+        scales, scales_ptr = self._buffer(name + ".scales", rows, 1, torch.float32)
+        return Rows(data, scales, data_ptr, scales_ptr, rows)
+
+    def linear_weight(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
+        dtype = torch.bfloat16 if self._rows_dtype is torch.bfloat16 else torch.float32
+        return DenseLinear(
+            weight.to(dtype).contiguous(),
+            None if bias is None else bias.to(dtype),
+            weight.shape[1],
+            weight.shape[0],
+        )
+
+    def quantized_weight(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> PackedLinear:
+        if weight.shape[1] % 4:
+            raise ValueError(f"int8 weights need an input size divisible by 4, got {weight.shape[1]}")
+        pad = -weight.shape[0] % _PANEL
+        packed = pack_int8(weight)
+        sums = torch.nn.functional.pad(weight.sum(dim=1, dtype=torch.int32) * 128, (0, pad))
+        scales = torch.nn.functional.pad(scale.float(), (0, pad))
+        tensors = (packed, scales, sums) + (() if bias is None else (bias.float().contiguous(),))
+        return PackedLinear(
+            tensors,
+            packed.data_ptr(),
+            scales.data_ptr(),
+            sums.data_ptr(),
+            0 if bias is None else tensors[3].data_ptr(),
+            weight.shape[1],
+            weight.shape[0],
+        )
+
+    def kv_bytes_per_page(self, shape: AttentionShape, layers: int) -> int:
+        tokens = layers * self.page_size
+        return tokens * 2 * shape.kv_heads * shape.head_dim * self.kv_dtype.itemsize
+
+    def allocate_kv(self, shape: AttentionShape, layers: int, num_pages: int) -> KVPool:
+        if shape.head_dim % 16 or not 16 <= shape.head_dim <= 256:
+            raise ValueError(
+                f"head size {shape.head_dim} is not a multiple of 16 up to 256: use --backend reference"
+            )
+        size = num_pages * self.page_size * 2 * shape.kv_heads * shape.head_dim
+        data = torch.zeros(layers, size, dtype=self.kv_dtype)
+        return KVPool(data, [layer.data_ptr() for layer in data])
+
+    def plan_attention(
+        self, num_rows: int, ranges: KVRanges, shape: AttentionShape
+    ) -> tuple[_cpu.AttentionPlan, AttentionShape]:
+        plan = _cpu.AttentionPlan(
+            num_rows,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            self.page_size,
+            self.threads,
+            ranges.page_start,
+            ranges.pages,
+            ranges.row_start,
+            ranges.rows,
+            ranges.visible,
+        )
+        return plan, shape
+
+    def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
+        return table.index_select(0, token_ids).float()
+
+    def norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Rows:
+        rows, size = residual.shape
+        out = self._rows("norm", rows, size)
+        delta_ptr, delta_type = (0, 0) if delta is None else (delta.data_ptr(), _TYPES[delta.dtype])
+        self._kernels.norm(
+            rows,
+            size,
+            residual.data_ptr(),
+            delta_ptr,
+            delta_type,
+            weight.data_ptr(),
+            eps,
+            _TYPES[self._rows_dtype],
+            out.data_ptr,
+            out.scales_ptr,
+        )
+        return out
+
+    def linear(self, x: Rows, weight: DenseLinear | PackedLinear) -> Tensor:
+        if isinstance(weight, DenseLinear):
+            return torch.nn.functional.linear(x.data, weight.weight, weight.bias)
+        size = weight.out_features
+        out, out_ptr = self._buffer(f"linear{size}", x.rows, size, torch.float32)
+        self._kernels.linear(
+            x.rows,
+            weight.in_features,
+            size,
+            x.data_ptr,
+            x.scales_ptr,
+            weight.weight_ptr,
+            weight.scale_ptr,
+            weight.sums_ptr,
+            weight.bias_ptr,
+            out_ptr,
+        )
+        return out
+
+    def rope_and_store(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        rope: RopeTable,
+        positions: Tensor,
+        slots: Tensor,
+        shape: AttentionShape,
+        kv: KVPool,
+        layer: int,
+    ) -> Query:
+        rows = len(qkv)
+        q, q_ptr = self._buffer("q", rows, shape.heads * shape.head_dim, self.kv_dtype)
+        self._kernels.rope(
+            rows,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            self.page_size,
+            qkv.data_ptr(),
+            _TYPES[qkv.dtype],
+            0 if q_norm is None else q_norm.data_ptr(),
+            0 if k_norm is None else k_norm.data_ptr(),
+            eps,
+            rope.cos.data_ptr(),
+            rope.sin.data_ptr(),
+            positions.data_ptr(),
+            slots.data_ptr(),
+            _LOG2E / math.sqrt(shape.head_dim),
+            _TYPES[self.kv_dtype],
+            q_ptr,
+            kv.layer_ptrs[layer],
+        )
+        return Query(q, q_ptr)
+
+    def attend(
+        self, q: Query, kv: KVPool, layer: int, plan: tuple[_cpu.AttentionPlan, AttentionShape]
+    ) -> Rows:
+        cut, shape = plan
+        return self._attend(q, kv, layer, cut, shape, 0)
+
+    def _attend(
+        self,
+        q: Query,
+        kv: KVPool,
+        layer: int,
+        plan: _cpu.AttentionPlan,
+        shape: AttentionShape,
+        lse_ptr: int,
+    ) -> Rows:
+        size = shape.heads * shape.head_dim
+        out = self._rows("attend", plan.num_rows, size)
+        _, partial_ptr = self._buffer("partial", plan.num_partials, size, torch.float32)
+        _, lses_ptr = self._buffer("partial.lse", plan.num_partials, shape.heads, torch.float32)
+        self._kernels.attend(
+            plan,
+            _TYPES[self.kv_dtype],
+            q.ptr,
+            kv.layer_ptrs[layer],
+            partial_ptr,
+            lses_ptr,
+            _TYPES[self._rows_dtype],
+            out.data_ptr,
+            out.scales_ptr,
+            lse_ptr,
+        )
+        return out
+
+    def attend_with_lse(
+        self, q: Query, kv: KVPool, layer: int, plan: tuple[_cpu.AttentionPlan, AttentionShape]
+    ) -> tuple[Rows, Tensor]:
+        """As ``attend``, and the merged lse, float32 natural logarithm ``[rows, heads]``."""
+        cut, shape = plan
+        lse = torch.empty(cut.num_rows, shape.heads)
+        return self._attend(q, kv, layer, cut, shape, lse.data_ptr()), lse
+
+    def silu_mul(self, gate_up: Tensor) -> Rows:
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = self._rows("silu", rows, size)
+        self._kernels.silu(
+            rows,
+            size,
+            gate_up.data_ptr(),
+            _TYPES[gate_up.dtype],
+            _TYPES[self._rows_dtype],
+            out.data_ptr,
+            out.scales_ptr,
+        )
+        return out
+
+    def argmax(self, logits: Tensor) -> list[int]:
+        rows, size = logits.shape
+        logits = logits.float()
+        out = torch.empty(rows, dtype=torch.int32)
+        self._kernels.argmax(logits.data_ptr(), rows, size, out.data_ptr())
+        best: list[int] = out.tolist()
+        return best

@@ -1,0 +1,90 @@
+// The operations each instruction set supplies, and the structs they take.
+//
+// Sizes are in elements unless a name says bytes. Pointers are owned by the caller. Rows are
+// contiguous. Every function may be called with 0 rows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "plan.h"
+
+namespace headstart {
+
+enum class Type : int { kF32 = 0, kBF16 = 1, kU8 = 2 };
+
+// Rows handed to a linear layer: float32, bf16, or uint8 with zero point 128 and one scale a row.
+struct RowsOut {
+  Type type;
+  void* data;
+  float* scales;  // only for kU8
+};
+
+struct NormArgs {
+  int rows, size;
+  float* residual;      // [rows, size], updated: residual += delta
+  const void* delta;    // [rows, size] of delta_type, or null
+  Type delta_type;
+  const float* weight;  // [size]
+  float eps;
+  RowsOut out;
+};
+
+struct SiluArgs {
+  int rows, size;
+  const void* gate_up;  // [rows, 2 * size]: gate, then up
+  Type in_type;
+  RowsOut out;
+};
+
+struct RopeArgs {
+  int rows, heads, kv_heads, head_dim, page_size;
+  const void* qkv;  // [rows, (heads + 2 * kv_heads) * head_dim]
+  Type in_type;
+  const float* q_norm;  // [head_dim] or null
+  const float* k_norm;
+  float eps;
+  const float* cos;         // [positions, head_dim / 2]
+  const float* sin;
+  const int32_t* positions;  // [rows]
+  const int32_t* slots;      // [rows]: page * page_size + offset
+  float q_scale;             // softmax scale * log2(e): scores come out in powers of two
+  Type kv_type;              // kF32 or kBF16: type of q and of the pool
+  void* q;                   // [rows, heads, head_dim]
+  void* pool;                // this layer's pages, see attention.h
+};
+
+struct AttendArgs {
+  const AttentionPlan* plan;
+  Type kv_type;
+  const void* q;     // [rows, heads, head_dim], as RopeArgs leaves it
+  const void* pool;  // this layer's pages
+  float* partial;     // [plan.num_partials, heads, head_dim]
+  float* partial_lse; // [plan.num_partials, heads], powers of two
+  RowsOut out;        // [rows, heads * head_dim]
+  float* lse;         // [rows, heads], natural log, or null
+};
+
+struct LinearArgs {
+  int rows, in_features, out_features;
+  const uint8_t* x;       // [rows, padded in_features]
+  const float* x_scales;  // [rows]
+  const int8_t* weight;   // packed, see linear.h
+  const float* weight_scales;   // [padded out_features]
+  const int32_t* weight_sums;   // [padded out_features]: 128 * sum of the weights of that output
+  const float* bias;      // [out_features] or null
+  float* out;             // [rows, out_features]
+};
+
+struct Kernels {
+  const char* name;
+  void (*norm)(const NormArgs&, int threads);
+  void (*silu)(const SiluArgs&, int threads);
+  void (*rope)(const RopeArgs&, int threads);
+  void (*attend)(const AttendArgs&, int threads);
+  void (*linear)(const LinearArgs&, int threads);
+  void (*argmax)(const float* logits, int rows, int size, int32_t* out, int threads);
+};
+
+
+}  // namespace headstart

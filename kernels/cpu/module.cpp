@@ -1,0 +1,152 @@
+// Python's view of the kernels: addresses and sizes in, nothing out. Tensors cross as integers
+// because a DLPack conversion per argument costs more than the small kernels do.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+
+namespace headstart {
+
+#define HEADSTART_DECLARE(isa) \
+  namespace isa {              \
+  extern const Kernels kTable; \
+  }
+HEADSTART_DECLARE(portable)
+#if defined(__x86_64__)
+HEADSTART_DECLARE(avx2)
+HEADSTART_DECLARE(avx512)
+HEADSTART_DECLARE(avx512_vnni)
+HEADSTART_DECLARE(avx512_bf16)
+#endif
+
+namespace {
+
+struct Candidate {
+  const Kernels* table;
+  bool usable;
+};
+
+// Best first.
+std::vector<Candidate> candidates() {
+  std::vector<Candidate> all;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+  all.push_back({&avx512_bf16::kTable, bf16});
+  all.push_back({&avx512_vnni::kTable, vnni});
+  all.push_back({&avx512::kTable, avx512});
+  all.push_back({&avx2::kTable, avx2});
+#endif
+  all.push_back({&portable::kTable, true});
+  return all;
+}
+
+std::vector<std::string> supported() {
+  std::vector<std::string> names;
+  for (const auto& c : candidates()) {
+    if (c.usable) names.emplace_back(c.table->name);
+  }
+  return names;
+}
+
+template <class T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The kernels of one instruction set on a fixed number of threads.
+class Bound {
+ public:
+  Bound(const std::string& name, int threads) : threads_(threads) {
+    for (const auto& c : candidates()) {
+      if (name == c.table->name && c.usable) kernels_ = c.table;
+    }
+    if (!kernels_) throw std::invalid_argument("this machine has no '" + name + "' kernels");
+    if (threads < 1) throw std::invalid_argument("threads must be at least 1");
+  }
+
+  void norm(int rows, int size, uintptr_t residual, uintptr_t delta, int delta_type, uintptr_t weight,
+            float eps, int out_type, uintptr_t out, uintptr_t scales) const {
+    kernels_->norm({rows, size, at<float>(residual), at(delta), Type(delta_type), at<float>(weight), eps,
+                    {Type(out_type), at(out), at<float>(scales)}},
+                   threads_);
+  }
+  void silu(int rows, int size, uintptr_t gate_up, int in_type, int out_type, uintptr_t out, uintptr_t scales) const {
+    kernels_->silu({rows, size, at(gate_up), Type(in_type), {Type(out_type), at(out), at<float>(scales)}}, threads_);
+  }
+  void rope(int rows, int heads, int kv_heads, int head_dim, int page_size, uintptr_t qkv, int in_type,
+            uintptr_t q_norm, uintptr_t k_norm, float eps, uintptr_t cos, uintptr_t sin, uintptr_t positions,
+            uintptr_t slots, float q_scale, int kv_type, uintptr_t q, uintptr_t pool) const {
+    kernels_->rope({rows, heads, kv_heads, head_dim, page_size, at(qkv), Type(in_type), at<float>(q_norm),
+                    at<float>(k_norm), eps, at<float>(cos), at<float>(sin), at<int32_t>(positions),
+                    at<int32_t>(slots), q_scale, Type(kv_type), at(q), at(pool)},
+                   threads_);
+  }
+  void attend(const AttentionPlan& plan, int kv_type, uintptr_t q, uintptr_t pool, uintptr_t partial,
+              uintptr_t partial_lse, int out_type, uintptr_t out, uintptr_t scales, uintptr_t lse) const {
+    kernels_->attend({&plan, Type(kv_type), at(q), at(pool), at<float>(partial), at<float>(partial_lse),
+                      {Type(out_type), at(out), at<float>(scales)}, at<float>(lse)},
+                     threads_);
+  }
+  void linear(int rows, int in_features, int out_features, uintptr_t x, uintptr_t x_scales, uintptr_t weight,
+              uintptr_t weight_scales, uintptr_t weight_sums, uintptr_t bias, uintptr_t out) const {
+    kernels_->linear({rows, in_features, out_features, at<uint8_t>(x), at<float>(x_scales), at<int8_t>(weight),
+                      at<float>(weight_scales), at<int32_t>(weight_sums), at<float>(bias), at<float>(out)},
+                     threads_);
+  }
+  void argmax(uintptr_t logits, int rows, int size, uintptr_t out) const {
+    kernels_->argmax(at<float>(logits), rows, size, at<int32_t>(out), threads_);
+  }
+  std::string name() const { return kernels_->name; }
+
+ private:
+  const Kernels* kernels_ = nullptr;
+  int threads_;
+};
+
+using Indices = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+}  // namespace
+}  // namespace headstart
+
+NB_MODULE(_cpu, m) {
+  using namespace headstart;
+  m.def("supported", &supported, "Instruction sets this machine can run, best first.");
+  nb::class_<AttentionPlan>(m, "AttentionPlan")
+      .def(
+          "__init__",
+          [](AttentionPlan* self, int num_rows, int heads, int kv_heads, int head_dim, int page_size, int threads,
+             Indices page_start, Indices pages, Indices row_start, Indices rows, Indices visible) {
+            const int ranges = int(page_start.size()) - 1;
+            if (ranges < 0 || page_start.size() != row_start.size() || size_t(page_start.data()[ranges]) != pages.size() ||
+                size_t(row_start.data()[ranges]) != rows.size() || rows.size() != visible.size()) {
+              throw std::invalid_argument("KV range arrays do not fit together");
+            }
+            new (self) AttentionPlan(num_rows, heads, kv_heads, head_dim, page_size, threads, ranges, page_start.data(),
+                                     pages.data(), row_start.data(), rows.data(), visible.data());
+          })
+      .def_ro("num_rows", &AttentionPlan::num_rows)
+      .def_ro("num_partials", &AttentionPlan::num_partials)
+      .def_prop_ro("num_items", [](const AttentionPlan& p) { return p.items.size(); });
+  nb::class_<Bound>(m, "Kernels")
+      .def(nb::init<const std::string&, int>())
+      .def_prop_ro("name", &Bound::name)
+      .def("norm", &Bound::norm)
+      .def("silu", &Bound::silu)
+      .def("rope", &Bound::rope)
+      .def("attend", &Bound::attend)
+      .def("linear", &Bound::linear)
+      .def("argmax", &Bound::argmax);
+}

@@ -1,0 +1,237 @@
+// Operations that go row by row: norm, SiLU, RoPE with the KV write, quantisation, argmax.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace headstart::HEADSTART_ISA {
+
+// Below this many elements a parallel region costs more than it saves.
+inline constexpr int64_t kParallelElements = 1 << 14;
+
+// Calls f(row) for every row, in parallel where it pays.
+template <class F>
+static HEADSTART_INLINE void for_rows(int rows, int64_t elements, int threads, F&& f) {
+  if (threads == 1 || rows == 1 || elements < kParallelElements) {
+    for (int r = 0; r < rows; ++r) f(r);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int r = 0; r < rows; ++r) f(r);
+}
+
+// uint8 with zero point 128: v = scale * (u - 128), scale = max|v| / 127.
+static HEADSTART_INLINE void quantise_row(const float* from, int size, uint8_t* to, float* scale) {
+  Floats top = broadcast(0.0f);
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) top = maximum(top, magnitude(load(from + i)));
+  float most = horizontal_max(top);
+  for (; i < size; ++i) most = std::max(most, std::fabs(from[i]));
+  *scale = most / 127.0f;
+  const float inverse = most > 0 ? 127.0f / most : 0.0f;
+  // Adding 1.5 * 2^23 + 128 rounds to nearest even and leaves the integer in the low byte.
+  const Floats magic = broadcast(12582912.0f + 128.0f);
+  for (i = 0; i + kLanes <= size; i += kLanes) {
+    Ints v = bits<Ints>(load(from + i) * broadcast(inverse) + magic) & 255;
+    store_as(to + i, __builtin_convertvector(v, Bytes));
+  }
+  for (; i < size; ++i) to[i] = uint8_t(bits<uint32_t>(from[i] * inverse + (12582912.0f + 128.0f)));
+}
+
+static HEADSTART_INLINE void write_row(const RowsOut& out, int row, int size, const float* from) {
+  const size_t at = size_t(row) * size;
+  if (out.type == Type::kF32) {
+    std::memcpy(static_cast<float*>(out.data) + at, from, size_t(size) * 4);
+  } else if (out.type == Type::kBF16) {
+    uint16_t* to = static_cast<uint16_t*>(out.data) + at;
+    int i = 0;
+    for (; i + kLanes <= size; i += kLanes) store(to + i, load(from + i));
+    for (; i < size; ++i) from_float(from[i], to + i);
+  } else {
+    quantise_row(from, size, static_cast<uint8_t*>(out.data) + at, out.scales + row);
+  }
+}
+
+// Scratch for one float row; one per thread, so that no call allocates.
+static HEADSTART_INLINE float* row_scratch(int size) {
+  thread_local std::vector<float> scratch;
+  if (int(scratch.size()) < size) scratch.resize(size);
+  return scratch.data();
+}
+
+template <class In>
+static void norm_row(const NormArgs& a, int r) {
+  float* x = a.residual + size_t(r) * a.size;
+  const In* delta = a.delta ? static_cast<const In*>(a.delta) + size_t(r) * a.size : nullptr;
+  Floats squares = broadcast(0.0f);
+  float tail = 0;
+  int i = 0;
+  for (; i + kLanes <= a.size; i += kLanes) {
+    Floats v = load(x + i);
+    if (delta) {
+      v += load(delta + i);
+      store(x + i, v);
+    }
+    squares += v * v;
+  }
+  for (; i < a.size; ++i) {
+    if (delta) x[i] += to_float(delta[i]);
+    tail += x[i] * x[i];
+  }
+  const float factor = 1.0f / std::sqrt((horizontal_sum(squares) + tail) / float(a.size) + a.eps);
+  float* y = row_scratch(a.size);
+  for (i = 0; i + kLanes <= a.size; i += kLanes) store(y + i, load(x + i) * broadcast(factor) * load(a.weight + i));
+  for (; i < a.size; ++i) y[i] = x[i] * factor * a.weight[i];
+  write_row(a.out, r, a.size, y);
+}
+
+static void norm(const NormArgs& a, int threads) {
+  for_rows(a.rows, int64_t(a.rows) * a.size, threads, [&](int r) {
+    if (a.delta_type == Type::kBF16) {
+      norm_row<uint16_t>(a, r);
+    } else {
+      norm_row<float>(a, r);
+    }
+  });
+}
+
+template <class In>
+static void silu_row(const SiluArgs& a, int r) {
+  const In* gate = static_cast<const In*>(a.gate_up) + size_t(r) * 2 * a.size;
+  const In* up = gate + a.size;
+  float* y = row_scratch(a.size);
+  const Floats minus_log2e = broadcast(-1.4426950408889634f), one = broadcast(1.0f), most = broadcast(126.0f);
+  int i = 0;
+  for (; i + kLanes <= a.size; i += kLanes) {
+    const Floats g = load(gate + i);
+    store(y + i, g / (one + exp2<true>(minimum(g * minus_log2e, most))) * load(up + i));
+  }
+  for (; i < a.size; ++i) {
+    const float g = to_float(gate[i]);
+    y[i] = g / (1.0f + std::exp(-g)) * to_float(up[i]);
+  }
+  write_row(a.out, r, a.size, y);
+}
+
+static void silu(const SiluArgs& a, int threads) {
+  for_rows(a.rows, int64_t(a.rows) * a.size * 4, threads, [&](int r) {
+    if (a.in_type == Type::kBF16) {
+      silu_row<uint16_t>(a, r);
+    } else {
+      silu_row<float>(a, r);
+    }
+  });
+}
+
+// RMSNorm over one head (Qwen3), then the rotation of halves: (x1, x2) -> (x1 c - x2 s, x2 c + x1 s).
+template <class In>
+static HEADSTART_INLINE void rotate_head(const In* x, int head_dim, const float* norm_weight, float eps,
+                                         const float* cos, const float* sin, float scale, float* y) {
+  float factor = 1.0f;
+  if (norm_weight) {
+    float squares = 0;
+    for (int i = 0; i < head_dim; ++i) squares += to_float(x[i]) * to_float(x[i]);
+    factor = 1.0f / std::sqrt(squares / float(head_dim) + eps);
+  }
+  const int half = head_dim / 2;
+  for (int i = 0; i < half; ++i) {
+    float a = to_float(x[i]) * factor, b = to_float(x[i + half]) * factor;
+    if (norm_weight) {
+      a *= norm_weight[i];
+      b *= norm_weight[i + half];
+    }
+    y[i] = (a * cos[i] - b * sin[i]) * scale;
+    y[i + half] = (b * cos[i] + a * sin[i]) * scale;
+  }
+}
+
+// The pool must hold finite numbers only: a masked key still meets its value as 0 * v, and one
+// sequence's overflow must not outlive it as NaN in a page that is handed to the next.
+static HEADSTART_INLINE float finite(float v) {
+  const float most = 3.0e38f;
+  v = v > -most ? v : -most;
+  return v < most ? v : most;
+}
+
+template <class In, class Element>
+static void rope_row(const RopeArgs& a, int r) {
+  constexpr int kPerWord = sizeof(Element) == 2 ? 2 : 1;
+  const int d = a.head_dim;
+  const In* q = static_cast<const In*>(a.qkv) + size_t(r) * (a.heads + 2 * a.kv_heads) * d;
+  const In* k = q + size_t(a.heads) * d;
+  const In* v = k + size_t(a.kv_heads) * d;
+  const float* cos = a.cos + size_t(a.positions[r]) * (d / 2);
+  const float* sin = a.sin + size_t(a.positions[r]) * (d / 2);
+  float y[512];  // head_dim is at most 256 (checked by the caller)
+
+  Element* q_out = static_cast<Element*>(a.q) + size_t(r) * a.heads * d;
+  for (int h = 0; h < a.heads; ++h) {
+    rotate_head(q + h * d, d, a.q_norm, a.eps, cos, sin, a.q_scale, y);
+    for (int i = 0; i + kLanes <= d; i += kLanes) store(q_out + h * d + i, load(y + i));
+  }
+  const size_t tile = size_t(d) * a.page_size;
+  const int page = a.slots[r] / a.page_size, offset = a.slots[r] % a.page_size;
+  Element* to = static_cast<Element*>(a.pool) + 2 * tile * a.kv_heads * page;
+  for (int h = 0; h < a.kv_heads; ++h, to += 2 * tile) {
+    rotate_head(k + h * d, d, a.k_norm, a.eps, cos, sin, 1.0f, y);
+    for (int i = 0; i < d; ++i) {
+      const size_t word = size_t(i / kPerWord) * a.page_size + offset;
+      from_float(finite(y[i]), to + word * kPerWord + i % kPerWord);
+    }
+    Element* values = to + tile + size_t(offset / kPerWord) * d * kPerWord + offset % kPerWord;
+    for (int i = 0; i < d; ++i) from_float(finite(to_float(v[h * d + i])), values + i * kPerWord);
+  }
+}
+
+static void rope(const RopeArgs& a, int threads) {
+  const int64_t elements = int64_t(a.rows) * (a.heads + 2 * a.kv_heads) * a.head_dim * 2;
+  for_rows(a.rows, elements, threads, [&](int r) {
+    if (a.in_type == Type::kBF16) {
+      a.kv_type == Type::kBF16 ? rope_row<uint16_t, uint16_t>(a, r) : rope_row<uint16_t, float>(a, r);
+    } else {
+      a.kv_type == Type::kBF16 ? rope_row<float, uint16_t>(a, r) : rope_row<float, float>(a, r);
+    }
+  });
+}
+
+// The first index of the largest value; -1 for a row that holds NaN, which is no answer.
+static int32_t argmax_row(const float* x, int size) {
+  Floats best = broadcast(-std::numeric_limits<float>::infinity());
+  Ints unordered = broadcast(0);
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const Floats v = load(x + i);
+    unordered |= v != v;
+    best = maximum(best, v);
+  }
+  float top = horizontal_max(best);
+  bool nan = false;
+  for (int l = 0; l < kLanes; ++l) nan |= unordered[l] != 0;
+  for (; i < size; ++i) {
+    nan |= x[i] != x[i];
+    top = std::max(top, x[i]);
+  }
+  if (nan) return -1;
+  const Floats wanted = broadcast(top);
+  for (i = 0; i + kLanes <= size; i += kLanes) {
+    const Ints equal = load(x + i) == wanted;
+    bool any = false;
+    for (int l = 0; l < kLanes; ++l) any |= equal[l] != 0;
+    if (any) break;
+  }
+  for (; i < size; ++i) {
+    if (x[i] == top) return i;
+  }
+  return -1;
+}
+
+static void argmax(const float* logits, int rows, int size, int32_t* out, int threads) {
+  for_rows(rows, int64_t(rows) * size, threads, [&](int r) { out[r] = argmax_row(logits + size_t(r) * size, size); });
+}
+
+}  // namespace headstart::HEADSTART_ISA

@@ -1,0 +1,243 @@
+// Vectors, and the three multiply-accumulate units every kernel is written in.
+//
+// This header is compiled once per instruction set (see isa.cpp). It uses GCC's vector
+// extensions, so the same source is SSE2, NEON, AVX2 or AVX-512; only what they cannot say
+// (vdpbf16ps, vpdpbusd) is written with intrinsics.
+//
+//   word   4 bytes of the reduction axis: 1 float, 2 bf16 or 4 int8
+//   unit   the instruction that multiplies a broadcast word with a vector of words and adds:
+//
+//            F32   acc[l] += a * b[l]
+//            BF16  acc[l] += a.0 * b[l].0 + a.1 * b[l].1
+//            I8    acc[l] += a.0 * b[l].0 + ... + a.3 * b[l].3     (a unsigned, b signed)
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace headstart::HEADSTART_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kScoreRows = 12;  // rows x 2 vectors of accumulators: 24 of 32 registers
+inline constexpr int kValueRows = 6;   // rows x 4 vectors
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kScoreRows = 4;  // 8 of 16 registers
+inline constexpr int kValueRows = 2;
+#else
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kScoreRows = 4;
+inline constexpr int kValueRows = 2;
+#endif
+inline constexpr int kLanes = kVectorBytes / 4;
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+
+#define HEADSTART_INLINE inline __attribute__((always_inline))
+
+template <class V, class T>
+static HEADSTART_INLINE V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+static HEADSTART_INLINE void store_as(T* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class To, class From>
+static HEADSTART_INLINE To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &v, sizeof to);
+  return to;
+}
+
+static HEADSTART_INLINE Floats load(const float* p) { return load_as<Floats>(p); }
+static HEADSTART_INLINE Floats load(const uint16_t* p) {  // bf16
+  return bits<Floats>(__builtin_convertvector(load_as<Halves>(p), Ints) << 16);
+}
+static HEADSTART_INLINE void store(float* p, Floats v) { store_as(p, v); }
+static HEADSTART_INLINE void store(uint16_t* p, Floats v) {  // bf16, to nearest even
+#if defined(__AVX512BF16__)
+  store_as(p, (__m256bh)_mm512_cvtneps_pbh((__m512)v));
+#else
+  Ints b = bits<Ints>(v);
+  b = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  store_as(p, __builtin_convertvector(b, Halves));
+#endif
+}
+static HEADSTART_INLINE float to_float(float v) { return v; }
+static HEADSTART_INLINE float to_float(uint16_t v) { return bits<float>(uint32_t(v) << 16); }
+static HEADSTART_INLINE void from_float(float v, float* p) { *p = v; }
+static HEADSTART_INLINE void from_float(float v, uint16_t* p) {
+  uint32_t b = bits<uint32_t>(v);
+  *p = uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+}
+
+static HEADSTART_INLINE Floats broadcast(float x) { return Floats{} + x; }
+static HEADSTART_INLINE Ints broadcast(int32_t x) { return Ints{} + x; }
+static HEADSTART_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+static HEADSTART_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
+static HEADSTART_INLINE Floats magnitude(Floats v) { return bits<Floats>(bits<Ints>(v) & 0x7fffffff); }
+
+// Lane numbers 0, 1, 2, ...
+static HEADSTART_INLINE Ints lane_index() {
+  Ints v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+static HEADSTART_INLINE float horizontal_sum(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = 0;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+#endif
+}
+static HEADSTART_INLINE float horizontal_max(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+
+// 2^x for x <= 127; below -126 it stays at 2^-126. Cephes-style: 2^x = 2^n * p(f), f in [-.5, .5].
+// Degree 6 is exact to a float's last bits; degree 4 (error 4e-6) is ample where the result is
+// rounded to bf16 anyway.
+template <bool kExact>
+static HEADSTART_INLINE Floats exp2(Floats x) {
+  x = maximum(x, broadcast(-126.0f));
+  const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  Floats t = x + magic;
+  Floats f = x - (t - magic);
+  Floats p;
+  if constexpr (kExact) {
+    p = broadcast(1.535336188319500e-4f);
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
+  } else {
+    p = broadcast(9.618437357674640e-3f);
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
+  }
+  return bits<Floats>(bits<Ints>(p) + (bits<Ints>(t) << 23));
+}
+
+struct F32 {
+  using word = float;
+  using element = float;
+  using accumulator = Floats;
+  static constexpr int kPerWord = 1;
+  static constexpr bool kExactExp = true;
+  static HEADSTART_INLINE void multiply_add(Floats& acc, float a, Floats b) { acc += broadcast(a) * b; }
+  static HEADSTART_INLINE Floats load_words(const float* p) { return load(p); }
+};
+
+struct BF16 {
+  using word = int32_t;
+  using element = uint16_t;
+  using accumulator = Floats;
+  static constexpr int kPerWord = 2;
+  static constexpr bool kExactExp = false;
+  static HEADSTART_INLINE void multiply_add(Floats& acc, int32_t a, Ints b) {
+#if defined(__AVX512BF16__)
+    acc = (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)broadcast(a), (__m512bh)b);
+#else
+    const int32_t high = int32_t(0xffff0000);
+    acc += bits<Floats>(broadcast(a << 16)) * bits<Floats>(b << 16);
+    acc += bits<Floats>(broadcast(a & high)) * bits<Floats>(b & high);
+#endif
+  }
+  static HEADSTART_INLINE Ints load_words(const int32_t* p) { return load_as<Ints>(p); }
+};
+
+struct I8 {
+  using word = int32_t;
+  using element = int8_t;
+  using accumulator = Ints;
+  static constexpr int kPerWord = 4;
+  static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
+#if defined(__AVX512VNNI__)
+    acc = (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)broadcast(a), (__m512i)b);
+#else
+    const uint32_t u = uint32_t(a);
+    acc += broadcast(int32_t(u & 255)) * ((b << 24) >> 24);
+    acc += broadcast(int32_t((u >> 8) & 255)) * ((b << 16) >> 24);
+    acc += broadcast(int32_t((u >> 16) & 255)) * ((b << 8) >> 24);
+    acc += broadcast(int32_t(u >> 24)) * (b >> 24);
+#endif
+  }
+  static HEADSTART_INLINE Ints load_words(const int32_t* p) { return load_as<Ints>(p); }
+};
+
+// The one inner loop of attention scores, attention values and int8 linear layers:
+//
+//   acc[r][c] += sum_w a[r][w] (x) b[w][c]        w < n words, c < C vectors
+//
+//            b: n words deep
+//              [ w0: c0 | c1 ]
+//              [ w1: c0 | c1 ]     one load serves R rows
+//   a: R rows  [ ............ ]
+//   [w0 w1 ..] [ acc R x C    ]    stays in registers
+//
+// `each(w)` is called beside word w: a place to ask for memory that is needed later.
+struct Nothing {
+  HEADSTART_INLINE void operator()(int) const {}
+};
+template <class Unit, int R, int C, class Each = Nothing>
+static HEADSTART_INLINE void dot_tile(typename Unit::accumulator (&acc)[R][C],
+                                      const typename Unit::word* a, ptrdiff_t a_stride,
+                                      const typename Unit::word* b, ptrdiff_t b_stride, int n,
+                                      Each&& each = {}) {
+  for (int w = 0; w < n; ++w) {
+    each(w);
+    decltype(Unit::load_words(b)) column[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) column[c] = Unit::load_words(b + w * b_stride + c * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const typename Unit::word word = a[r * a_stride + w];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) Unit::multiply_add(acc[r][c], word, column[c]);
+    }
+  }
+}
+
+// Calls f(std::integral_constant<int, n>) for a run-time n in [1, Max].
+template <int Max, class F>
+static HEADSTART_INLINE void with_constant(int n, F&& f) {
+  if constexpr (Max == 1) {
+    f(std::integral_constant<int, 1>{});
+  } else {
+    if (n == Max) {
+      f(std::integral_constant<int, Max>{});
+    } else {
+      with_constant<Max - 1>(n, f);
+    }
+  }
+}
+
+}  // namespace headstart::HEADSTART_ISA

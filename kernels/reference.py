@@ -1,0 +1,183 @@
+"""The meaning of every operation, in plain torch float32. Slow on purpose: it is the oracle.
+
+Attention over a set of keys can be computed in parts and merged exactly. For one query and head,
+part j gives a normalised ``out_j`` and ``lse_j = log sum exp(score)`` over its keys; then
+
+    m   = max_j lse_j
+    lse = m + log sum_j exp(lse_j - m)
+    out = sum_j exp(lse_j - lse) * out_j
+
+An empty part has ``out = 0, lse = -inf``; merging only empty parts stays that, never NaN. The
+same algebra serves chunked prefill, RelayAttention (arXiv 2402.14808, eq. 4-6), KV-Runahead
+(arXiv 2405.05329) and segment masks (arXiv 2412.18487). lse is float32, natural logarithm.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of rows over one KV range: row i sees keys ``[0, visible[i])``.
+
+    q ``[rows, heads, head_dim]``; keys, values ``[keys, kv_heads, head_dim]``; visible ``[rows]``.
+    Returns out ``[rows, heads, head_dim]``, normalised, and lse ``[rows, heads]``. A row that
+    sees nothing gets out = 0, lse = -inf.
+    """
+    group = q.shape[1] // keys.shape[1]
+    k = keys.float().repeat_interleave(group, dim=1)
+    v = values.float().repeat_interleave(group, dim=1)
+    scores = torch.einsum("rhd,khd->rhk", q.float(), k) * scale
+    hidden = torch.arange(len(keys))[None, :] >= visible[:, None]
+    scores = scores.masked_fill(hidden[:, None, :], -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    return torch.einsum("rhk,khd->rhd", weights, v), lse
+
+
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge partial results ``(out [rows, heads, head_dim], lse [rows, heads])`` of the same rows."""
+    out = torch.stack([part[0] for part in parts])
+    each = torch.stack([part[1] for part in parts])
+    lse = torch.logsumexp(each, dim=0)
+    weights = torch.exp(each - lse.masked_fill(lse == -math.inf, 0.0))
+    return (weights[..., None] * out).sum(dim=0), lse
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLinear:
+    """A dense layer in float32."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencePlan:
+    """A batch's ranges, and the number of its rows."""
+
+    num_rows: int
+    ranges: KVRanges
+    shape: AttentionShape
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on halves: x ``[rows, heads, head_dim]``, cos and sin ``[rows, head_dim / 2]``."""
+    a, b = x.chunk(2, dim=-1)
+    c, s = cos[:, None, :], sin[:, None, :]
+    return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / rms(x) * weight`` over the last axis."""
+    normed: Tensor = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+    return normed
+
+
+class ReferenceBackend:
+    """Every operation of Backend in torch float32. Pool: ``[layers, pages * page_size, 2, ...]``."""
+
+    name = "reference"
+
+    def __init__(self, *, page_size: int) -> None:
+        self.page_size = page_size
+
+    def linear_weight(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
+        return ReferenceLinear(weight.float(), None if bias is None else bias.float())
+
+    def quantized_weight(
+        self, weight: Tensor, scale: Tensor, bias: Tensor | None
+    ) -> ReferenceLinear:
+        return self.linear_weight(weight.float() * scale[:, None], bias)
+
+    def kv_bytes_per_page(self, shape: AttentionShape, layers: int) -> int:
+        return layers * self.page_size * 2 * shape.kv_heads * shape.head_dim * 4
+
+    def allocate_kv(self, shape: AttentionShape, layers: int, num_pages: int) -> Tensor:
+        return torch.zeros(layers, num_pages * self.page_size, 2, shape.kv_heads, shape.head_dim)
+
+    def plan_attention(
+        self, num_rows: int, ranges: KVRanges, shape: AttentionShape
+    ) -> ReferencePlan:
+        return ReferencePlan(num_rows, ranges, shape)
+
+    def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
+        return table.index_select(0, token_ids).float()
+
+    def norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        if delta is not None:
+            residual += delta
+        return rms_norm(residual, weight, eps)
+
+    def linear(self, x: Tensor, weight: ReferenceLinear) -> Tensor:
+        return torch.nn.functional.linear(x, weight.weight, weight.bias)
+
+    def rope_and_store(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        rope: RopeTable,
+        positions: Tensor,
+        slots: Tensor,
+        shape: AttentionShape,
+        kv: Tensor,
+        layer: int,
+    ) -> Tensor:
+        heads = qkv.view(len(qkv), -1, shape.head_dim)
+        q, k, v = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        if q_norm is not None:
+            q = rms_norm(q, q_norm, eps)
+        if k_norm is not None:
+            k = rms_norm(k, k_norm, eps)
+        cos, sin = rope.cos[positions.long()], rope.sin[positions.long()]
+        kv[layer, slots.long()] = torch.stack([rotate(k, cos, sin), v], dim=1)
+        return rotate(q, cos, sin)
+
+    def attend(self, q: Tensor, kv: Tensor, layer: int, plan: ReferencePlan) -> Tensor:
+        shape, ranges = plan.shape, plan.ranges
+        out = torch.zeros(plan.num_rows, shape.heads, shape.head_dim)
+        lse = torch.full((plan.num_rows, shape.heads), -math.inf)
+        offsets = np.arange(self.page_size)
+        for i in range(len(ranges)):
+            pages = ranges.pages[ranges.page_start[i] : ranges.page_start[i + 1]]
+            entries = slice(ranges.row_start[i], ranges.row_start[i + 1])
+            rows = torch.from_numpy(ranges.rows[entries].astype(np.int64))
+            slots = torch.from_numpy((pages[:, None] * self.page_size + offsets).ravel())
+            keys, values = kv[layer, slots.long()].unbind(dim=1)
+            part = attend(
+                q[rows],
+                keys,
+                values,
+                torch.from_numpy(ranges.visible[entries]),
+                1 / math.sqrt(shape.head_dim),
+            )
+            out[rows], lse[rows] = merge([(out[rows], lse[rows]), part])
+        return out.view(plan.num_rows, -1)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    def argmax(self, logits: Tensor) -> list[int]:
+        best = logits.argmax(dim=-1)
+        best[logits.isnan().any(dim=-1)] = -1
+        return [int(i) for i in best]
