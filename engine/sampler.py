@@ -145,9 +145,9 @@ class Sampler:
         for row, seq, valid in zip(weights, sequences, finite, strict=True):
             threshold = _threshold(row[:vocab].numpy(), seq.params) if valid else 0.0
             if threshold > 0.0:
-                # threshold_ keeps what is above its limit.
+                # threshold keeps what is above its limit.
                 below = float(np.nextafter(np.float32(threshold), np.float32(-1)))
-                torch.nn.functional.threshold_(row, below, 0.0)
+                torch.nn.functional.threshold(row, below, 0.0, inplace=True)
         uniforms = np.array([uniform(seq.seed, seq.num_output_tokens) for seq in sequences])
         return [
             id_ if valid else None
@@ -247,4 +247,5 @@ def _first_above(
     """
     above = np.count_nonzero(sums <= target[:, None], axis=1)
     last = np.argmax(sums >= sums[:, -1:], axis=1)
-    return np.minimum(above, last)
+    first: npt.NDArray[np.intp] = np.minimum(above, last)
+    return first
