@@ -28,7 +28,7 @@ and the other rows are not affected.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,7 @@ from headstart.engine.sequence import Sequence
 
 GREEDY_BELOW = 1e-5  # temperatures under it are greedy: float32 could not tell the difference
 _BLOCK = 256  # weights summed at a time when drawing
+_TILE = 1 << 20  # logits worked on at a time, 4 MB
 _MASK = (1 << 64) - 1
 
 Row = npt.NDArray[np.float32]
@@ -105,14 +106,19 @@ class Sampler:
         if greedy:
             rows = logits if len(greedy) == len(sequences) else logits[greedy]
             _scatter(tokens, greedy, self._greedy(rows))
-        if changed:
-            rows = self._changed(logits, changed, sequences)
-            _scatter(tokens, changed, self._greedy(rows))
-        if drawn:
-            rows = self._changed(logits, drawn, sequences)
-            _scatter(tokens, drawn, self._draw(rows, [sequences[row] for row in drawn]))
+        for part in self._tiles(changed):
+            _scatter(tokens, part, self._greedy(self._changed(logits, part, sequences)))
+        for part in self._tiles(drawn):
+            copy = self._changed(logits, part, sequences)
+            _scatter(tokens, part, self._draw(copy, [sequences[row] for row in part]))
         logprobs = self._logprobs(logits, sequences, tokens)
         return [Sampled(token, logprobs.get(row)) for row, token in enumerate(tokens)]
+
+    def _tiles(self, rows: list[int]) -> Iterator[list[int]]:
+        """The rows in runs that stay in a CPU's cache while several passes go over them."""
+        n = max(1, _TILE // self._vocab_size)
+        for start in range(0, len(rows), n):
+            yield rows[start : start + n]
 
     def _greedy(self, rows: Tensor) -> list[int | None]:
         ids = self._argmax(rows)
@@ -124,7 +130,7 @@ class Sampler:
 
     def _changed(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> Tensor:
         """A copy of these rows on the CPU with biases and penalties applied."""
-        copy = (logits.clone() if len(rows) == len(sequences) else logits[rows]).cpu()
+        copy = logits[rows].cpu()
         for values, row in zip(copy.numpy(), rows, strict=True):
             seq = sequences[row]
             if seq.params.logit_bias:
@@ -158,23 +164,24 @@ class Sampler:
         self, logits: Tensor, sequences: list[Sequence], tokens: list[int | None]
     ) -> dict[int, TokenLogprobs]:
         """By row, for the rows that want them and have a token."""
-        wanted: list[tuple[int, int, int]] = []  # row, token id, number of alternatives
-        for row, (seq, token) in enumerate(zip(sequences, tokens, strict=True)):
-            if seq.params.logprobs is not None and token is not None:
-                wanted.append((row, token, min(seq.params.logprobs, self._vocab_size)))
-        if not wanted:
-            return {}
-        logprobs = logits[[row for row, _, _ in wanted]].log_softmax(-1)
-        top = logprobs.topk(max(count for _, _, count in wanted), -1)
-        values, ids = top.values.tolist(), top.indices.tolist()
-        return {
-            row: TokenLogprobs(
-                token,
-                float(logprobs[i, token]),
-                list(zip(ids[i][:count], values[i][:count], strict=True)),
-            )
-            for i, (row, token, count) in enumerate(wanted)
-        }
+        wanted = [
+            row
+            for row, seq in enumerate(sequences)
+            if seq.params.logprobs is not None and tokens[row] is not None
+        ]
+        result = {}
+        for part in self._tiles(wanted):
+            counts = [min(sequences[row].params.logprobs or 0, self._vocab_size) for row in part]
+            rows = logits[part]
+            total = rows.logsumexp(-1, keepdim=True)
+            top = rows.topk(max(counts), -1)
+            values, ids = (top.values - total).tolist(), top.indices.tolist()
+            chosen = torch.tensor([[tokens[row]] for row in part], device=rows.device)
+            own = (rows.gather(1, chosen) - total).squeeze(1).tolist()
+            for i, (row, count) in enumerate(zip(part, counts, strict=True)):
+                best = list(zip(ids[i][:count], values[i][:count], strict=True))
+                result[row] = TokenLogprobs(int(chosen[i]), own[i], best)
+        return result
 
 
 def _scatter(tokens: list[int | None], rows: list[int], ids: list[int | None]) -> None:

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from headstart.engine.sampler import Sampler, _threshold, uniform
+from headstart.engine.sampler import Sampler, _inverse_cdf, _threshold, uniform
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.sequence import Sequence
 
@@ -170,8 +170,6 @@ def test_uniform_is_uniform_for_neighbouring_seeds_and_indices() -> None:
 
 
 def test_extreme_uniforms_never_draw_a_token_without_weight() -> None:
-    from headstart.engine.sampler import _inverse_cdf
-
     weights = torch.zeros(3, 512)
     weights[:, 3] = 0.1
     weights[:, 300] = 0.7
@@ -287,6 +285,21 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     assert second.logprobs.top == []
     assert second.logprobs.logprob == pytest.approx(expected[1].max().item(), abs=1e-5)
     assert third.logprobs is None
+
+
+def test_more_rows_than_fit_a_tile() -> None:
+    vocab = 300_000
+    logits = torch.randn(9, vocab, generator=torch.Generator().manual_seed(5))
+    best = logits.argmax(-1).tolist()
+    sequences = [
+        make_sequence(**params)
+        for params in [{"top_k": 1, "logprobs": 1}, {"temperature": 0.0, "presence_penalty": 0.1}]
+        for _ in range(4)
+    ] + [make_sequence(temperature=0.0, logprobs=2)]
+    sampled = Sampler(vocab).sample(logits, sequences)
+    assert [token.token_id for token in sampled] == best
+    wanted = [token.logprobs.top[0][0] for token in sampled if token.logprobs is not None]
+    assert wanted == [*best[:4], best[8]]
 
 
 def test_logits_of_another_shape_are_refused() -> None:

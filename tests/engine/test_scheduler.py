@@ -178,18 +178,33 @@ def test_a_sequence_in_prefill_jumps_ahead_to_what_another_computed() -> None:
     assert second.num_cached_tokens == 36
 
 
-def test_two_sequences_that_both_run_share_from_where_they_meet() -> None:
-    """The younger has computed half a page itself when the older fills that page."""
-    engine = Engine(max_batched_tokens=6)
-    tail = list(range(10, 26))
-    older, younger = make_sequence(0, tail, max_tokens=2), make_sequence(1, tail, max_tokens=2)
-    other = make_sequence(2, [5, 6], max_tokens=12)
-    engine.scheduler.add(other)
+def test_a_jump_gives_up_a_page_computed_in_part() -> None:
+    """One sequence decodes its way to a page that another has begun to compute."""
+    engine = Engine(max_batched_tokens=2)
+    engine.scheduler.add(make_sequence(0, [5, 6], max_tokens=4))
+    late = make_sequence(1, [5, 6, 7, 8, 9, 9])
+    engine.step(lambda seq: 7)
+    engine.scheduler.add(late)
+    engine.step(lambda seq: 8)
+    assert late.num_computed_tokens == 1
     engine.step()
-    for seq in (younger, older):
+    assert late.num_computed_tokens == 1  # it waits for the page the other completes
+    engine.step()
+    assert (late.num_computed_tokens, late.num_cached_tokens) == (5, 3)
+    engine.drain(9)
+
+
+def test_pages_computed_twice_at_once_are_kept_once() -> None:
+    """Two equal prompts of half a page each decode the same output."""
+    engine = Engine()
+    sequences = [make_sequence(i, [5, 6], max_tokens=9) for i in range(2)]
+    for seq in sequences:
         engine.scheduler.add(seq)
-    engine.drain(30)
-    assert max(older.num_cached_tokens, younger.num_cached_tokens) == 12
+    for _ in range(4):
+        engine.step()
+    assert sequences[0].pages[0] == sequences[1].pages[0]
+    assert engine.cache.num_pages == 1
+    engine.drain(9)
 
 
 def test_namespaces_do_not_share() -> None:
@@ -213,21 +228,47 @@ def test_decoding_fills_the_cache_with_the_output_too() -> None:
 
 
 def test_the_youngest_is_preempted_and_resumes_from_the_cache() -> None:
-    engine = Engine(num_pages=7, page_size=2)
+    engine = Engine(num_pages=9, page_size=2)
     old = make_sequence(0, [3, 4], max_tokens=12)
-    young = make_sequence(1, [5, 6, 7], max_tokens=4)
+    young = make_sequence(1, [5, 6, 7], max_tokens=9)
     for seq in (old, young):
         engine.scheduler.add(seq)
-    engine.step()
-    while not young.num_preemptions:
-        assert engine.scheduler.has_work
-        engine.step()
-        if young.status is Status.FINISHED:
-            break
+    for _ in range(12):
+        if not engine.scheduler.preemptions:
+            engine.step()
+    assert (old.num_preemptions, young.num_preemptions) == (0, 1)
+    assert young.num_output_tokens > 0
+    computed = engine.num_computed
+    left = old.num_pending_tokens + 12 - old.num_output_tokens
     engine.drain(40)
-    assert old.num_preemptions == 0
-    assert (old.num_output_tokens, young.num_output_tokens) == (12, 4)
+    assert (old.num_output_tokens, young.num_output_tokens) == (12, 9)
     assert (old.num_cached_tokens, young.num_cached_tokens) == (0, 0)
+    # Less than all 11 positions of the young one.
+    assert engine.num_computed - computed < left + 11
+
+
+def test_a_decoding_sequence_already_scheduled_can_still_be_preempted() -> None:
+    """Its row leaves the step when an older sequence needs its pages for a chunk."""
+    engine = Engine(num_pages=11, page_size=2, max_batched_tokens=3)
+    old, young = make_sequence(0, [3] * 16), make_sequence(1, [4], max_tokens=15)
+    for seq in (old, young):
+        engine.scheduler.add(seq)
+    for _ in range(7):
+        engine.step()
+    assert young.num_output_tokens == 7
+    output = engine.scheduler.schedule()
+    assert (scheduled(output), output.preempted) == ([(0, 14, 2)], 1)
+    engine.compute(output)
+    engine.scheduler.commit(output, [1])
+    engine.scheduler.check()
+    engine.drain(40)
+
+
+def test_admission_counts_what_the_step_has_promised_already() -> None:
+    engine = Engine(num_pages=11, page_size=2, max_batched_tokens=3)
+    engine.scheduler.add(make_sequence(0, [3] * 20))
+    engine.scheduler.add(make_sequence(1, [4]))
+    assert scheduled(engine.scheduler.schedule()) == [(0, 0, 2)]
 
 
 def test_preemption_happens_and_nothing_is_lost() -> None:
@@ -237,6 +278,7 @@ def test_preemption_happens_and_nothing_is_lost() -> None:
         engine.scheduler.add(seq)
     engine.drain(100)
     assert engine.scheduler.preemptions > 0
+    assert sequences[0].num_preemptions == 0
     assert [seq.num_output_tokens for seq in sequences] == [9] * 4
     assert engine.scheduler.generation_tokens == 36
     assert engine.scheduler.prompt_tokens == 4
