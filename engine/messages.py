@@ -1,7 +1,7 @@
 """What the server process and the engine process say to each other (msgspec over ZeroMQ).
 
-    server -> engine   Add, Abort, Shutdown
-    engine -> server   Ready (once), Step (one per engine step, for all sequences), Rejected
+server -> engine   Add, Abort, Shutdown
+engine -> server   Ready (once), Step (one per engine step, for all sequences), Rejected
 """
 
 import msgspec
@@ -55,10 +55,10 @@ class Stats(msgspec.Struct, array_like=True, frozen=True):
     running: int = 0
     waiting: int = 0
     pages_total: int = 0
-    pages_used: int = 0        # held by sequences or by the radix cache
-    pages_cached: int = 0      # held by the radix cache alone: free on demand
-    prompt_tokens: int = 0     # total, cached ones included
-    cached_tokens: int = 0     # total, prompt tokens found in the radix cache
+    pages_used: int = 0  # held by sequences or by the radix cache
+    pages_cached: int = 0  # held by the radix cache alone: free on demand
+    prompt_tokens: int = 0  # total, cached ones included
+    cached_tokens: int = 0  # total, prompt tokens found in the radix cache
     generation_tokens: int = 0
     preemptions: int = 0
     steps: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"  # the model's logits were not numbers
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +40,8 @@ class Sequence:
 
     ``namespace`` is the part of the cache key that is not tokens (model, adapter, segment
     structure, tenant salt): KV is shared only between sequences of equal namespace.
+    ``seed`` is that of the params, or a random one drawn here: a sequence that is preempted and
+    computed again keeps its draws. ``arrival`` is the scheduler's, in order of ``add``.
     """
 
     id: int
@@ -51,6 +55,13 @@ class Sequence:
     num_cached_tokens: int = 0
     node: Node | None = None
     finish_reason: FinishReason | None = None
+    arrival: int = 0
+    num_preemptions: int = 0
+    seed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        seed = self.params.seed
+        self.seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,469 @@
+"""Scheduler: which tokens of which sequences the next step computes, and who holds which pages.
+
+There is no prefill phase and no decode phase, only sequences whose ``num_computed_tokens`` must
+catch up with their tokens under one token budget a step:
+
+    1. running sequences with one pending token (they decode), so that decoding never starves
+    2. running sequences with more: a chunk of their prompt each, oldest first
+    3. waiting sequences, first come first served, while budget, running slots and pages last
+
+    add ──> WAITING ──admit──> RUNNING ──commit──> FINISHED
+               ^                  │
+               └── preempt: pages and lock given up, tokens kept; full pages stay in the cache
+
+Pages. A sequence takes pages for the chunk at hand only; the cache gives up what nobody uses when
+the pool is short. If that is not enough, the running sequence that arrived last is preempted, so
+the one that arrived first always advances, and with it everything finishes. A waiting sequence is
+admitted only if all its tokens would fit beside those of the running ones and a page to grow for
+each, or if nothing runs: admission does not lead straight to preemption.
+
+Shared prefixes are computed once. A sequence that gets a chunk first jumps ahead to what the
+cache holds by now, and one whose next page is being computed by a chunk scheduled earlier in the
+same step waits a step for it.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Collection, Iterable
+from operator import attrgetter
+from typing import NamedTuple
+
+from headstart.engine.errors import RequestError
+from headstart.engine.kv_pool import AccountingError, PagePool
+from headstart.engine.radix_cache import Match, Node, RadixCache
+from headstart.engine.sequence import FinishReason, Sequence, Status
+
+_by_arrival = attrgetter("arrival")
+
+
+class ScheduledSequence(NamedTuple):
+    """Compute positions ``[start, start + num_tokens)`` of ``seq``.
+
+    ``samples``: they reach its last token, so the logits of their last row are wanted.
+    """
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+class SchedulerOutput(NamedTuple):
+    """One step. ``preempted``: how many sequences lost their pages to make it fit."""
+
+    scheduled: list[ScheduledSequence]
+    preempted: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.scheduled)
+
+
+class NewToken(NamedTuple):
+    """``token_id`` is None if the logits were not numbers; the sequence has then finished."""
+
+    seq: Sequence
+    token_id: int | None
+    finished: bool
+
+
+class _Step:
+    """What one call of ``schedule`` has decided so far."""
+
+    __slots__ = ("budget", "in_flight", "preempted", "scheduled")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.scheduled: dict[Sequence, ScheduledSequence] = {}
+        # (node, tokens of the page after it) that this step computes.
+        self.in_flight: set[tuple[Node, bytes]] = set()
+        self.preempted = 0
+
+
+class Scheduler:
+    """Sequences from ``add`` to their end; one ``schedule`` and one ``commit`` a step.
+
+    max_batched_tokens:  token budget of a step
+    max_running:         sequences that hold pages at a time; never more than the token budget,
+                         so that each gets a row in every step once it decodes
+    max_model_len:       a sequence ends when prompt and output are this long
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        cache: RadixCache,
+        *,
+        max_batched_tokens: int,
+        max_running: int,
+        max_model_len: int,
+        eos_token_ids: Collection[int],
+        prefix_caching: bool = True,
+    ) -> None:
+        if max_batched_tokens < 1 or max_running < 1:
+            raise ValueError(f"nothing can run: {max_batched_tokens=}, {max_running=}")
+        self._pool = pool
+        self._cache = cache
+        self._page_size = pool.page_size
+        self._max_batched_tokens = max_batched_tokens
+        self._max_running = min(max_running, max_batched_tokens)
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._prefix_caching = prefix_caching
+        # Both in order of arrival.
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._by_id: dict[int, Sequence] = {}
+        self._num_arrived = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.generation_tokens = 0
+        self.preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_id)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue ``seq``. Raises RequestError if it could never run here."""
+        num_prompt, limit = seq.num_prompt_tokens, self._max_model_len
+        if num_prompt < 1:
+            raise RequestError("the prompt has no tokens", "prompt")
+        if num_prompt >= limit:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens; this model takes at most {limit - 1}, "
+                f"since prompt and output together are limited to {limit}",
+                "prompt",
+            )
+        # The last token of all is sampled and never computed.
+        longest = min(num_prompt + seq.params.max_tokens, limit) - 1
+        room = self._pool.num_pages * self._page_size
+        if self._pool.pages_for(longest) > self._pool.num_pages:
+            raise RequestError(
+                f"prompt and max_tokens need KV memory for {longest} tokens; there is room for "
+                f"{room}: ask for less, or start the server with a larger --kv-memory",
+                "max_tokens",
+            )
+        if seq.id in self._by_id:
+            raise RequestError(f"a request with id {seq.id} is already running")
+        self._by_id[seq.id] = seq
+        seq.arrival = self._num_arrived
+        self._num_arrived += 1
+        seq.status = Status.WAITING
+        self._waiting.append(seq)
+
+    def abort(self, ids: Iterable[int]) -> list[Sequence]:
+        """End these sequences now and free what they hold; unknown ids are ignored.
+
+        Returns the ended ones. May be called between ``schedule`` and ``commit``, too; what the
+        step then computes for them is dropped.
+        """
+        aborted = [self._by_id[id_] for id_ in dict.fromkeys(ids) if id_ in self._by_id]
+        for seq in aborted:
+            if seq.status is Status.WAITING:
+                self._waiting.remove(seq)
+                self._end(seq, FinishReason.ABORT)
+            else:
+                self._finish(seq, FinishReason.ABORT)
+        return aborted
+
+    # ---------------------------------------------------------------- schedule
+
+    def schedule(self) -> SchedulerOutput:
+        """Decide the next step; never empty while there is work."""
+        step = _Step(self._max_batched_tokens)
+        page_size = self._page_size
+        prefilling = []
+        for seq in self._running.copy():
+            if seq.status is not Status.RUNNING:  # preempted by an older one just now
+                continue
+            start = seq.num_computed_tokens
+            if len(seq.token_ids) - start > 1:
+                prefilling.append(seq)
+            elif start < len(seq.pages) * page_size or self._take_pages(step, seq, 1):
+                self._put(step, seq, start, 1)
+        for seq in prefilling:
+            if not step.budget:
+                break
+            if seq.status is Status.RUNNING:
+                self._continue_prefill(step, seq)
+        # What was just preempted for want of pages would only come and go.
+        if self._waiting and not step.preempted:
+            self._admit(step)
+        self.preemptions += step.preempted
+        return SchedulerOutput(list(step.scheduled.values()), step.preempted)
+
+    def _put(self, step: _Step, seq: Sequence, start: int, num_tokens: int) -> None:
+        end = start + num_tokens
+        step.budget -= num_tokens
+        samples = end == len(seq.token_ids)
+        step.scheduled[seq] = ScheduledSequence(seq, start, num_tokens, samples)
+        if seq.node is not None:
+            page_end = seq.node.depth + self._page_size
+            if end >= page_end:
+                step.in_flight.add((seq.node, seq.token_ids[seq.node.depth : page_end].tobytes()))
+
+    def _take_pages(self, step: _Step, seq: Sequence, n: int) -> bool:
+        """Give ``seq`` ``n`` more pages, at others' cost if need be; False: it was preempted."""
+        while self._available < n:
+            victim = self._running[-1]
+            self._preempt(step, victim)
+            if victim is seq:
+                return False
+        seq.pages += self._allocate(n)
+        return True
+
+    def _continue_prefill(self, step: _Step, seq: Sequence) -> None:
+        if seq.node is not None:
+            self._jump_ahead(seq, self._match(seq.node, seq))
+            if self._is_in_flight(step, seq, seq.node):
+                return
+        num_tokens = self._chunk(seq, step.budget)
+        held = len(seq.pages)
+        # Rather a shorter chunk than somebody else's pages.
+        room = (held + self._available) * self._page_size - seq.num_computed_tokens
+        if room > 0:
+            num_tokens = min(num_tokens, room)
+            wanted = self._pool.pages_for(seq.num_computed_tokens + num_tokens) - held
+        else:
+            num_tokens = min(num_tokens, self._page_size)
+            wanted = 1
+        if self._take_pages(step, seq, wanted):
+            self._put(step, seq, seq.num_computed_tokens, num_tokens)
+
+    def _admit(self, step: _Step) -> None:
+        reserved = sum(self._pages_to_come(seq) for seq in self._running)
+        # A copy of the head: admitting changes the list, and those passed over are bounded.
+        for seq in self._waiting[: self._max_running]:
+            if not step.budget or len(self._running) >= self._max_running:
+                return
+            if self._prefix_caching:
+                node, pages = self._match(self._cache.root(seq.namespace), seq)
+                if self._is_in_flight(step, seq, node):
+                    continue
+                self._cache.lock(node)  # before anything is evicted to make room
+                seq.node, seq.pages = node, pages
+            if self._running and self._pages_to_come(seq) + reserved > self._available:
+                if seq.node is not None:
+                    self._cache.unlock(seq.node)
+                    seq.node, seq.pages = None, []
+                return
+            self._waiting.remove(seq)
+            self._start(step, seq)
+            reserved += self._pages_to_come(seq)
+
+    def _start(self, step: _Step, seq: Sequence) -> None:
+        """Run a sequence that holds its lock and ``pages`` of the cache, without references."""
+        self._pool.retain(seq.pages)
+        seq.num_computed_tokens = len(seq.pages) * self._page_size
+        seq.status = Status.RUNNING
+        insort(self._running, seq, key=_by_arrival)
+        if not seq.num_preemptions:
+            self.prompt_tokens += seq.num_prompt_tokens
+            self._count_cached(seq, seq.num_computed_tokens)
+        num_tokens = self._chunk(seq, step.budget)
+        end = seq.num_computed_tokens + num_tokens
+        seq.pages += self._allocate(self._pool.pages_for(end) - len(seq.pages))
+        self._put(step, seq, seq.num_computed_tokens, num_tokens)
+
+    def _chunk(self, seq: Sequence, budget: int) -> int:
+        """How many pending tokens to compute: up to a page's end, unless it is the last chunk."""
+        start = seq.num_computed_tokens
+        if len(seq.token_ids) - start <= budget:
+            return len(seq.token_ids) - start
+        aligned = (start + budget) // self._page_size * self._page_size - start
+        return aligned if aligned > 0 else budget
+
+    def _match(self, start: Node, seq: Sequence) -> Match:
+        # The last token is always computed: its logits are wanted.
+        return self._cache.match(start, seq.token_ids, len(seq.token_ids) - 1)
+
+    def _jump_ahead(self, seq: Sequence, match: Match) -> None:
+        """Take the cache's pages for tokens that others have computed meanwhile."""
+        assert seq.node is not None
+        if match.node.depth <= seq.num_computed_tokens:
+            return
+        self._cache.lock(match.node)
+        self._pool.retain(match.pages)
+        first = seq.node.depth // self._page_size
+        self._pool.release(seq.pages[first:])
+        seq.pages[first:] = match.pages
+        self._cache.unlock(seq.node)
+        seq.node = match.node
+        if not seq.num_preemptions:
+            self._count_cached(seq, match.node.depth - seq.num_computed_tokens)
+        seq.num_computed_tokens = match.node.depth
+
+    def _count_cached(self, seq: Sequence, num_tokens: int) -> None:
+        seq.num_cached_tokens += num_tokens
+        self.cached_tokens += num_tokens
+
+    def _is_in_flight(self, step: _Step, seq: Sequence, node: Node) -> bool:
+        """Whether this step computes the page of ``seq`` that follows ``node``.
+
+        Two sequences with equal tokens up to a page's end that the tree knows share the node
+        that ends there, so comparing node and page compares the whole prefix.
+        """
+        page_end = node.depth + self._page_size
+        return (
+            bool(step.in_flight)
+            and page_end < len(seq.token_ids)
+            and (node, seq.token_ids[node.depth : page_end].tobytes()) in step.in_flight
+        )
+
+    def _pages_to_come(self, seq: Sequence) -> int:
+        """Pages for the tokens it has, and one to grow."""
+        return self._pool.pages_for(len(seq.token_ids)) - len(seq.pages) + 1
+
+    @property
+    def _available(self) -> int:
+        return self._pool.num_free + self._cache.num_evictable_pages
+
+    def _allocate(self, n: int) -> list[int]:
+        short = n - self._pool.num_free
+        if short > 0:
+            self._cache.evict(short)
+        return self._pool.allocate(n)
+
+    def _preempt(self, step: _Step, seq: Sequence) -> None:
+        entry = step.scheduled.pop(seq, None)
+        if entry is not None:
+            step.budget += entry.num_tokens
+        self._leave(seq)
+        seq.num_computed_tokens = 0
+        seq.num_preemptions += 1
+        seq.status = Status.WAITING
+        insort(self._waiting, seq, key=_by_arrival)
+        step.preempted += 1
+
+    def _leave(self, seq: Sequence) -> None:
+        """Take ``seq`` out of the running ones, with its pages and its lock."""
+        self._running.remove(seq)
+        # Reversed, so that the next to take pages gets the first of these first.
+        self._pool.release(reversed(seq.pages))
+        seq.pages = []
+        if seq.node is not None:
+            self._cache.unlock(seq.node)
+            seq.node = None
+
+    # ---------------------------------------------------------------- commit
+
+    def commit(self, output: SchedulerOutput, token_ids: list[int | None]) -> list[NewToken]:
+        """Book a computed step: advance, cache full pages, append tokens, finish.
+
+        ``token_ids``: the sampled token for each entry with ``samples``, in order; None where
+        the logits were not numbers, which ends that sequence with FinishReason.ERROR.
+        """
+        sampled = iter(token_ids)
+        new_tokens = []
+        for seq, start, num_tokens, samples in output.scheduled:
+            token_id = next(sampled) if samples else None
+            if seq.status is not Status.RUNNING:  # aborted while the step ran
+                continue
+            seq.num_computed_tokens = start + num_tokens
+            if samples and token_id is None:
+                self._finish(seq, FinishReason.ERROR)
+                new_tokens.append(NewToken(seq, None, True))
+                continue
+            node = seq.node
+            if node is not None and start + num_tokens >= node.depth + self._page_size:
+                self._cache_full_pages(seq, node)
+            if token_id is None:
+                continue
+            seq.token_ids.append(token_id)
+            self.generation_tokens += 1
+            reason = self._finish_reason(seq, token_id)
+            if reason is not None:
+                self._finish(seq, reason)
+            new_tokens.append(NewToken(seq, token_id, reason is not None))
+        return new_tokens
+
+    def _cache_full_pages(self, seq: Sequence, node: Node) -> None:
+        first = node.depth // self._page_size
+        last = seq.num_computed_tokens // self._page_size
+        own = seq.pages[first:last]
+        end, held = self._cache.insert(node, seq.token_ids, own)
+        if held != own:
+            # Somebody computed the same tokens at the same time; one copy is enough.
+            self._pool.retain(held)
+            self._pool.release(own)
+            seq.pages[first:last] = held
+        if end is not node:
+            self._cache.lock(end)
+            self._cache.unlock(node)
+            seq.node = end
+
+    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        params = seq.params
+        if token_id in self._eos_token_ids and not params.ignore_eos:
+            return FinishReason.STOP
+        if token_id in params.stop_token_ids:
+            return FinishReason.STOP
+        num_tokens = len(seq.token_ids)
+        if num_tokens - seq.num_prompt_tokens >= params.max_tokens:
+            return FinishReason.LENGTH
+        if num_tokens >= self._max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        node = seq.node
+        self._leave(seq)
+        if reason is FinishReason.ERROR and node is not None:
+            # Whoever shares this prefix would read the same broken KV.
+            self._cache.discard(node)
+        self._end(seq, reason)
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        seq.status = Status.FINISHED
+        seq.finish_reason = reason
+        del self._by_id[seq.id]
+
+    # ---------------------------------------------------------------- check
+
+    def check(self) -> None:
+        """Prove the books of sequences, cache and pool; for tests. Raises AccountingError."""
+        owners: Counter[int] = Counter()
+        locks: Counter[Node] = Counter()
+        for seq in self._running:
+            computed = seq.num_computed_tokens
+            _prove(seq.status is Status.RUNNING, seq, "runs, but its status differs")
+            _prove(computed < seq.num_tokens, seq, "has nothing to compute")
+            _prove(len(seq.pages) * self._page_size >= computed, seq, "has too few pages")
+            owners.update(seq.pages)
+            _prove((seq.node is not None) is self._prefix_caching, seq, "has no lock, or a stray")
+            if seq.node is not None:
+                locks[seq.node] += 1
+                path = seq.node.path()
+                pages = [page for node in path for page in node.pages]
+                key = b"".join(node.key for node in path)
+                _prove(seq.node.namespace == seq.namespace, seq, "is in another's namespace")
+                _prove(seq.pages[: len(pages)] == pages, seq, "uses other pages than its node")
+                _prove(seq.token_ids[: seq.node.depth].tobytes() == key, seq, "has other tokens")
+                _prove(seq.node.depth <= computed, seq, "has tokens in the cache before computing")
+        for seq in self._waiting:
+            idle = seq.status is Status.WAITING and not seq.num_computed_tokens
+            _prove(idle and not seq.pages and seq.node is None, seq, "waits, but holds something")
+        queued = self._waiting + self._running
+        if len(queued) != len(self._by_id) or {s.id for s in queued} != self._by_id.keys():
+            raise AccountingError("scheduler: the queues and the index by id differ")
+        for queue in (self._waiting, self._running):
+            if sorted(queue, key=_by_arrival) != queue:
+                raise AccountingError("scheduler: a queue is not in order of arrival")
+        owners.update(self._cache.check(locks))
+        self._pool.check(owners)
+
+
+def _prove(holds: bool, seq: Sequence, otherwise: str) -> None:
+    if not holds:
+        raise AccountingError(f"scheduler: sequence {seq.id} {otherwise}")

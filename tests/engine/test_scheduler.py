@@ -1,0 +1,474 @@
+"""Scheduler: rules one by one, then random use against a model that remembers what pages hold."""
+
+import itertools
+import time
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from headstart.engine.errors import RequestError
+from headstart.engine.kv_pool import PagePool
+from headstart.engine.radix_cache import RadixCache
+from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.scheduler import NewToken, Scheduler, SchedulerOutput
+from headstart.engine.sequence import FinishReason, Sequence, Status
+
+EOS = 2
+
+
+def make_sequence(
+    id_: int, prompt: list[int], max_tokens: int = 1, namespace: bytes = b"", **params: Any
+) -> Sequence:
+    return Sequence(
+        id=id_,
+        token_ids=array("i", prompt),
+        num_prompt_tokens=len(prompt),
+        params=SamplingParams(max_tokens=max_tokens, **params),
+        namespace=namespace,
+    )
+
+
+def prefix_hashes(seq: Sequence) -> list[int]:
+    """For each position a number for the namespace and all tokens up to it."""
+    hashes = itertools.accumulate(
+        seq.token_ids, lambda h, token: hash((h, token)), initial=hash(seq.namespace)
+    )
+    return list(hashes)[1:]
+
+
+class Engine:
+    """A scheduler and a model that remembers for each slot of each page whose token it holds."""
+
+    def __init__(self, num_pages: int = 64, page_size: int = 4, **options: Any) -> None:
+        self.pool = PagePool(num_pages, page_size)
+        self.cache = RadixCache(self.pool)
+        settings: dict[str, Any] = {
+            "max_batched_tokens": 16,
+            "max_running": 8,
+            "max_model_len": 2000,
+            "eos_token_ids": [EOS],
+        }
+        self.scheduler = Scheduler(self.pool, self.cache, **(settings | options))
+        self.slots: dict[tuple[int, int], int] = {}
+        self.num_computed = 0
+
+    def compute(self, output: SchedulerOutput) -> None:
+        """Write the chunks' slots, then read everything up to their ends."""
+        size = self.pool.page_size
+        prefixes = {entry.seq: prefix_hashes(entry.seq) for entry in output.scheduled}
+        for seq, start, num_tokens, samples in output.scheduled:
+            assert seq.status is Status.RUNNING
+            assert num_tokens > 0
+            assert start == seq.num_computed_tokens
+            assert samples is (start + num_tokens == seq.num_tokens)
+            assert len(seq.pages) == -(-(start + num_tokens) // size)
+            for i in range(start, start + num_tokens):
+                page = seq.pages[i // size]
+                assert self.pool._references[page] == 1, "writes to a page others use"
+                self.slots[page, i % size] = prefixes[seq][i]
+        for seq, start, num_tokens, _ in output.scheduled:
+            for i in range(start + num_tokens):
+                assert self.slots[seq.pages[i // size], i % size] == prefixes[seq][i]
+        self.num_computed += output.num_tokens
+
+    def step(self, sample: Callable[[Sequence], int | None] = lambda seq: 1) -> list[NewToken]:
+        output = self.scheduler.schedule()
+        assert output.scheduled or not self.scheduler.has_work
+        self.compute(output)
+        tokens = [sample(entry.seq) for entry in output.scheduled if entry.samples]
+        new = self.scheduler.commit(output, tokens)
+        self.scheduler.check()
+        return new
+
+    def drain(self, limit: int) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        assert not self.scheduler.has_work, f"not done within {limit} steps"
+        self.cache.clear()
+        assert self.pool.num_used == 0
+        self.pool.check({})
+
+
+def scheduled(output: SchedulerOutput) -> list[tuple[int, int, int]]:
+    return [(entry.seq.id, entry.start, entry.num_tokens) for entry in output.scheduled]
+
+
+def test_decoding_comes_before_prefill_and_chunks_end_at_pages() -> None:
+    engine = Engine()
+    engine.scheduler.add(make_sequence(0, [1] * 3, max_tokens=9))
+    engine.step()
+    engine.scheduler.add(make_sequence(1, [3] * 40, max_tokens=9))
+    engine.step()
+    output = engine.scheduler.schedule()
+    assert scheduled(output) == [(0, 4, 1), (1, 12, 12)]
+    engine.compute(output)
+    engine.scheduler.commit(output, [1])
+    engine.step()
+    # 4 tokens are left of the second prompt; its last chunk samples.
+    assert scheduled(engine.scheduler.schedule()) == [(0, 6, 1), (1, 36, 4)]
+
+
+def test_a_budget_below_a_page_still_advances() -> None:
+    engine = Engine(max_batched_tokens=3)
+    engine.scheduler.add(make_sequence(0, [1] * 10))
+    assert scheduled(engine.scheduler.schedule()) == [(0, 0, 3)]
+    engine.scheduler.abort([0])
+    engine.scheduler.add(make_sequence(1, [1] * 10))
+    engine.drain(6)
+
+
+def test_first_come_first_served_within_running_slots() -> None:
+    engine = Engine(max_running=2)
+    for i in range(3):
+        engine.scheduler.add(make_sequence(i, [3 + i] * 2, max_tokens=2))
+    assert [id_ for id_, _, _ in scheduled(engine.scheduler.schedule())] == [0, 1]
+    assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (2, 1)
+
+
+def test_a_second_request_computes_only_what_is_not_cached() -> None:
+    engine = Engine()
+    engine.scheduler.add(make_sequence(0, [1] * 14))
+    engine.step()
+    second = make_sequence(1, [1] * 12)
+    engine.scheduler.add(second)
+    # 12 tokens are cached, but the last must be computed: a match of 8.
+    assert scheduled(engine.scheduler.schedule()) == [(1, 8, 4)]
+    assert second.num_cached_tokens == 8
+    assert (engine.scheduler.prompt_tokens, engine.scheduler.cached_tokens) == (26, 8)
+
+
+def test_without_prefix_caching_nothing_is_kept() -> None:
+    engine = Engine(prefix_caching=False)
+    for i in range(2):
+        engine.scheduler.add(make_sequence(i, [1] * 8))
+    engine.step()
+    assert engine.num_computed == 16
+    assert engine.pool.num_used == engine.cache.num_pages == 0
+
+
+@pytest.mark.parametrize("budget", [64, 200, 512, 4096])
+def test_equal_cold_prompts_compute_their_prefix_once(budget: int) -> None:
+    engine = Engine(2000, 32, max_batched_tokens=budget, max_running=16)
+    prompt = [i % 97 for i in range(1748)]
+    for i in range(16):
+        engine.scheduler.add(make_sequence(i, [*prompt, 100 + i], max_tokens=1))
+    engine.drain(200)
+    shared = 1748 // 32 * 32
+    assert engine.num_computed == shared + 16 * (1749 - shared)
+    assert engine.scheduler.cached_tokens == 15 * shared
+
+
+def test_a_sequence_in_prefill_jumps_ahead_to_what_another_computed() -> None:
+    engine = Engine(max_batched_tokens=8)
+    prompt = list(range(10, 50))
+    first, second = make_sequence(0, prompt), make_sequence(1, prompt)
+    for seq in (first, second):
+        engine.scheduler.add(seq)
+    while first.status is not Status.FINISHED:
+        engine.step()
+    engine.drain(3)
+    assert engine.num_computed == 40 + 4
+    assert second.num_cached_tokens == 36
+
+
+def test_a_jump_gives_up_a_page_computed_in_part() -> None:
+    """One sequence decodes its way to a page that another has begun to compute."""
+    engine = Engine(max_batched_tokens=2)
+    engine.scheduler.add(make_sequence(0, [5, 6], max_tokens=4))
+    late = make_sequence(1, [5, 6, 7, 8, 9, 9])
+    engine.step(lambda seq: 7)
+    engine.scheduler.add(late)
+    engine.step(lambda seq: 8)
+    assert late.num_computed_tokens == 1
+    engine.step()
+    assert late.num_computed_tokens == 1  # it waits for the page the other completes
+    engine.step()
+    assert (late.num_computed_tokens, late.num_cached_tokens) == (5, 3)
+    engine.drain(9)
+
+
+def test_pages_computed_twice_at_once_are_kept_once() -> None:
+    """Two equal prompts of half a page each decode the same output."""
+    engine = Engine()
+    sequences = [make_sequence(i, [5, 6], max_tokens=9) for i in range(2)]
+    for seq in sequences:
+        engine.scheduler.add(seq)
+    for _ in range(4):
+        engine.step()
+    assert sequences[0].pages[0] == sequences[1].pages[0]
+    assert engine.cache.num_pages == 1
+    engine.drain(9)
+
+
+def test_namespaces_do_not_share() -> None:
+    engine = Engine()
+    for i, namespace in enumerate([b"a", b"b", b"a"]):
+        engine.scheduler.add(make_sequence(i, [1] * 9, namespace=namespace))
+        engine.step()
+    assert engine.num_computed == 9 + 9 + 1
+    engine.drain(1)
+
+
+def test_decoding_fills_the_cache_with_the_output_too() -> None:
+    engine = Engine()
+    engine.scheduler.add(make_sequence(0, [3, 4, 5], max_tokens=6))
+    while engine.scheduler.has_work:
+        engine.step()
+    follow_up = make_sequence(1, [3, 4, 5, *[1] * 6, 7, 8])
+    engine.scheduler.add(follow_up)
+    engine.step()
+    assert follow_up.num_cached_tokens == 8
+
+
+def test_the_youngest_is_preempted_and_resumes_from_the_cache() -> None:
+    engine = Engine(num_pages=9, page_size=2)
+    old = make_sequence(0, [3, 4], max_tokens=12)
+    young = make_sequence(1, [5, 6, 7], max_tokens=9)
+    for seq in (old, young):
+        engine.scheduler.add(seq)
+    for _ in range(12):
+        if not engine.scheduler.preemptions:
+            engine.step()
+    assert (old.num_preemptions, young.num_preemptions) == (0, 1)
+    assert young.num_output_tokens > 0
+    computed = engine.num_computed
+    left = old.num_pending_tokens + 12 - old.num_output_tokens
+    engine.drain(40)
+    assert (old.num_output_tokens, young.num_output_tokens) == (12, 9)
+    assert (old.num_cached_tokens, young.num_cached_tokens) == (0, 0)
+    # Less than all 11 positions of the young one.
+    assert engine.num_computed - computed < left + 11
+
+
+def test_a_decoding_sequence_already_scheduled_can_still_be_preempted() -> None:
+    """Its row leaves the step when an older sequence needs its pages for a chunk."""
+    engine = Engine(num_pages=11, page_size=2, max_batched_tokens=3)
+    old, young = make_sequence(0, [3] * 16), make_sequence(1, [4], max_tokens=15)
+    for seq in (old, young):
+        engine.scheduler.add(seq)
+    for _ in range(7):
+        engine.step()
+    assert young.num_output_tokens == 7
+    output = engine.scheduler.schedule()
+    assert (scheduled(output), output.preempted) == ([(0, 14, 2)], 1)
+    engine.compute(output)
+    engine.scheduler.commit(output, [1])
+    engine.scheduler.check()
+    engine.drain(40)
+
+
+def test_admission_counts_what_the_step_has_promised_already() -> None:
+    engine = Engine(num_pages=11, page_size=2, max_batched_tokens=3)
+    engine.scheduler.add(make_sequence(0, [3] * 20))
+    engine.scheduler.add(make_sequence(1, [4]))
+    assert scheduled(engine.scheduler.schedule()) == [(0, 0, 2)]
+
+
+def test_preemption_happens_and_nothing_is_lost() -> None:
+    engine = Engine(num_pages=10, page_size=1, max_running=4)
+    sequences = [make_sequence(i, [3 + i], max_tokens=9) for i in range(4)]
+    for seq in sequences:
+        engine.scheduler.add(seq)
+    engine.drain(100)
+    assert engine.scheduler.preemptions > 0
+    assert sequences[0].num_preemptions == 0
+    assert [seq.num_output_tokens for seq in sequences] == [9] * 4
+    assert engine.scheduler.generation_tokens == 36
+    assert engine.scheduler.prompt_tokens == 4
+    assert engine.scheduler.cached_tokens == 0
+
+
+def test_admission_leaves_room_to_grow() -> None:
+    """A prompt that fits only for now waits, instead of being preempted a step later."""
+    engine = Engine(num_pages=8, page_size=2)
+    engine.scheduler.add(make_sequence(0, [3, 4], max_tokens=11))
+    engine.step()
+    engine.scheduler.add(make_sequence(1, [5] * 12))
+    engine.drain(40)
+    assert engine.scheduler.preemptions == 0
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens", "reason", "length"),
+    [
+        ({"max_tokens": 2}, [1, 1], FinishReason.LENGTH, 2),
+        ({"max_tokens": 9}, [1, EOS], FinishReason.STOP, 2),
+        ({"max_tokens": 3, "ignore_eos": True}, [EOS, EOS, EOS], FinishReason.LENGTH, 3),
+        ({"max_tokens": 9, "stop_token_ids": (7,)}, [1, 7], FinishReason.STOP, 2),
+        ({"max_tokens": 99}, [1] * 7, FinishReason.LENGTH, 7),  # max_model_len
+        ({"max_tokens": 9}, [1, None], FinishReason.ERROR, 1),
+    ],
+)
+def test_finish_reasons(
+    params: dict[str, Any], tokens: list[int | None], reason: FinishReason, length: int
+) -> None:
+    engine = Engine(max_model_len=10)
+    seq = make_sequence(0, [3, 4, 5], **params)
+    engine.scheduler.add(seq)
+    for i, token in enumerate(tokens):
+        [new] = engine.step(lambda seq, token=token: token)
+        assert new == (seq, token, i == len(tokens) - 1)
+    assert (seq.finish_reason, seq.num_output_tokens) == (reason, length)
+    assert not seq.pages
+    engine.drain(0)
+
+
+def test_broken_kv_does_not_stay_in_the_cache() -> None:
+    engine = Engine()
+    engine.scheduler.add(make_sequence(0, [1] * 20))
+    engine.step()
+    assert engine.cache.num_pages == 4
+    engine.step(lambda seq: None)
+    assert engine.cache.num_pages == 0
+
+
+def test_abort_frees_waiting_running_and_computing_sequences_at_once() -> None:
+    engine = Engine(max_running=2)
+    sequences = [make_sequence(i, [3 + i] * 5, max_tokens=4) for i in range(3)]
+    for seq in sequences:
+        engine.scheduler.add(seq)
+    engine.step()
+    output = engine.scheduler.schedule()
+    engine.compute(output)
+    assert engine.scheduler.abort([2, 0, 99, 0]) == [sequences[2], sequences[0]]
+    engine.scheduler.check()
+    new = engine.scheduler.commit(output, [1] * len(output.scheduled))
+    assert [token.seq.id for token in new] == [1]
+    assert sequences[0].finish_reason is FinishReason.ABORT
+    assert sequences[0].num_output_tokens == 1
+    engine.drain(5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        (0, 1, "no tokens"),
+        (50, 1, "50 tokens; this model takes at most 49"),
+        (9, 33, "KV memory for 41 tokens; there is room for 40"),
+    ],
+)
+def test_what_can_never_run_is_refused(prompt: int, max_tokens: int, message: str) -> None:
+    engine = Engine(num_pages=10, max_model_len=50)
+    with pytest.raises(RequestError, match=message):
+        engine.scheduler.add(make_sequence(0, [1] * prompt, max_tokens))
+    assert not engine.scheduler.has_work
+    engine.scheduler.add(make_sequence(0, [1] * 9, 32))
+    with pytest.raises(RequestError, match="already running"):
+        engine.scheduler.add(make_sequence(0, [1] * 9, 32))
+    engine.drain(33)
+
+
+def test_a_step_of_64_decoding_sequences_is_cheap() -> None:
+    """0.4 ms is the promise; the limit leaves room for a busy machine."""
+    engine = Engine(5000, 32, max_batched_tokens=4096, max_running=64, max_model_len=4096)
+    for i in range(64):
+        engine.scheduler.add(make_sequence(i, [i] * 1000, max_tokens=500))
+    while engine.scheduler.num_waiting or len(engine.scheduler.schedule().scheduled) < 64:
+        output = engine.scheduler.schedule()
+        engine.scheduler.commit(output, [1] * sum(e.samples for e in output.scheduled))
+    times = []
+    for _ in range(100):
+        start = time.perf_counter()
+        output = engine.scheduler.schedule()
+        engine.scheduler.commit(output, [1] * 64)
+        times.append(time.perf_counter() - start)
+    assert sorted(times)[50] < 2e-3
+
+
+class Use(RuleBasedStateMachine):
+    """Random requests with shared prefixes, tiny pools, aborts at any moment."""
+
+    @initialize(
+        page_size=st.integers(1, 4),
+        num_pages=st.integers(3, 14),
+        budget=st.integers(1, 12),
+        max_running=st.integers(1, 5),
+        prefix_caching=st.sampled_from([True, True, True, False]),
+    )
+    def start(
+        self, page_size: int, num_pages: int, budget: int, max_running: int, prefix_caching: bool
+    ) -> None:
+        self.engine = Engine(
+            num_pages,
+            page_size,
+            max_batched_tokens=budget,
+            max_running=max_running,
+            max_model_len=24,
+            prefix_caching=prefix_caching,
+        )
+        self.sequences: list[Sequence] = []
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=16),
+        copies=st.integers(1, 3),
+        max_tokens=st.integers(1, 12),
+        namespace=st.sampled_from([b"a", b"a", b"b"]),
+    )
+    def add(self, prompt: list[int], copies: int, max_tokens: int, namespace: bytes) -> None:
+        for _ in range(copies):
+            seq = make_sequence(len(self.sequences), prompt, max_tokens, namespace)
+            longest = min(len(prompt) + max_tokens, 24) - 1
+            if self.engine.pool.pages_for(longest) > self.engine.pool.num_pages:
+                with pytest.raises(RequestError):
+                    self.engine.scheduler.add(seq)
+                return
+            self.engine.scheduler.add(seq)
+            self.sequences.append(seq)
+
+    @precondition(lambda self: self.engine.scheduler.has_work)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        tokens = st.sampled_from([0, 0, 0, 1, 1, 1, EOS])
+        self.engine.step(lambda seq: data.draw(tokens))
+
+    @precondition(lambda self: self.engine.scheduler.has_work)
+    @rule(n=st.integers(1, 8))
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            self.engine.step(lambda seq: seq.num_tokens % 2)
+
+    @precondition(lambda self: self.engine.scheduler.has_work)
+    @rule(data=st.data(), while_computing=st.booleans(), broken=st.booleans())
+    def abort(self, data: st.DataObject, while_computing: bool, broken: bool) -> None:
+        scheduler = self.engine.scheduler
+        alive = [seq.id for seq in self.sequences if seq.status is not Status.FINISHED]
+        ids = data.draw(st.lists(st.sampled_from(alive), min_size=1, max_size=2))
+        if not while_computing:
+            scheduler.abort(ids)
+        else:
+            output = scheduler.schedule()
+            self.engine.compute(output)
+            scheduler.abort(ids)
+            scheduler.check()
+            num_samples = sum(entry.samples for entry in output.scheduled)
+            scheduler.commit(output, [None if broken else 1] * num_samples)
+        scheduler.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        # At least the oldest advances by a token in each step; others' work may be lost.
+        self.engine.drain(sum(seq.num_prompt_tokens + 12 for seq in self.sequences))
+        for seq in self.sequences:
+            assert seq.status is Status.FINISHED
+            assert not seq.pages
+            assert seq.num_cached_tokens < seq.num_prompt_tokens
+            wanted = min(seq.params.max_tokens, 24 - seq.num_prompt_tokens)
+            if seq.finish_reason is FinishReason.LENGTH:
+                assert seq.num_output_tokens == wanted
+            elif seq.finish_reason is FinishReason.STOP:
+                assert seq.token_ids[-1] == EOS
+                assert seq.num_output_tokens <= wanted
+            else:
+                assert seq.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)
+
+
+TestUse = Use.TestCase
+TestUse.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
