@@ -258,7 +258,8 @@ def _architecture(raw: dict[str, Any], source: str) -> str:
         architecture = f"unnamed (model_type {raw.get('model_type')!r})"
     if architecture not in FAMILIES:
         raise ModelError(
-            f"{source}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}"
+            f"{source}: architecture {architecture} is not supported; "
+            f"supported are {', '.join(FAMILIES)}"
         )
     return architecture
 
