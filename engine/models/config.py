@@ -317,6 +317,8 @@ def _sliding_window(read: _Reader, num_layers: int, architecture: str) -> int | 
                 read.fail(f"max_window_layers must be an integer, got {first!r}")
             if first >= num_layers:
                 return None
+        elif not isinstance(layer_types, list):
+            read.fail(f"layer_types must be a list, got {layer_types!r}")
         elif "sliding_attention" not in layer_types:
             return None
     return read.positive("sliding_window")

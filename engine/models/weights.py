@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")
+HARMLESS_SUFFIX = "rotary_emb.inv_freq"
+"""Rotary frequencies, which old checkpoints store and the engine computes."""
 MAX_NAMED = 5
 """Tensors listed in one error; the rest are counted."""
 
@@ -80,11 +82,7 @@ class Weights:
                     f"tensor {name} in {path.name} has shape {_show(stored)}, "
                     f"the config asks for {_show(shape)}"
                 )
-            if dtype not in DTYPES:
-                raise ModelError(
-                    f"tensor {name} in {path.name} is stored as {dtype}; "
-                    f"supported are {', '.join(DTYPES)}"
-                )
+            _check_dtype(name, path, dtype)
             tensor: torch.Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{path}: tensor {name} cannot be read: {_line(error)}") from error
@@ -98,13 +96,13 @@ class Weights:
     def finish(self) -> None:
         """Raise ModelError naming tensors nobody took: they would have changed the result.
 
-        Old checkpoints store rotary frequencies, which are computed here. ``lm_head.weight``
-        that nobody took belongs to a model with tied embeddings, where it is a copy.
+        Not named: HARMLESS_SUFFIX, and ``lm_head.weight``, which only a model with tied
+        embeddings leaves, where it is a copy.
         """
         extra = [
             name
             for name in sorted(set(self._owner) - self._taken)
-            if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight"
+            if not name.endswith(HARMLESS_SUFFIX) and name != "lm_head.weight"
         ]
         if extra:
             more = f" and {len(extra) - MAX_NAMED} more" if len(extra) > MAX_NAMED else ""
@@ -136,9 +134,24 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _open_file(path: Path) -> Any:
+def check_headers(folder: Path) -> None:
+    """Raise ModelError for what ``Weights`` would refuse whatever the model; loads no torch."""
+    for path in weight_files(folder):
+        file = _open_file(path, framework="np")
+        for name in file.keys():  # noqa: SIM118
+            _check_dtype(name, path, file.get_slice(name).get_dtype())
+
+
+def _check_dtype(name: str, path: Path, dtype: str) -> None:
+    if dtype not in DTYPES and not name.endswith(HARMLESS_SUFFIX):
+        raise ModelError(
+            f"tensor {name} in {path.name} is stored as {dtype}; supported are {', '.join(DTYPES)}"
+        )
+
+
+def _open_file(path: Path, framework: str = "pt") -> Any:
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:

@@ -160,6 +160,41 @@ def test_refused_by_name(tmp_path: Path, values: dict[str, Any], named: str) -> 
     assert "\n" not in str(caught.value)
 
 
+ODD_VALUES: list[Any] = [
+    *(None, True, 0, -1, 1, 7, 2**70, 1e300, float("nan"), float("inf"), "", "x"),
+    *([], {}, [None], [1.5], ["x"], [[1]], {"a": {}}, {"type": []}, {"rope_type": 3}),
+    *({"type": "yarn", "factor": "x"}, {"type": "llama3"}, {"rope_theta": []}),
+]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_any_value_of_any_key_is_read_or_refused(tmp_path: Path, architecture: str) -> None:
+    keys = (
+        *("architectures", "vocab_size", "hidden_size", "num_hidden_layers", "head_dim"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+        *("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act"),
+        *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+        *("attention_bias", "mlp_bias", "tie_word_embeddings", "quantization_config"),
+        *("partial_rotary_factor", "original_max_position_embeddings", "model_type"),
+        *("bos_token_id", "eos_token_id"),
+    )
+    outcomes = {"read": 0, "refused": 0}
+    for key in keys:
+        for value in ODD_VALUES:
+            values = {"architectures": [architecture], "use_sliding_window": True, key: value}
+            outcomes[outcome(tmp_path, values)] += 1
+    assert min(outcomes.values()) > 50, outcomes
+
+
+def outcome(tmp_path: Path, values: dict[str, Any]) -> str:
+    try:
+        config = read(tmp_path, **values)
+    except ModelError as error:
+        return "refused" if "\n" not in str(error) else "several lines"
+    assert config.num_layers > 0
+    return "read"
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
 def test_broken_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
