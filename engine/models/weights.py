@@ -1,0 +1,167 @@
+"""Weights of a folder of safetensors: read lazily, each tensor checked, all accounted for.
+
+    weights = Weights.open(folder)
+    q = weights.take("model.layers.0.self_attn.q_proj.weight", (576, 576))
+    ...
+    weights.finish()        # ModelError if the file holds tensors the model did not ask for
+
+One file (model.safetensors) or shards with model.safetensors.index.json. Tensors are views of the
+mapped file until they are changed or copied.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from safetensors import SafetensorError, safe_open
+
+from headstart.engine.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = ("F32", "F16", "BF16")
+HARMLESS_SUFFIX = "rotary_emb.inv_freq"
+"""Rotary frequencies, which old checkpoints store and the engine computes."""
+MAX_NAMED = 5
+"""Tensors listed in one error; the rest are counted."""
+
+
+class Weights:
+    """The tensors of one folder, handed out once each by ``take``."""
+
+    def __init__(self, files: dict[Path, Any]) -> None:
+        self._owner: dict[str, tuple[Path, Any]] = {}
+        for path, file in files.items():
+            for name in file.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                if name in self._owner:
+                    raise ModelError(
+                        f"tensor {name} is in both {self._owner[name][0].name} and {path.name}"
+                    )
+                self._owner[name] = (path, file)
+        self._taken: set[str] = set()
+
+    @classmethod
+    def open(cls, folder: Path) -> Weights:
+        """Open the weights of ``folder``; the headers are checked, tensors are not read yet.
+
+        Raises ModelError naming the file that is missing, truncated or not safetensors.
+        """
+        files = {path: _open_file(path) for path in weight_files(folder)}
+        return cls(files)
+
+    @overload
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor: ...
+    @overload
+    def take(self, name: str, shape: tuple[int, ...], optional: Literal[False]) -> torch.Tensor: ...
+    @overload
+    def take(self, name: str, shape: tuple[int, ...], optional: bool) -> torch.Tensor | None: ...
+
+    def take(
+        self, name: str, shape: tuple[int, ...], optional: bool = False
+    ) -> torch.Tensor | None:
+        """The tensor ``name`` as stored (float32, bfloat16 or float16), of exactly ``shape``.
+
+        None if it is absent and ``optional``. Raises ModelError naming the tensor if it is
+        missing, of another shape, of another dtype, or unreadable.
+        """
+        if name not in self._owner:
+            if optional:
+                return None
+            raise ModelError(f"tensor {name} is missing from the weights")
+        path, file = self._owner[name]
+        try:
+            view = file.get_slice(name)
+            stored, dtype = tuple(view.get_shape()), view.get_dtype()
+            if stored != shape:
+                raise ModelError(
+                    f"tensor {name} in {path.name} has shape {_show(stored)}, "
+                    f"the config asks for {_show(shape)}"
+                )
+            _check_dtype(name, path, dtype)
+            tensor: torch.Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{path}: tensor {name} cannot be read: {_line(error)}") from error
+        self._taken.add(name)
+        return tensor
+
+    def names(self) -> list[str]:
+        """Every tensor in the files, taken or not."""
+        return sorted(self._owner)
+
+    def finish(self) -> None:
+        """Raise ModelError naming tensors nobody took: they would have changed the result.
+
+        Not named: HARMLESS_SUFFIX, and ``lm_head.weight``, which only a model with tied
+        embeddings leaves, where it is a copy.
+        """
+        extra = [
+            name
+            for name in sorted(set(self._owner) - self._taken)
+            if not name.endswith(HARMLESS_SUFFIX) and name != "lm_head.weight"
+        ]
+        if extra:
+            more = f" and {len(extra) - MAX_NAMED} more" if len(extra) > MAX_NAMED else ""
+            raise ModelError(
+                f"the weights hold tensors this architecture does not use: "
+                f"{', '.join(extra[:MAX_NAMED])}{more}"
+            )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of ``folder``, in order. Raises ModelError if there are none."""
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    if not index.exists():
+        raise ModelError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    except OSError as error:
+        raise ModelError(f"{index}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: not a safetensors index") from error
+    for name in names:
+        # A shard is a file of this folder: an index must not point anywhere else.
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{index}: {name!r} is not the name of a shard")
+    if not names:
+        raise ModelError(f"{index}: names no shards")
+    return [folder / name for name in sorted(names)]
+
+
+def check_headers(folder: Path) -> None:
+    """Raise ModelError for what ``Weights`` would refuse whatever the model; loads no torch."""
+    for path in weight_files(folder):
+        file = _open_file(path, framework="np")
+        for name in file.keys():  # noqa: SIM118
+            _check_dtype(name, path, file.get_slice(name).get_dtype())
+
+
+def _check_dtype(name: str, path: Path, dtype: str) -> None:
+    if dtype not in DTYPES and not name.endswith(HARMLESS_SUFFIX):
+        raise ModelError(
+            f"tensor {name} in {path.name} is stored as {dtype}; supported are {', '.join(DTYPES)}"
+        )
+
+
+def _open_file(path: Path, framework: str = "pt") -> Any:
+    try:
+        return safe_open(path, framework=framework)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path}: truncated or not a safetensors file: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _show(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

