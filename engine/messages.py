@@ -84,6 +84,12 @@ class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
     model: ModelInfo
 
 
+class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """The engine could not start; ``message`` is one line for the user."""
+
+    message: str
+
+
 class Step(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Everything one engine step produced."""
 
@@ -100,4 +106,4 @@ class Rejected(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 ToEngine = Add | Abort | Shutdown
-ToServer = Ready | Step | Rejected
+ToServer = Ready | Failed | Step | Rejected

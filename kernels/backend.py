@@ -140,7 +140,7 @@ class Backend(Protocol):
         ...
 
     def argmax(self, logits: Tensor) -> list[int]:
-        """Index of each row's largest value, the first of equals; -1 if the row holds NaN."""
+        """Index of each row's largest value, the first of equals; or of a NaN."""
         ...
 
 

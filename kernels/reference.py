@@ -178,6 +178,5 @@ class ReferenceBackend:
         return torch.nn.functional.silu(gate) * up
 
     def argmax(self, logits: Tensor) -> list[int]:
-        best = logits.argmax(dim=-1)
-        best[logits.isnan().any(dim=-1)] = -1
-        return [int(i) for i in best]
+        best: list[int] = logits.argmax(dim=-1).tolist()
+        return best

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = ("F32", "F16", "BF16")
+DTYPES = ("F32", "F16", "BF16", "I8")
 HARMLESS_SUFFIX = "rotary_emb.inv_freq"
 """Rotary frequencies, which old checkpoints store and the engine computes."""
 MAX_NAMED = 5

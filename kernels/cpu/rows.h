@@ -199,7 +199,7 @@ static void rope(const RopeArgs& a, int threads) {
   });
 }
 
-// The first index of the largest value; -1 for a row that holds NaN, which is no answer.
+// The first index of the largest value, or of a NaN if there is one.
 static int32_t argmax_row(const float* x, int size) {
   Floats best = broadcast(-std::numeric_limits<float>::infinity());
   Ints unordered = broadcast(0);
@@ -216,18 +216,19 @@ static int32_t argmax_row(const float* x, int size) {
     nan |= x[i] != x[i];
     top = std::max(top, x[i]);
   }
-  if (nan) return -1;
+  const auto found = [&](int k) { return nan ? x[k] != x[k] : x[k] == top; };
   const Floats wanted = broadcast(top);
   for (i = 0; i + kLanes <= size; i += kLanes) {
-    const Ints equal = load(x + i) == wanted;
+    const Floats v = load(x + i);
+    const Ints equal = nan ? v != v : v == wanted;
     bool any = false;
     for (int l = 0; l < kLanes; ++l) any |= equal[l] != 0;
     if (any) break;
   }
   for (; i < size; ++i) {
-    if (x[i] == top) return i;
+    if (found(i)) return i;
   }
-  return -1;
+  return 0;
 }
 
 static void argmax(const float* logits, int rows, int size, int32_t* out, int threads) {

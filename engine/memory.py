@@ -1,0 +1,75 @@
+"""How much memory there is, and the plan for it: weights, KV pool, activations."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from headstart.engine.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+KV_SHARE = 0.5
+"""Share of the available memory the KV pool takes unless told otherwise; it fills up slowly."""
+
+
+def available_memory() -> int:
+    """Bytes this process may still use: free memory, or less in a container with a limit."""
+    available = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        pass
+    return max(available, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of each part, and what the KV pool holds."""
+
+    weights: int
+    activations: int
+    kv: int
+    num_pages: int
+    page_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"memory: weights {_gib(self.weights)}, KV pool {_gib(self.kv)} "
+            f"({self.num_pages * self.page_size} tokens), activations {_gib(self.activations)}"
+        )
+
+
+def plan_memory(
+    *,
+    weights: int,
+    activations: int,
+    bytes_per_page: int,
+    page_size: int,
+    kv_memory: int | None,
+    max_model_len: int,
+) -> MemoryPlan:
+    """Size the KV pool. Raises ConfigError, with figures, where it cannot hold one sequence."""
+    available = available_memory()
+    budget = int((available - activations) * KV_SHARE) if kv_memory is None else kv_memory
+    if kv_memory is not None and kv_memory > available - activations:
+        raise ConfigError(
+            f"--kv-memory asks for {_gib(kv_memory)}; {_gib(available)} of memory are available"
+        )
+    num_pages = max(budget, 0) // bytes_per_page
+    needed = -(-max_model_len // page_size)
+    if num_pages < needed:
+        raise ConfigError(
+            f"too little memory: one sequence of {max_model_len} tokens needs "
+            f"{_gib(needed * bytes_per_page)} of KV pool and {_gib(max(budget, 0))} are there; "
+            "use a smaller --max-model-len or a larger --kv-memory"
+        )
+    return MemoryPlan(weights, activations, num_pages * bytes_per_page, num_pages, page_size)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

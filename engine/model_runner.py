@@ -1,0 +1,74 @@
+"""ModelRunner: a model, its KV pool and its backend; ``run(batch)`` returns logits."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headstart.engine.batch import Batch
+from headstart.engine.errors import ConfigError, ModelError
+from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.decoder import Decoder
+from headstart.engine.models.parameters import read_float
+from headstart.engine.models.quantize import read_int8
+from headstart.engine.models.rope import rope_tables
+from headstart.kernels.backend import AttentionShape, Backend, RopeTable
+
+logger = logging.getLogger(__name__)
+
+
+def load_decoder(
+    folder: Path, config: ModelConfig, backend: Backend, weights: str, max_len: int
+) -> Decoder:
+    """The model of ``folder`` in the weight format ``weights``, for positions below ``max_len``."""
+    read = read_int8 if weights == "int8" else read_float
+    rope = RopeTable(*rope_tables(config, max_len))
+    try:
+        return Decoder(config, backend, read(config, folder), rope)
+    except ValueError as error:  # a shape this backend does not compute
+        raise ModelError(f"{folder.name}: {error}") from error
+
+
+class ModelRunner:
+    """Owns the decoder and the tensors of the KV pool."""
+
+    def __init__(self, decoder: Decoder, backend: Backend, num_pages: int) -> None:
+        self.decoder = decoder
+        self.backend = backend
+        self.num_pages = num_pages
+        config = decoder.config
+        try:
+            self._kv = backend.allocate_kv(decoder.shape, config.num_layers, num_pages)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+        except RuntimeError as error:  # torch's allocator: not enough memory
+            raise ConfigError(
+                f"cannot allocate {num_pages} KV pages: use a smaller --kv-memory"
+            ) from error
+
+    def run(self, batch: Batch) -> Tensor:
+        """Logits ``[logit rows, vocab]``, float32, valid until the next call."""
+        return self.decoder.forward(batch, self._kv)
+
+
+def attention_shape(config: ModelConfig) -> AttentionShape:
+    return AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
+
+
+def warm_up(runner: ModelRunner) -> None:
+    """Touch every weight and kernel once, so that the first request does not pay for it."""
+    from array import array
+
+    from headstart.engine.batch import build_batch
+    from headstart.engine.sampling_params import SamplingParams
+    from headstart.engine.scheduler import ScheduledSequence
+    from headstart.engine.sequence import Sequence
+
+    for rows in (1, min(16, runner.num_pages * runner.backend.page_size)):
+        pages = list(range(-(-rows // runner.backend.page_size)))
+        seq = Sequence(0, array("i", [0] * rows), rows, SamplingParams(max_tokens=1), pages=pages)
+        with torch.inference_mode():
+            runner.run(build_batch([ScheduledSequence(seq, 0, rows, True)], runner.backend.page_size))

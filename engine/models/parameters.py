@@ -1,0 +1,109 @@
+"""Parameters: a decoder's tensors in the shape it computes with, whatever file they come from.
+
+Matrices that read the same rows are stacked, so that they are one product:
+
+    qkv      [ q_proj ; k_proj ; v_proj ]     gate_up  [ gate_proj ; up_proj ]
+
+``read_float`` takes them from Hugging Face safetensors; quantize.py writes and reads int8 ones.
+Layers are read one at a time, as they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.weights import Weights
+
+
+@dataclass(slots=True)
+class Matrix:
+    """``weight [out, in]``, float or int8 with float32 ``scale [out]``; float32 ``bias [out]``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+
+@dataclass(slots=True)
+class LayerParameters:
+    """One decoder layer. Norm weights are float32."""
+
+    input_norm: Tensor
+    qkv: Matrix
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Matrix
+    post_norm: Tensor
+    gate_up: Matrix
+    down: Matrix
+
+
+@dataclass(slots=True)
+class Parameters:
+    """A whole decoder; ``layers`` can be iterated once."""
+
+    embedding: Tensor
+    layers: Iterator[LayerParameters]
+    final_norm: Tensor
+    head: Matrix
+
+
+def read_float(config: ModelConfig, folder: Path) -> Parameters:
+    """The float parameters of ``folder`` as stored. Raises ModelError naming a wrong tensor.
+
+    Tensors nobody asked for are an error, raised when the last layer has been read.
+    """
+    weights = Weights.open(folder)
+    hidden = config.hidden_size
+    embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, hidden))
+    final_norm = weights.take("model.norm.weight", (hidden,)).float()
+    head = embedding
+    if config.tie_word_embeddings:
+        weights.take("lm_head.weight", (config.vocab_size, hidden), optional=True)
+    else:
+        head = weights.take("lm_head.weight", (config.vocab_size, hidden))
+
+    def layers() -> Iterator[LayerParameters]:
+        for index in range(config.num_layers):
+            yield _read_layer(config, weights, f"model.layers.{index}.")
+        weights.finish()
+
+    return Parameters(embedding, layers(), final_norm, Matrix(head))
+
+
+def _read_layer(config: ModelConfig, weights: Weights, prefix: str) -> LayerParameters:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size = config.num_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
+
+    def vector(name: str, size: int) -> Tensor:
+        return weights.take(prefix + name, (size,)).float()
+
+    def stacked(names: dict[str, int], in_features: int, has_bias: bool) -> Matrix:
+        parts = [
+            weights.take(f"{prefix}{name}.weight", (size, in_features))
+            for name, size in names.items()
+        ]
+        biases = [vector(f"{name}.bias", size) for name, size in names.items() if has_bias]
+        return Matrix(
+            torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(biases) if biases else None
+        )
+
+    attention = {"self_attn.q_proj": q_size, "self_attn.k_proj": kv_size}
+    attention["self_attn.v_proj"] = kv_size
+    return LayerParameters(
+        input_norm=vector("input_layernorm.weight", hidden),
+        qkv=stacked(attention, hidden, config.qkv_bias),
+        q_norm=vector("self_attn.q_norm.weight", config.head_dim) if config.qk_norm else None,
+        k_norm=vector("self_attn.k_norm.weight", config.head_dim) if config.qk_norm else None,
+        o=stacked({"self_attn.o_proj": hidden}, q_size, config.o_bias),
+        post_norm=vector("post_attention_layernorm.weight", hidden),
+        gate_up=stacked({"mlp.gate_proj": inner, "mlp.up_proj": inner}, hidden, config.mlp_bias),
+        down=stacked({"mlp.down_proj": hidden}, inner, config.mlp_bias),
+    )

@@ -1,0 +1,58 @@
+"""Perplexity on a fixed English text: the price of a weight format, beside its speed."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from headstart.engine.batch import build_batch
+from headstart.engine.model_runner import ModelRunner
+from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.sequence import Sequence
+
+TEXTS = Path(__file__).parent / "text"
+WINDOW = 1024
+_CHUNK = 256  # rows whose logits are held at a time
+
+
+def text_tokens(folder: Path, name: str, limit: int | None = None) -> list[int]:
+    """Token ids of the bundled text ``name`` under the model's own tokenizer."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = (TEXTS / f"{name}.txt").read_text(encoding="utf-8")
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids[:limit]
+
+
+def windows(token_ids: list[int], size: int = WINDOW) -> list[list[int]]:
+    """The tokens in runs of ``size``; a last run of fewer than two tokens predicts nothing."""
+    runs = [token_ids[i : i + size] for i in range(0, len(token_ids), size)]
+    return [run for run in runs if len(run) > 1]
+
+
+def log_likelihood(runner: ModelRunner, token_ids: list[int]) -> float:
+    """Sum of log p(token | tokens before it) over all but the first token, natural logarithm."""
+    page_size = runner.backend.page_size
+    pages = list(range(-(-len(token_ids) // page_size)))
+    tokens = array("i", token_ids)
+    seq = Sequence(0, tokens, len(tokens), SamplingParams(max_tokens=1), pages=pages)
+    total = 0.0
+    for start in range(0, len(tokens), _CHUNK):
+        count = min(_CHUNK, len(tokens) - start)
+        batch = build_batch([ScheduledSequence(seq, start, count, False)], page_size)
+        logits = runner.run(batch.with_all_logits())
+        targets = torch.tensor(token_ids[start + 1 : start + count + 1])
+        chosen = torch.log_softmax(logits[: len(targets)].double(), dim=-1)
+        total += float(chosen.gather(1, targets[:, None]).sum())
+    return total
+
+
+def perplexity(runner: ModelRunner, token_ids: list[int]) -> float:
+    """exp of the mean negative log-likelihood, in windows of WINDOW tokens."""
+    runs = windows(token_ids)
+    total = sum(log_likelihood(runner, run) for run in runs)
+    return math.exp(-total / sum(len(run) - 1 for run in runs))

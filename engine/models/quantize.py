@@ -1,0 +1,287 @@
+"""int8 weights with smoothing: made once at pull time, with their perplexity beside them.
+
+    python -m headstart.engine.models.quantize FOLDER
+
+A linear layer runs in int8 as  y = scale_w * scale_x * (W_q x_q):  one scale per output channel
+for the weights, one per row for the activations, taken on the fly. A few input channels are so
+large that a row's scale drowns the others, so their range is moved into the weights first
+(SmoothQuant, arXiv 2211.10438, section 4):
+
+    W x = (W diag(s)) (diag(1/s) x)      s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)
+
+diag(1/s) costs nothing at run time, because what produces x takes it in:
+
+    q, k, v and gate, up and the head    the RMSNorm weight before them (one s for all readers)
+    down                                 the rows of up
+    o                                    the rows of v (one s for the query heads of a KV head)
+
+The ranges of x come from a bundled text. FOLDER gets int8/model.safetensors (everything but the
+embedding, which stays bf16, in the shape parameters.py describes) and int8/quality.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headstart.engine.errors import HeadstartError, ModelError
+from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.decoder import Decoder
+from headstart.engine.models.parameters import LayerParameters, Matrix, Parameters, read_float
+from headstart.engine.models.weights import Weights
+from headstart.kernels.backend import Backend, Linear, RopeTable, load_backend
+
+ALPHA = 0.6
+CALIBRATION_TOKENS = 1024
+FOLDER = "int8"
+QUALITY = "quality.json"
+Ranges = dict[int, Tensor]
+
+
+class RangeRecorder:
+    """A backend that notes the largest |x| of every input channel of every linear layer."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.ranges: Ranges = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def linear(self, x: Any, weight: Linear) -> Tensor:
+        rows = x if isinstance(x, Tensor) else x.data
+        seen = rows.float().abs().amax(dim=0)
+        before = self.ranges.get(id(weight))
+        self.ranges[id(weight)] = seen if before is None else torch.maximum(before, seen)
+        return self._backend.linear(x, weight)
+
+
+def smoothing(ranges: Tensor, weights: list[Tensor]) -> Tensor:
+    """The factor s of each input channel of ``weights``, float32 ``[in]``."""
+    largest = torch.stack([w.float().abs().amax(dim=0) for w in weights]).amax(dim=0)
+    return _balance(ranges, largest)
+
+
+def _balance(ranges: Tensor, largest: Tensor) -> Tensor:
+    factor = ranges.clamp(min=1e-5) ** ALPHA / largest.clamp(min=1e-5) ** (1 - ALPHA)
+    # A channel the text never excites, or that no weight reads, is left alone.
+    factor[(ranges == 0) | (largest == 0)] = 1.0
+    return factor
+
+
+def smooth_layer(
+    layer: LayerParameters, config: ModelConfig, recorded: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
+    """Move activation ranges into the weights of ``layer``, in place.
+
+    recorded: largest |x| of the inputs of qkv, o, gate_up and down.
+    """
+    qkv_in, o_in, gate_up_in, down_in = recorded
+    for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
+        matrix.weight = matrix.weight.float().clone()
+        matrix.bias = None if matrix.bias is None else matrix.bias.clone()
+
+    factor = smoothing(qkv_in, [layer.qkv.weight])
+    layer.input_norm = layer.input_norm / factor
+    layer.qkv.weight *= factor
+    factor = smoothing(gate_up_in, [layer.gate_up.weight])
+    layer.post_norm = layer.post_norm / factor
+    layer.gate_up.weight *= factor
+
+    factor = smoothing(down_in, [layer.down.weight])
+    layer.down.weight *= factor
+    _divide_rows(layer.gate_up, config.intermediate_size, factor)
+
+    # One factor per value channel: all query heads of a KV head read the same values.
+    groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
+    largest = layer.o.weight.abs().amax(dim=0).view(groups).amax(dim=1)
+    factor = _balance(o_in.view(groups).amax(dim=1), largest)
+    layer.o.weight *= factor[:, None, :].expand(groups).reshape(-1)
+    values = (config.num_heads + config.num_kv_heads) * config.head_dim
+    _divide_rows(layer.qkv, values, factor.reshape(-1))
+
+
+def _divide_rows(matrix: Matrix, start: int, factor: Tensor) -> None:
+    matrix.weight[start:] /= factor[:, None]
+    if matrix.bias is not None:
+        matrix.bias[start:] /= factor
+
+
+def quantize_matrix(matrix: Matrix) -> Matrix:
+    """int8 weight and float32 scale per output channel: w = scale * w_q, |w_q| <= 127."""
+    weight = matrix.weight.float()
+    scale = weight.abs().amax(dim=1) / 127
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros(()))
+    quantized = (weight * inverse[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return Matrix(quantized, matrix.bias, scale)
+
+
+def calibrate(folder: Path, config: ModelConfig) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+    """Ranges of the inputs of (qkv, o, gate_up, down) per layer, and of the head."""
+    from headstart.engine.models.quality import text_tokens
+
+    backend = RangeRecorder(_backend("f32"))
+    runner = _runner(folder, config, backend, "f32")
+    backend.ranges.clear()
+    _run_over(runner, text_tokens(folder, "calibration", CALIBRATION_TOKENS))
+    decoder, ranges = runner.decoder, backend.ranges
+    layers = [
+        tuple(ranges[id(w)] for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        for layer in decoder.layers
+    ]
+    return layers, ranges[id(decoder.head)]
+
+
+def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+    """Write int8 weights and quality.json into ``folder``; return the perplexities by format."""
+    from headstart.engine.models.quality import perplexity, text_tokens
+
+    config = ModelConfig.from_folder(folder)
+    steps, done = config.num_layers + 4, 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, steps)
+
+    ranges, head_range = calibrate(folder, config)
+    advance()
+    target = folder / FOLDER
+    target.mkdir(exist_ok=True)
+    parameters = read_float(config, folder)
+    tensors: dict[str, Tensor] = {"embedding": parameters.embedding.bfloat16().contiguous()}
+    for index, layer in enumerate(parameters.layers):
+        smooth_layer(layer, config, ranges[index])  # type: ignore[arg-type]
+        for name, value in _layer_tensors(layer):
+            tensors[f"layers.{index}.{name}"] = value
+        advance()
+    factor = smoothing(head_range, [parameters.head.weight])
+    tensors["final_norm"] = parameters.final_norm / factor
+    head = quantize_matrix(Matrix(parameters.head.weight.float() * factor))
+    tensors |= _matrix_tensors("head", head)
+    partial = target / "model.safetensors.partial"
+    save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
+    os.replace(partial, target / "model.safetensors")
+    del tensors, parameters, head
+
+    text = text_tokens(folder, "evaluation")
+    quality: dict[str, float] = {"tokens": len(text)}
+    for weights in ("f32", "bf16", "int8"):
+        quality[weights] = perplexity(_runner(folder, config, _backend(weights), weights), text)
+        advance()
+    (target / QUALITY).write_text(json.dumps(quality, indent=1))
+    return quality
+
+
+def read_quality(folder: Path) -> dict[str, float] | None:
+    """Perplexities recorded at pull time, or None if int8 weights were not made."""
+    path = folder / FOLDER / QUALITY
+    if not path.exists():
+        return None
+    try:
+        quality: dict[str, float] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged: pull the model again") from error
+    return quality
+
+
+def read_int8(config: ModelConfig, folder: Path) -> Parameters:
+    """The int8 parameters of ``folder``. Raises ModelError naming what is missing or wrong."""
+    if not (folder / FOLDER / "model.safetensors").exists():
+        raise ModelError(f"{folder} has no int8 weights: pull the model again, or use --weights bf16")
+    weights = Weights.open(folder / FOLDER)
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+
+    def matrix(name: str, out_features: int, in_features: int, has_bias: bool = False) -> Matrix:
+        return Matrix(
+            weights.take(f"{name}.weight", (out_features, in_features)),
+            weights.take(f"{name}.bias", (out_features,)) if has_bias else None,
+            weights.take(f"{name}.scale", (out_features,)),
+        )
+
+    def layers() -> Iterator[LayerParameters]:
+        for i in range(config.num_layers):
+            name = f"layers.{i}"
+            yield LayerParameters(
+                input_norm=weights.take(f"{name}.input_norm", (hidden,)),
+                qkv=matrix(f"{name}.qkv", q_size + 2 * kv_size, hidden, config.qkv_bias),
+                q_norm=weights.take(f"{name}.q_norm", (head_dim,)) if config.qk_norm else None,
+                k_norm=weights.take(f"{name}.k_norm", (head_dim,)) if config.qk_norm else None,
+                o=matrix(f"{name}.o", hidden, q_size, config.o_bias),
+                post_norm=weights.take(f"{name}.post_norm", (hidden,)),
+                gate_up=matrix(f"{name}.gate_up", 2 * inner, hidden, config.mlp_bias),
+                down=matrix(f"{name}.down", hidden, inner, config.mlp_bias),
+            )
+        weights.finish()
+
+    return Parameters(
+        weights.take("embedding", (config.vocab_size, hidden)),
+        layers(),
+        weights.take("final_norm", (hidden,)),
+        matrix("head", config.vocab_size, hidden),
+    )
+
+
+def _layer_tensors(layer: LayerParameters) -> Iterator[tuple[str, Tensor]]:
+    for name in ("input_norm", "post_norm", "q_norm", "k_norm"):
+        value = getattr(layer, name)
+        if value is not None:
+            yield name, value
+    for name in ("qkv", "o", "gate_up", "down"):
+        yield from _matrix_tensors(name, quantize_matrix(getattr(layer, name))).items()
+
+
+def _matrix_tensors(name: str, matrix: Matrix) -> dict[str, Tensor]:
+    tensors = {f"{name}.weight": matrix.weight, f"{name}.bias": matrix.bias}
+    tensors[f"{name}.scale"] = matrix.scale
+    return {key: value for key, value in tensors.items() if value is not None}
+
+
+def _backend(weights: str) -> Backend:
+    threads = len(os.sched_getaffinity(0))
+    return load_backend("cpu", isa="auto", weights=weights, threads=threads)
+
+
+def _runner(folder: Path, config: ModelConfig, backend: Any, weights: str) -> Any:
+    from headstart.engine.model_runner import ModelRunner
+    from headstart.engine.models.quality import WINDOW
+    from headstart.engine.models.rope import rope_tables
+
+    read = read_int8 if weights == "int8" else read_float
+    length = min(WINDOW, config.max_position_embeddings)
+    try:
+        decoder = Decoder(
+            config, backend, read(config, folder), RopeTable(*rope_tables(config, WINDOW))
+        )
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    return ModelRunner(decoder, backend, -(-length // backend.page_size))
+
+
+def _run_over(runner: Any, token_ids: list[int]) -> None:
+    from headstart.engine.models.quality import log_likelihood, windows
+
+    for window in windows(token_ids):
+        log_likelihood(runner, window)
+
+
+def main() -> None:
+    """Quantise the folder in argv; progress as "done total" lines on stdout."""
+    try:
+        quantize(Path(sys.argv[1]), lambda done, total: print(done, total, flush=True))
+    except HeadstartError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
