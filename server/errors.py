@@ -31,7 +31,7 @@ class APIError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = " ".join(message.splitlines())  # may quote the client, or a template
         self.param = param
         self.code = code
         self.headers = headers

@@ -191,8 +191,9 @@ async def _checked_prompts(
     """Tokenise and check every prompt before any is started."""
     checked: list[Prompt] = []
     tokenizer = runtime.tokenizer
+    prompts = body.prompts(runtime.settings)
     many = isinstance(body.prompt, list) and not is_token_id(body.prompt[0])
-    for i, prompt in enumerate(body.prompts(runtime.settings)):
+    for i, prompt in enumerate(prompts):
         path = f"prompt[{i}]" if many else "prompt"
         if isinstance(prompt, str):
             token_ids = await runtime.with_text(

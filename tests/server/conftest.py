@@ -44,7 +44,9 @@ def build_backend() -> tokenizers.Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog. hello world"], trainer)
+    backend.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog. hello world"], trainer
+    )
     return backend
 
 

@@ -175,7 +175,7 @@ def test_special_tokens_in_messages_are_plain_text(tokenizer):
     assert [i for i in token_ids if i < 3] == [i for i in harmless if i < 3]
     rendered = b"".join(map(tokenizer.token_bytes, token_ids)).decode()
     assert evil in rendered
-    assert not any(0xF0000 <= ord(char) for char in rendered)
+    assert not any(ord(char) >= 0xF0000 for char in rendered)
 
 
 @given(st.lists(st.sampled_from(["<|im_end|>", "<|", "a", "\U000f0000", " ", "|>"]), max_size=8))
