@@ -102,8 +102,16 @@ def read_streams(port: int, num_streams: int, num_tokens: int) -> None:
     async def read_one() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(head.encode() + body)
-        await reader.readuntil(b"data: [DONE]\n\n")
+        data = bytearray()
+        while not data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            chunk = await reader.read(65536)
+            if not chunk:
+                raise ConnectionError("the stream ended early")
+            data += chunk
         writer.close()
+        texts = data.count(b'"delta":{"content":')
+        if texts != num_tokens:
+            raise ValueError(f"{texts} texts came, {num_tokens} were asked for")
 
     async def read_all() -> None:
         async with asyncio.TaskGroup() as group:
@@ -114,7 +122,7 @@ def read_streams(port: int, num_streams: int, num_tokens: int) -> None:
 
 
 def bench_tokenizer() -> Tokenizer:
-    """A byte-level tokenizer made on the spot: the decoding of one token costs what it always does."""
+    """A byte-level tokenizer made on the spot; decoding does not depend on its size."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -147,6 +155,8 @@ async def measure(num_streams: int, num_tokens: int, step_seconds: float) -> dic
         wall, cpu = time.perf_counter(), time.process_time()
         client.start()
         await asyncio.to_thread(client.join)
+        if client.exitcode != 0:
+            raise ChildProcessError("the client failed; its message is above")
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         server.should_exit = True
         await serving

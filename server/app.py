@@ -76,6 +76,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # the redirect would be made of the client's Host header
     )
     app.state.runtime = runtime
     app.add_middleware(AccessLog)
@@ -130,9 +131,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         message = str(error.detail)
         if error.status_code == 404:
-            message = f"there is no {request.url.path[:200]!r} here"
+            message = f"there is no {request.scope['path'][:200]!r} here"
         elif error.status_code == 405:
-            message = f"{request.method} is not allowed on {request.url.path!r}"
+            message = f"{request.method} is not allowed on {request.scope['path'][:200]!r}"
         headers = dict(error.headers) if error.headers else None
         return APIError(error.status_code, message, headers=headers).response()
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import FailFast, Field, WithJsonSchema
 
 from headstart.engine.messages import ModelInfo
@@ -197,7 +197,7 @@ class ChatFormat(Format):
 def routes(runtime: Runtime) -> APIRouter:
     router = APIRouter(tags=["chat"])
 
-    @router.post("/v1/chat/completions", response_class=Reply)
+    @router.post("/v1/chat/completions", response_class=Response)
     async def create_chat_completion(request: Request) -> Reply:
         """Answer a chat; streamed with ``stream: true``."""
         body = await runtime.parse(request, ChatBody)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import WithJsonSchema
 
 from headstart.engine.messages import ModelInfo
@@ -220,7 +220,7 @@ async def _checked_prompts(
 def routes(runtime: Runtime) -> APIRouter:
     router = APIRouter(tags=["completions"])
 
-    @router.post("/v1/completions", response_class=Reply)
+    @router.post("/v1/completions", response_class=Response)
     async def create_completion(request: Request) -> Reply:
         """Continue one or more prompts; streamed with ``stream: true``."""
         body = await runtime.parse(request, CompletionBody)

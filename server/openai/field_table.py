@@ -1,4 +1,6 @@
-"""The tables of request fields in server/README.md: ``python -m headstart.server.openai.field_table``.
+"""Prints the tables of request fields in server/README.md.
+
+``python -m headstart.server.openai.field_table``
 
 Made from the tables the server checks requests with, so they say what it does.
 """

@@ -214,7 +214,7 @@ async def live_url(app: FastAPI) -> AsyncIterator[str]:
         task = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.005)
-        yield "http://127.0.0.1:%d" % listener.getsockname()[1]
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         await task
 

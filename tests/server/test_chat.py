@@ -160,7 +160,7 @@ async def test_logprobs(client, engine, chat_body, events, say, tokenizer, strea
         ]
     else:
         content = response.json()["choices"][0]["logprobs"]["content"]
-    assert bytes(sum((entry["bytes"] for entry in content), [])) == "a\U0001f44d".encode()
+    assert b"".join(bytes(entry["bytes"]) for entry in content) == "a\U0001f44d".encode()
     assert content[0]["token"] == "a"
     assert content[0]["logprob"] == -0.5
     assert [top["logprob"] for top in content[0]["top_logprobs"]] == [-0.5, -1.5]

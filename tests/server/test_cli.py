@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -121,7 +120,7 @@ def test_port_taken_is_one_line(capsys):
 
 
 def test_host_unknown_is_one_line():
-    with pytest.raises(ConfigError, match="cannot listen on 256.0.0.1"):
+    with pytest.raises(ConfigError, match=r"cannot listen on 256\.0\.0\.1"):
         cli.bind("256.0.0.1", 0)
 
 
@@ -170,8 +169,7 @@ def launch(model_folder):
 
     def start(seconds_per_token: float, how: str = "fine") -> tuple[subprocess.Popen, int]:
         process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(SERVER), str(model_folder)]
-            + [str(seconds_per_token), how],
+            [sys.executable, "-c", SERVER, str(model_folder), str(seconds_per_token), how],
             stdout=subprocess.PIPE,
             text=True,
         )

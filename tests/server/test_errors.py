@@ -1,4 +1,4 @@
-"""What goes wrong: every error is a clear 4xx or 503 in OpenAI's shape, and never a 5xx by input."""
+"""What goes wrong: a clear 4xx or 503 in OpenAI's shape, and no input makes a 5xx."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import json
 import httpx
 import pytest
 from headstart.server.app import create_app
+from headstart.server.openai.chat import ChatBody
+from headstart.server.openai.completions import CompletionBody
+from headstart.server.openai.fields import REFUSED_IN_CHAT
 from headstart.server.tokenizer import Tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -156,11 +159,12 @@ async def test_too_many_messages(client, chat_body):
     assert (await client.post(CHAT, json=body)).status_code == 400
 
 
-async def test_prompt_longer_than_the_context(client, chat_body):
+async def test_prompt_longer_than_the_context(app, client, chat_body):
     body = chat_body(messages=[{"role": "user", "content": "x " * 1000}])
     error = check_shape(await client.post(CHAT, json=body))
-    assert "the model's context holds 256" in error["message"]
-    assert "2015 tokens" in error["message"] or "tokens; the" in error["message"]
+    messages = body["messages"]
+    count = len(app.state.runtime.chat_template.encode(messages))
+    assert f"the prompt has {count} tokens; the model's context holds 256" in error["message"]
     assert error["param"] == "messages"
 
 
@@ -210,6 +214,15 @@ async def test_routes(client, method, path, status):
     check_shape(response)
 
 
+@pytest.mark.parametrize("path", ["/v1/nothing", "/v1/models/", "/health"])
+@pytest.mark.parametrize("host", ["[", "a b", "evil.example", ""])
+async def test_the_host_header_changes_nothing(live_url, path, host):
+    async with httpx.AsyncClient() as client:
+        response = await client.get(live_url + path, headers={"host": host})
+    assert response.status_code == (200 if path == "/health" else 404)
+    assert "location" not in response.headers
+
+
 @pytest.mark.parametrize("state", ["dead", "draining"])
 async def test_unavailable(app, client, engine, chat_body, state):
     if state == "dead":
@@ -256,7 +269,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FIELDS = st.sampled_from(
-    ["messages", "prompt", "n", "stop", "stop_token_ids", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "logit_bias", "logprobs", "top_logprobs", "ignore_eos", "cache_salt", "echo", "tools", "tool_choice", "user", "metadata", "response_format", "suffix", "priority", "model"]
+    sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *REFUSED_IN_CHAT})
 )
 
 
