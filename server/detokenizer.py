@@ -34,6 +34,9 @@ class Detokenizer:
         self._stream = self._new_stream()
 
     def _new_stream(self) -> DecodeStream:
+        # DecodeStream would show a context again that ends within a character.
+        if self._decode(self._seen).endswith("\ufffd"):
+            self._seen = []
         return DecodeStream(ids=list(self._seen), skip_special_tokens=True)
 
     def push(self, token_id: int) -> str:

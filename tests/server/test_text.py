@@ -39,6 +39,22 @@ def test_bytes_that_are_no_text_join_too(backend, tokenizer, data):
     assert "".join(pieces) == bytes(data).decode("utf-8", "replace")
 
 
+@pytest.mark.parametrize("garbage", [MAX_HELD_TOKENS, MAX_HELD_TOKENS + 1, 3 * MAX_HELD_TOKENS])
+@pytest.mark.parametrize("char", ["\x80", "é", "\u20ac", "\U0001f44d"])
+def test_a_character_after_garbage_comes_whole(backend, tokenizer, garbage, char):
+    by_byte = {tokenizer.token_bytes(i): i for i in range(400)}
+    data = b"\x80" * garbage + char.encode() + b"a"
+    pieces = detokenise(backend, [by_byte[bytes([byte])] for byte in data])
+    assert "".join(pieces) == "\ufffd" * garbage + char + "a"
+
+
+def test_a_context_that_ends_within_a_character_is_not_shown(backend, tokenizer):
+    by_byte = {tokenizer.token_bytes(i): i for i in range(400)}
+    context = [by_byte[b"a"], by_byte[b"\xf0"]]
+    detokenizer = Detokenizer(backend, context)
+    assert "".join(map(detokenizer.push, [by_byte[b"b"], by_byte[b"c"]])) == "bc"
+
+
 def test_garbage_is_not_held_for_ever(backend, tokenizer):
     by_byte = {tokenizer.token_bytes(i): i for i in range(400)}
     detokenizer = Detokenizer(backend)
