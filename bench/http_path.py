@@ -1,0 +1,185 @@
+"""What a streamed token costs the server process: ``python -m headstart.bench.http_path``.
+
+An engine that answers at once stands in front of the real app and a real uvicorn; a client in
+another process reads the streams. Prints one JSON line: microseconds of this process's CPU time
+per token, everything from the engine's Output to the socket included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import tokenizers
+import uvicorn
+from headstart.engine.messages import ModelInfo, Output, Stats
+from headstart.engine.sampling_params import SamplingParams
+from headstart.server.app import create_app
+from headstart.server.tokenizer import Tokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+
+class SteadyStream:
+    """One token per tick of the engine, as a step hands them out."""
+
+    def __init__(self, num_tokens: int, token_ids: Sequence[int]) -> None:
+        self._num_tokens = num_tokens
+        self._token_ids = token_ids
+        self.queue: asyncio.Queue[Output] = asyncio.Queue()
+        self._sent = 0
+
+    def tick(self) -> bool:
+        """Hand out a token; False after the last."""
+        self._sent += 1
+        token_id = self._token_ids[self._sent % len(self._token_ids)]
+        last = self._sent >= self._num_tokens
+        self.queue.put_nowait(Output(0, [token_id], "length" if last else None))
+        return not last
+
+    async def __aiter__(self) -> AsyncIterator[Output]:
+        while True:
+            yield await self.queue.get()
+
+    def abort(self) -> None:
+        self._sent = self._num_tokens
+
+
+class SteadyEngine:
+    """Hands every running stream one token each ``step_seconds``."""
+
+    def __init__(self, token_ids: Sequence[int], step_seconds: float) -> None:
+        self.ready = True
+        self.stats = Stats()
+        self.restarts = 0
+        self.model: ModelInfo | None = ModelInfo(
+            max_model_len=10**6,
+            vocab_size=10**6,
+            page_size=16,
+            num_pages=1,
+            eos_token_ids=[],
+            backend="none",
+            weights="none",
+            version="0",
+        )
+        self._token_ids = token_ids
+        self._step_seconds = step_seconds
+        self._streams: list[SteadyStream] = []
+
+    async def start(self) -> None:
+        while True:
+            await asyncio.sleep(self._step_seconds)
+            self._streams = [stream for stream in self._streams if stream.tick()]
+
+    def add(
+        self, token_ids: Sequence[int], params: SamplingParams, *, namespace: bytes = b""
+    ) -> SteadyStream:
+        stream = SteadyStream(params.max_tokens, self._token_ids)
+        self._streams.append(stream)
+        return stream
+
+    async def stop(self) -> None:
+        self._streams = []
+
+
+def read_streams(port: int, num_streams: int, num_tokens: int) -> None:
+    """The client's process: opens the streams and reads them to their ends."""
+    body = json.dumps(
+        {
+            "model": "bench",
+            "messages": [{"role": "user", "content": "go"}],
+            "max_tokens": num_tokens,
+            "stream": True,
+            "stop": ["never said", "neither"],
+        }
+    ).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    async def read_one() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode() + body)
+        data = bytearray()
+        while not data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            chunk = await reader.read(65536)
+            if not chunk:
+                raise ConnectionError("the stream ended early")
+            data += chunk
+        writer.close()
+        texts = data.count(b'"delta":{"content":')
+        if texts != num_tokens:
+            raise ValueError(f"{texts} texts came, {num_tokens} were asked for")
+
+    async def read_all() -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(num_streams):
+                group.create_task(read_one())
+
+    asyncio.run(read_all())
+
+
+def bench_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer made on the spot; decoding does not depend on its size."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([__doc__ or ""], trainer)
+    return Tokenizer(backend, chat_template="{{ messages[0]['content'] }}")
+
+
+async def measure(num_streams: int, num_tokens: int, step_seconds: float) -> dict[str, float]:
+    """Serve ``num_streams`` streams of ``num_tokens``; the figures of the JSON line."""
+    tokenizer = bench_tokenizer()
+    token_ids = tokenizer.encode(
+        "the process reads the streams of one token ", add_special_tokens=False
+    )
+    app = create_app(SteadyEngine(token_ids, step_seconds), tokenizer, model_names=["bench"])
+    config = uvicorn.Config(app, http="httptools", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = listener.getsockname()[1]
+        client = multiprocessing.get_context("spawn").Process(
+            target=read_streams, args=(port, num_streams, num_tokens)
+        )
+        wall, cpu = time.perf_counter(), time.process_time()
+        client.start()
+        await asyncio.to_thread(client.join)
+        if client.exitcode != 0:
+            raise ChildProcessError("the client failed; its message is above")
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        server.should_exit = True
+        await serving
+    tokens = num_streams * num_tokens
+    return {
+        "streams": num_streams,
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / wall, 1),
+        "cpu_us_per_token": round(cpu / tokens * 1e6, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=400, help="per stream")
+    parser.add_argument("--step-ms", type=float, default=20.0, help="time of an engine step")
+    args = parser.parse_args()
+    import uvloop
+
+    figures = uvloop.run(measure(args.streams, args.tokens, args.step_ms / 1000))
+    print(json.dumps({"bench": "http_path"} | figures))
+
+
+if __name__ == "__main__":
+    main()

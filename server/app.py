@@ -1,0 +1,167 @@
+"""create_app: the HTTP side over an engine client. No globals: two apps do not know each other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from headstart import __version__
+from headstart.engine.errors import HeadstartError
+from headstart.server.access_log import AccessLog
+from headstart.server.engine_client import EngineClient
+from headstart.server.errors import APIError, to_api_error
+from headstart.server.metrics import Metrics
+from headstart.server.openai import chat, completions, models
+from headstart.server.runtime import Runtime
+from headstart.server.settings import ServerSettings
+from headstart.server.templates import ChatTemplate
+from headstart.server.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": chat.ChatBody,
+    "/v1/completions": completions.CompletionBody,
+}
+
+
+def create_app(
+    engine: EngineClient,
+    tokenizer: Tokenizer,
+    *,
+    model_names: Sequence[str],
+    settings: ServerSettings | None = None,
+    on_start_failure: Callable[[HeadstartError], None] | None = None,
+) -> FastAPI:
+    """An ASGI app that starts the engine when it starts, and stops it when it stops.
+
+    The app answers at once; /health is 503 until the engine is ready. ``on_start_failure`` is told
+    when it never will be. ``app.state.runtime`` is the app's Runtime.
+    """
+    settings = settings or ServerSettings()
+    runtime = Runtime(
+        engine=engine,
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(tokenizer) if tokenizer.chat_template is not None else None,
+        settings=settings,
+        metrics=Metrics(engine, model_names[0]),
+        model_names=tuple(model_names),
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        start = asyncio.create_task(_start(engine, on_start_failure))
+        try:
+            yield
+        finally:
+            runtime.draining = True
+            start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
+            await engine.stop()
+            runtime.threads.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(
+        title="headstart",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # they load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,  # the redirect would be made of the client's Host header
+    )
+    app.state.runtime = runtime
+    app.add_middleware(AccessLog)
+    _add_error_handlers(app)
+    app.include_router(_operations(runtime))
+    for group in (models, chat, completions):
+        app.include_router(group.routes(runtime))
+    _describe_bodies(app)
+    return app
+
+
+async def _start(engine: EngineClient, on_failure: Callable[[HeadstartError], None] | None) -> None:
+    try:
+        await engine.start()
+    except HeadstartError as error:
+        logger.error("the engine did not start: %s", error)
+        if on_failure is not None:
+            on_failure(error)
+    except Exception as error:
+        logger.exception("the engine did not start")
+        if on_failure is not None:
+            on_failure(HeadstartError(f"the engine did not start: {error}"))
+
+
+def _operations(runtime: Runtime) -> APIRouter:
+    """What operators ask: /health, /version, /metrics."""
+    router = APIRouter(tags=["operations"])
+
+    @router.get("/health")
+    async def health() -> Response:
+        """200 when requests are served, 503 while loading, draining, or without an engine."""
+        runtime.require_model()
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text format."""
+        return Response(runtime.metrics.expose(), media_type=runtime.metrics.content_type)
+
+    return router
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def known(_: Request, error: Exception) -> Response:
+        return to_api_error(error).response()
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"there is no {request.scope['path'][:200]!r} here"
+        elif error.status_code == 405:
+            message = f"{request.method} is not allowed on {request.scope['path'][:200]!r}"
+        headers = dict(error.headers) if error.headers else None
+        return APIError(error.status_code, message, headers=headers).response()
+
+    for kind in (APIError, HeadstartError, ValidationError, Exception):
+        app.add_exception_handler(kind, known)
+    app.add_exception_handler(HTTPException, http)
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Put the request bodies, which the endpoints parse themselves, into /openapi.json."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = generate()
+            references, definitions = models_json_schema(
+                [(body, "validation") for body in BODIES.values()],
+                ref_template="#/components/schemas/{model}",
+            )
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(
+                definitions.get("$defs", {})
+            )
+            for path, body in BODIES.items():
+                schema["paths"][path]["post"]["requestBody"] = {
+                    "required": True,
+                    "content": {"application/json": {"schema": references[body, "validation"]}},
+                }
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,298 @@
+"""The ``headstart`` command: serve a model, pull one.
+
+Errors that a user can act on are one line on stderr and exit status 1; wrong usage exits 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from headstart import __version__
+from headstart.engine.config import EngineConfig
+from headstart.engine.errors import ConfigError, HeadstartError
+from headstart.server.settings import ServerSettings
+
+UNITS = {"": 1} | {
+    prefix + suffix: base ** (i + 1)
+    for suffix, base in (("b", 1000), ("ib", 1024), ("", 1024))
+    for i, prefix in enumerate("kmgt")
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except HeadstartError as error:
+        print(f"headstart: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; every flag is read by ``serve`` or ``pull``."""
+    parser = argparse.ArgumentParser(prog="headstart", description="LLM inference server")
+    parser.add_argument("--version", action="version", version=f"headstart {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+
+    serve = commands.add_parser(
+        "serve", help="serve a model over HTTP, fetching it first", formatter_class=formatter
+    )
+    serve.set_defaults(run=run_serve)
+    serve.add_argument("model", metavar="MODEL", help="name, hub id, or path of a model")
+    _add_cache_dir(serve)
+    _add_http_flags(serve)
+    _add_engine_flags(serve)
+
+    pull = commands.add_parser("pull", help="fetch and convert a model", formatter_class=formatter)
+    pull.set_defaults(run=run_pull)
+    pull.add_argument("model", metavar="NAME|HUB-ID|PATH", help="what to fetch")
+    _add_cache_dir(pull)
+    return parser
+
+
+def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
+    home = os.environ.get("HEADSTART_HOME") or Path.home() / ".cache" / "headstart"
+    parser.add_argument("--cache-dir", type=Path, default=Path(home), help="where models are kept")
+
+
+def _add_http_flags(parser: argparse.ArgumentParser) -> None:
+    limits = ServerSettings()
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    http.add_argument("--port", type=port_number, default=8000, help="0 picks a free one")
+    http.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names clients may use; answers carry the first (default: from MODEL)",
+        default=argparse.SUPPRESS,
+    )
+    http.add_argument(
+        "--max-body-size",
+        type=byte_size,
+        default=limits.max_body_bytes,
+        help="largest request body, bytes or 8MiB",
+    )
+    http.add_argument("--max-n", type=positive, default=limits.max_n, help="largest n")
+    http.add_argument(
+        "--max-prompts",
+        type=positive,
+        default=limits.max_prompts,
+        help="most prompts in one request",
+    )
+    http.add_argument(
+        "--max-choices",
+        type=positive,
+        default=limits.max_choices,
+        help="most choices in one request, prompts times n",
+    )
+    http.add_argument(
+        "--max-stop", type=positive, default=limits.max_stop, help="most stop strings"
+    )
+    http.add_argument(
+        "--shutdown-timeout",
+        type=positive,
+        default=30,
+        metavar="SECONDS",
+        help="how long running requests may take to end after SIGTERM",
+    )
+    http.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="least to log",
+    )
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--backend", choices=("auto", "cpu", "reference"), default="auto", help="who computes"
+    )
+    engine.add_argument(
+        "--isa",
+        choices=("auto", "avx512_bf16", "avx512", "avx2", "portable"),
+        default="auto",
+        help="instruction set of the CPU kernels",
+    )
+    engine.add_argument(
+        "--weights",
+        choices=("auto", "f32", "bf16", "int8"),
+        default="auto",
+        help="format of the weights",
+    )
+    engine.add_argument(
+        "--kv-memory",
+        type=byte_size,
+        help="size of the KV cache, as 2GiB or 500MB (default: from free memory)",
+        default=argparse.SUPPRESS,
+    )
+    engine.add_argument(
+        "--max-model-len",
+        type=positive,
+        metavar="TOKENS",
+        help="longest prompt plus answer (default: what the model and the memory allow)",
+        default=argparse.SUPPRESS,
+    )
+    engine.add_argument(
+        "--max-batched-tokens",
+        type=positive,
+        default=512,
+        metavar="TOKENS",
+        help="token budget of one step",
+    )
+    engine.add_argument(
+        "--max-running", type=positive, default=64, help="sequences computed in one step"
+    )
+    engine.add_argument(
+        "--threads",
+        type=positive,
+        help="threads of the kernels (default: one per core)",
+        default=argparse.SUPPRESS,
+    )
+    engine.add_argument(
+        "--no-prefix-caching",
+        action="store_true",
+        help="forget the KV of finished requests",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def port_number(text: str) -> int:
+    """A TCP port."""
+    if not (text.isascii() and text.isdigit() and int(text[:6]) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; ports are 0 to 65535")
+    return int(text)
+
+
+def byte_size(text: str) -> int:
+    """``2GiB``, ``500MB``, ``1.5G`` (binary), or bytes."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([a-z]*)", text.strip().lower())
+    unit = UNITS.get(match[2]) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GiB or 500MB")
+    return size
+
+
+def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
+    """The engine's share of the flags."""
+    return EngineConfig(
+        model_path=str(folder),
+        backend=args.backend,
+        isa=args.isa,
+        weights=args.weights,
+        kv_memory=getattr(args, "kv_memory", None),
+        max_model_len=getattr(args, "max_model_len", None),
+        max_batched_tokens=args.max_batched_tokens,
+        max_running=args.max_running,
+        threads=getattr(args, "threads", None),
+        prefix_caching=not args.no_prefix_caching,
+    )
+
+
+def server_settings(args: argparse.Namespace) -> ServerSettings:
+    """The server's share of the flags."""
+    return ServerSettings(
+        max_body_bytes=args.max_body_size,
+        max_n=args.max_n,
+        max_prompts=args.max_prompts,
+        max_choices=args.max_choices,
+        max_stop=args.max_stop,
+    )
+
+
+def model_names(args: argparse.Namespace) -> list[str]:
+    """What the model is called: as asked for, or by the last part of a path."""
+    given: list[str] | None = getattr(args, "served_model_name", None)
+    if given:
+        return given
+    path = Path(args.model)
+    return [path.resolve().name if path.exists() else args.model]
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, before anything slow happens; raises ConfigError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {reason}; choose another with --host, --port"
+        ) from error
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """``headstart serve``."""
+    # The tokenizer's own thread pool would take cores from the engine.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(
+        level=args.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    listener = bind(args.host, args.port)
+    # Only now: everything below is slow to import, and --help has to be quick.
+    from headstart.engine.client import EngineClient
+    from headstart.engine.models.store import resolve
+    from headstart.server.app import create_app
+    from headstart.server.serving import serve
+    from headstart.server.tokenizer import Tokenizer
+
+    with listener:
+        folder = resolve(args.model, args.cache_dir)
+        engine = EngineClient(engine_config(args, folder))
+        failures: list[HeadstartError] = []
+        app = create_app(
+            engine,
+            Tokenizer.from_folder(folder),
+            model_names=model_names(args),
+            settings=server_settings(args),
+            on_start_failure=failures.append,
+        )
+        serve(app, listener, failures, drain_seconds=args.shutdown_timeout)
+    if failures:
+        raise failures[0]
+    return 0
+
+
+def run_pull(args: argparse.Namespace) -> int:
+    """``headstart pull``."""
+    from headstart.engine.models.store import pull
+
+    folder = pull(args.model, args.cache_dir, show_progress)
+    print(folder)
+    return 0
+
+
+def show_progress(what: str, done: int, total: int) -> None:
+    """One line on stderr, rewritten in place on a terminal."""
+    terminal = sys.stderr.isatty()
+    if not terminal and done < total:
+        return
+    share = f"{100 * done // total:3d}%" if total > 0 else f"{done}"
+    end = "\n" if not terminal or done >= total > 0 else ""
+    print(f"{chr(13) if terminal else ''}{what}: {share}", end=end, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What the server needs of the engine; ``headstart.engine.client.EngineClient`` supplies it."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from headstart.engine.messages import ModelInfo, Output, Stats
+from headstart.engine.sampling_params import SamplingParams
+
+
+class Stream(Protocol):
+    """The tokens of one request, as they come.
+
+    Iterating raises RequestError when the engine refuses the request, and EngineDeadError when
+    the engine ends first. The iteration ends after the Output that has a ``finish_reason``.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Output]: ...
+
+    def abort(self) -> None:
+        """Stop the request and free what it holds; may be called again, or after the end."""
+
+
+class EngineClient(Protocol):
+    """A running engine, or one that is being started."""
+
+    @property
+    def ready(self) -> bool:
+        """The engine has loaded its model and lives."""
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """Set when ready."""
+
+    @property
+    def stats(self) -> Stats:
+        """The engine's latest counters."""
+
+    @property
+    def restarts(self) -> int:
+        """How often the engine was started again after it had died."""
+
+    async def start(self) -> None:
+        """Start the engine and wait until it is ready; raises HeadstartError when it cannot."""
+
+    def add(
+        self, token_ids: Sequence[int], params: SamplingParams, *, namespace: bytes = b""
+    ) -> Stream:
+        """Start a request; raises EngineDeadError when the engine is not ready."""
+
+    async def stop(self) -> None:
+        """End the engine; running requests are dropped."""

@@ -1,0 +1,114 @@
+"""Errors as the OpenAI API shows them: ``{"error": {"message", "type", "param", "code"}}``.
+
+Everything that goes wrong reaches the client through ``to_api_error``, so that a status and a
+body are chosen in one place.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import msgspec
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from headstart.engine.errors import EngineDeadError, HeadstartError, RequestError
+
+INTERNAL_MESSAGE = "internal error; the server's log says more"
+
+
+class APIError(Exception):
+    """An error with its HTTP status. ``param`` is the path of the body field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = " ".join(message.splitlines())  # may quote the client, or a template
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    @property
+    def type(self) -> str:
+        """OpenAI's name for the class of error."""
+        if self.status == HTTPStatus.NOT_FOUND:
+            return "not_found_error"
+        if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            return "service_unavailable_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self) -> bytes:
+        """The error as JSON."""
+        return msgspec.json.encode(
+            {
+                "error": {
+                    "message": self.message,
+                    "type": self.type,
+                    "param": self.param,
+                    "code": self.code,
+                }
+            }
+        )
+
+    def response(self) -> Response:
+        """The error as a response that has not started yet."""
+        return Response(self.body(), self.status, self.headers, media_type="application/json")
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
+    """A 400."""
+    return APIError(400, message, param=param, code=code)
+
+
+def unavailable(message: str) -> APIError:
+    """A 503 that asks the client to come back."""
+    return APIError(503, message, code="service_unavailable", headers={"retry-after": "1"})
+
+
+def field_path(loc: tuple[int | str, ...]) -> str:
+    """``("messages", 0, "role")`` as ``messages[0].role``."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            path += f".{part}" if path else part
+    return path
+
+
+def from_validation(error: ValidationError) -> APIError:
+    """The first thing pydantic found wrong with a body."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return bad_request(f"the body is not valid JSON: {first['msg']}", code="invalid_json")
+    path = field_path(first["loc"])
+    if not path:
+        return bad_request("the body must be a JSON object", code="invalid_type")
+    if first["type"] == "missing":
+        return bad_request(f"{path} is required", path, "missing_required_parameter")
+    return bad_request(f"{path}: {first['msg']}", path, "invalid_value")
+
+
+def to_api_error(error: BaseException) -> APIError:
+    """Any exception as what the client gets to see. Unknown ones tell nothing: they are logged."""
+    match error:
+        case APIError():
+            return error
+        case ValidationError():
+            return from_validation(error)
+        case RequestError():
+            return bad_request(str(error), error.param)
+        case EngineDeadError():
+            return unavailable(str(error))
+        case HeadstartError():
+            return APIError(500, str(error))
+        case _:
+            return APIError(500, INTERNAL_MESSAGE)

@@ -1,0 +1,150 @@
+"""Prometheus metrics, named as vLLM names them, under ``headstart:``.
+
+The engine's counters are read from its latest Stats when somebody scrapes, so a step costs nothing
+here. Request metrics are observed as tokens pass. Each app has a registry of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from headstart.server.engine_client import EngineClient
+
+FIRST_TOKEN_BUCKETS = tuple(
+    0.01 * factor
+    for factor in (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 4000)
+)
+INTER_TOKEN_BUCKETS = tuple(
+    0.001 * factor
+    for factor in (1, 2, 4, 6, 8, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2500)
+)
+LATENCY_BUCKETS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+TOKEN_BUCKETS = tuple(float(4**i) for i in range(10))
+
+
+class EngineCollector(Collector):
+    """The engine's Stats as metrics."""
+
+    def __init__(self, engine: EngineClient, model_name: str) -> None:
+        self._engine = engine
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats
+        pages = max(1, stats.pages_total)
+        gauges = (
+            ("engine_up", "1 when the engine is ready", float(self._engine.ready)),
+            ("num_requests_running", "Requests in the engine's batch", stats.running),
+            ("num_requests_waiting", "Requests waiting to be scheduled", stats.waiting),
+            (
+                "kv_cache_usage_perc",
+                "KV pages held by requests, 1 is all",
+                (stats.pages_used - stats.pages_cached) / pages,
+            ),
+            (
+                "kv_cache_cached_perc",
+                "KV pages held by the prefix cache alone, free on demand, 1 is all",
+                stats.pages_cached / pages,
+            ),
+        )
+        counters = (
+            ("prompt_tokens", "Prompt tokens, cached ones included", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated", stats.generation_tokens),
+            ("prefix_cache_queries", "Prompt tokens looked up", stats.prompt_tokens),
+            ("prefix_cache_hits", "Prompt tokens found in the cache", stats.cached_tokens),
+            ("num_preemptions", "Requests put back to waiting", stats.preemptions),
+            ("engine_steps", "Engine steps", stats.steps),
+            ("engine_step_seconds", "Time inside engine steps, seconds", stats.step_seconds),
+            ("engine_restarts", "Engine starts after it had died", self._engine.restarts),
+        )
+        for name, text, value in gauges:
+            gauge = GaugeMetricFamily(f"headstart:{name}", text, labels=["model_name"])
+            gauge.add_metric([self._model_name], value)
+            yield gauge
+        for name, text, value in counters:
+            counter = CounterMetricFamily(f"headstart:{name}", text, labels=["model_name"])
+            counter.add_metric([self._model_name], value)
+            yield counter
+
+
+class Metrics:
+    """Every metric of one app; ``expose()`` is the body of /metrics."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, engine: EngineClient, model_name: str) -> None:
+        registry = CollectorRegistry()
+        registry.register(EngineCollector(engine, model_name))
+        ProcessCollector(registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(
+                f"headstart:{name}", text, ["model_name"], buckets=buckets, registry=registry
+            ).labels(model_name)
+
+        self._registry = registry
+        self._model_name = model_name
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_BUCKETS
+        )
+        self.inter_token = histogram(
+            "inter_token_latency_seconds", "Between two tokens", INTER_TOKEN_BUCKETS
+        )
+        self.latency = histogram(
+            "e2e_request_latency_seconds", "Arrival to last token", LATENCY_BUCKETS
+        )
+        self.prompt_tokens = histogram(
+            "request_prompt_tokens", "Prompt tokens of a request", TOKEN_BUCKETS
+        )
+        self.generation_tokens = histogram(
+            "request_generation_tokens", "Tokens generated for a request", TOKEN_BUCKETS
+        )
+        self._success = Counter(
+            "headstart:request_success",
+            "Requests answered",
+            ["model_name", "finished_reason"],
+            registry=registry,
+        )
+        for reason in ("stop", "length", "abort"):
+            self._success.labels(model_name, reason)
+
+    def expose(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def finished(self, reason: str) -> None:
+        self._success.labels(self._model_name, reason).inc()
+
+
+class ChoiceTimer:
+    """Observes the tokens of one choice, from the arrival of its request on."""
+
+    __slots__ = ("_last", "_metrics", "_start")
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._start = time.perf_counter()
+        self._last: float | None = None
+
+    def tokens(self, count: int) -> None:
+        now = time.perf_counter()
+        last = self._last
+        self._last = now
+        if last is None:
+            self._metrics.first_token.observe(now - self._start)
+            return
+        gap = (now - last) / count
+        for _ in range(count):
+            self._metrics.inter_token.observe(gap)
+
+    def finished(self, reason: str, num_prompt: int, num_generated: int) -> None:
+        metrics = self._metrics
+        metrics.finished(reason)
+        metrics.latency.observe(time.perf_counter() - self._start)
+        metrics.prompt_tokens.observe(num_prompt)
+        metrics.generation_tokens.observe(num_generated)

@@ -1,0 +1,1 @@
+"""The OpenAI API: request bodies, response bodies, one file per endpoint group."""

@@ -1,0 +1,57 @@
+"""Prints the tables of request fields in server/README.md.
+
+``python -m headstart.server.openai.field_table``
+
+Made from the tables the server checks requests with, so they say what it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from headstart.server.openai.chat import ChatBody, ChatMessage
+from headstart.server.openai.completions import CompletionBody
+from headstart.server.openai.fields import (
+    DESCRIPTIVE,
+    REFUSED_IN_CHAT,
+    REFUSED_IN_COMPLETIONS,
+    REFUSED_IN_MESSAGE,
+    REFUSED_IN_STREAM_OPTIONS,
+    Body,
+    StreamOptions,
+)
+
+SECTIONS: tuple[tuple[str, type[Body], Mapping[str, tuple[Any, ...]], tuple[str, ...]], ...] = (
+    ("/v1/chat/completions", ChatBody, REFUSED_IN_CHAT, DESCRIPTIVE),
+    ("messages[]", ChatMessage, REFUSED_IN_MESSAGE, ()),
+    ("/v1/completions", CompletionBody, REFUSED_IN_COMPLETIONS, DESCRIPTIVE),
+    ("stream_options", StreamOptions, REFUSED_IN_STREAM_OPTIONS, ()),
+)
+
+
+def field_tables() -> str:
+    """Markdown: one table for each kind of body."""
+    return "\n".join(_table(*section) for section in SECTIONS)
+
+
+def _table(
+    title: str,
+    body: type[Body],
+    refused: Mapping[str, tuple[Any, ...]],
+    descriptive: tuple[str, ...],
+) -> str:
+    rows = dict.fromkeys(body.model_fields, "supported")
+    rows |= dict.fromkeys(descriptive, "accepted, changes nothing")
+    for name, values in refused.items():
+        harmless = " or ".join(f"`{msgspec.json.encode(value).decode()}`" for value in values)
+        rows[name] = f"refused, unless null or {harmless}" if harmless else "refused, unless null"
+    lines = [f"| `{title}` | |", "| --- | --- |"]
+    lines += [f"| `{name}` | {rows[name]} |" for name in sorted(rows)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(field_tables(), end="")

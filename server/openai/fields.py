@@ -1,0 +1,311 @@
+"""Request fields: what is supported, what is refused by name, and what they mean to the engine.
+
+A field that OpenAI or vLLM knows and headstart does not is accepted only at the value that asks
+for nothing (``n``: 1, ``tools``: null); any other value, and any unknown field, is a 400.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from headstart.engine.errors import RequestError
+from headstart.engine.messages import ModelInfo
+from headstart.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from headstart.server.errors import bad_request
+from headstart.server.settings import ServerSettings
+
+# Accepted with any value: they describe the caller and change nothing in an answer.
+DESCRIPTIVE = ("metadata", "prompt_cache_key", "safety_identifier", "user")
+
+# Field -> the values, beside null, that ask for nothing.
+REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "request_id": (),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": (),
+}
+REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "audio": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_reasoning": (True,),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+REFUSED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
+    "add_special_tokens": (True,),
+    "prompt_embeds": (),
+    "suffix": ("",),
+}
+REFUSED_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "continuous_usage_stats": (False,),
+    "include_obfuscation": (False,),
+}
+REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "reasoning": (),
+    "reasoning_content": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+
+INT32_MAX = 2**31 - 1
+SEED_RANGE = 2**63
+
+
+class Body(BaseModel):
+    """Strict: a string is no number. Unknown fields are kept, to be refused by name."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+StopField = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+        mode="validation",
+    ),
+]
+LogitBiasField = Annotated[
+    Any,
+    WithJsonSchema(
+        {"type": "object", "additionalProperties": {"type": "number"}}, mode="validation"
+    ),
+]
+TokenIdsField = Annotated[
+    Any, WithJsonSchema({"type": "array", "items": {"type": "integer"}}, mode="validation")
+]
+
+
+class GenerationBody(Body):
+    """What chat and text completions have in common. ``null`` always means: the default.
+
+    Fields typed Any are checked here, entry by entry, stopping at the first fault: pydantic would
+    collect one error for each of a million entries.
+    """
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stop: StopField = None
+    stop_token_ids: TokenIdsField = None
+    ignore_eos: bool | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: Annotated[int, Field(ge=-SEED_RANGE, lt=SEED_RANGE)] | None = None
+    logit_bias: LogitBiasField = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+    def check(self, refused: Mapping[str, tuple[Any, ...]], settings: ServerSettings) -> None:
+        """Raise APIError for fields that are unknown or not supported, and limits passed."""
+        extras = self.model_extra or {}
+        refuse_extras({k: v for k, v in extras.items() if k not in DESCRIPTIVE}, refused)
+        if self.stream_options is not None:
+            refuse_extras(
+                self.stream_options.model_extra, REFUSED_IN_STREAM_OPTIONS, "stream_options."
+            )
+            if not self.stream:
+                raise bad_request("stream_options needs stream: true", "stream_options")
+        if (self.n or 1) > settings.max_n:
+            raise bad_request(f"n must be at most {settings.max_n}, got {self.n}", "n")
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def namespace(self) -> bytes:
+        """The part of the cache key this request chose; KV is shared only within it."""
+        return self.cache_salt.encode() if self.cache_salt else b""
+
+    def stops(self, settings: ServerSettings) -> tuple[str, ...]:
+        """The stop strings; raises APIError."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        if stops is None:
+            return ()
+        if not isinstance(stops, list):
+            raise bad_request("stop must be a string or a list of strings", "stop")
+        if len(stops) > settings.max_stop:
+            raise bad_request(
+                f"stop has {len(stops)} strings; at most {settings.max_stop} are allowed", "stop"
+            )
+        for i, stop in enumerate(stops):
+            path = "stop" if isinstance(self.stop, str) else f"stop[{i}]"
+            if not isinstance(stop, str):
+                raise bad_request(f"{path} must be a string", path)
+            if not 1 <= len(stop) <= settings.max_stop_chars:
+                raise bad_request(
+                    f"{path} must have 1 to {settings.max_stop_chars} characters, not {len(stop)}",
+                    path,
+                )
+        return tuple(stops)
+
+    def sampling_params(
+        self, max_tokens: int, logprobs: int | None, model: ModelInfo, settings: ServerSettings
+    ) -> SamplingParams:
+        """The engine's view of the request; raises RequestError or APIError."""
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=self.top_k if self.top_k and self.top_k > 0 else None,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=_or_default(self.repetition_penalty, 1.0),
+            presence_penalty=_or_default(self.presence_penalty, 0.0),
+            frequency_penalty=_or_default(self.frequency_penalty, 0.0),
+            logit_bias=self._logit_bias(settings),
+            seed=None if self.seed is None else choice_seed(self.seed, 0),
+            logprobs=logprobs,
+            stop_token_ids=self._stop_token_ids(settings),
+            ignore_eos=bool(self.ignore_eos),
+        )
+        params.validate(model.vocab_size)
+        return params
+
+    def _logit_bias(self, settings: ServerSettings) -> dict[int, float] | None:
+        if self.logit_bias is None:
+            return None
+        if not isinstance(self.logit_bias, dict):
+            raise bad_request("logit_bias must be an object", "logit_bias")
+        if len(self.logit_bias) > settings.max_logit_bias:
+            raise bad_request(
+                f"logit_bias has {len(self.logit_bias)} entries; at most "
+                f"{settings.max_logit_bias} are allowed",
+                "logit_bias",
+            )
+        biases: dict[int, float] = {}
+        for key, value in self.logit_bias.items():
+            if not (key.isascii() and key.isdigit() and len(key) <= 10):
+                raise bad_request(f"logit_bias: {key[:40]!r} is not a token id", "logit_bias")
+            if not is_number(value) or abs(value) > 100:
+                path = f"logit_bias.{key}"
+                raise bad_request(f"{path} must be a number in [-100, 100]", path)
+            biases[int(key)] = float(value)
+        return biases or None
+
+    def _stop_token_ids(self, settings: ServerSettings) -> tuple[int, ...]:
+        ids = self.stop_token_ids
+        if ids is None:
+            return ()
+        if not isinstance(ids, list) or not all(map(is_token_id, ids)):
+            raise bad_request("stop_token_ids must be a list of token ids", "stop_token_ids")
+        if len(ids) > settings.max_stop_token_ids:
+            raise bad_request(
+                f"stop_token_ids has {len(ids)} entries; at most "
+                f"{settings.max_stop_token_ids} are allowed",
+                "stop_token_ids",
+            )
+        return tuple(ids)
+
+
+def refuse_extras(
+    extras: Mapping[str, Any] | None, refused: Mapping[str, tuple[Any, ...]], prefix: str = ""
+) -> None:
+    """Raise APIError for the first extra field that asks for something."""
+    for name, value in (extras or {}).items():
+        path = prefix + name[:80]
+        if name not in refused:
+            raise bad_request(f"{path} is not a known field", path, "unknown_parameter")
+        # By type too: 1 == True, but n: true is not n: 1.
+        harmless = (None, *refused[name])
+        if not any(type(value) is type(other) and value == other for other in harmless):
+            raise bad_request(f"{path} is not supported", path, "unsupported_parameter")
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def is_token_id(value: object) -> bool:
+    return type(value) is int and 0 <= value <= INT32_MAX
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """Seed of choice ``index`` of a request: never negative, never beyond 63 bits."""
+    return (seed + index) % SEED_RANGE
+
+
+def _or_default(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def fit_max_tokens(
+    num_prompt: int, max_tokens: int | None, model: ModelInfo, *, param: str, prompt_param: str
+) -> int:
+    """``max_tokens``, or all the room left; raises RequestError when the context is too small."""
+    limit = model.max_model_len
+    if num_prompt >= limit:
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens; the model's context holds {limit}, "
+            "the answer included",
+            prompt_param,
+        )
+    if max_tokens is None:
+        return limit - num_prompt
+    if num_prompt + max_tokens > limit:
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens and {param} asks for {max_tokens} more, "
+            f"together {num_prompt + max_tokens}; the model's context holds {limit}",
+            param,
+        )
+    return max_tokens
+
+
+Role = Literal["system", "developer", "user", "assistant"]
+LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]

@@ -1,0 +1,241 @@
+"""Reply: the answer to a generation request, streamed (SSE) or whole.
+
+The response starts with the first token, so that whatever goes wrong before it still gets an
+honest status. Later errors become an ``{"error": ...}`` event. When the client hangs up, the
+engine's streams are aborted at once.
+
+The path of a token, once for each of about a thousand tokens a second:
+
+    stream -> TextAssembler.push -> Format.event (bytes around one encoded string) -> ASGI send
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from headstart.engine.messages import TokenLogprobs
+from headstart.server.access_log import note_usage
+from headstart.server.engine_client import Stream
+from headstart.server.errors import APIError, to_api_error, unavailable
+from headstart.server.metrics import ChoiceTimer
+from headstart.server.stream import Delta, TextAssembler
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One choice of an answer on its way: an engine stream and the text so far.
+
+    ``prompt`` is the index of its prompt; ``echo`` is text that goes in front.
+    """
+
+    index: int
+    prompt: int
+    num_prompt_tokens: int
+    stream: Stream
+    assembler: TextAssembler
+    timer: ChoiceTimer
+    echo: str = ""
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    opened: bool = False
+
+    @property
+    def text(self) -> str:
+        return self.echo + "".join(self.texts)
+
+    def push(self, delta: Delta) -> None:
+        """Keep a delta for an answer that is sent whole."""
+        self.texts.append(delta.text)
+        if delta.logprobs and delta.offsets:
+            self.logprobs += delta.logprobs
+            self.offsets += delta.offsets
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Token counts of an answer; each prompt counts once, whatever ``n`` is.
+
+    ``cached_tokens`` are those of the first choice of each prompt: the others find the prompt
+    that the first one has put there.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice]) -> Usage:
+        first = {choice.prompt: choice for choice in reversed(choices)}.values()
+        return cls(
+            prompt_tokens=sum(choice.num_prompt_tokens for choice in first),
+            completion_tokens=sum(choice.assembler.num_tokens for choice in choices),
+            cached_tokens=sum(choice.assembler.cached_tokens for choice in first),
+        )
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Format(Protocol):
+    """How an endpoint writes its answers down."""
+
+    def opening(self, choice: Choice) -> bytes:
+        """Events that come before the first text of a choice."""
+
+    def event(self, choice: Choice, delta: Delta) -> bytes:
+        """The event of one delta."""
+
+    def usage_event(self, usage: Usage) -> bytes:
+        """The event after all choices; empty when the client did not ask for it."""
+
+    def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        """The whole answer as JSON."""
+
+
+class Reply(Response):
+    """Answers with ``choices``, whose streams it owns from now on."""
+
+    def __init__(self, choices: Sequence[Choice], format: Format, *, stream: bool) -> None:
+        super().__init__()
+        self._choices = choices
+        self._format = format
+        self._stream = stream
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = asyncio.create_task(self._stream_all(send) if self._stream else self._whole(send))
+        hang_up = asyncio.create_task(_hang_up(receive))
+        error: BaseException | None = None
+        try:
+            await asyncio.wait((answer, hang_up), return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                error = answer.exception()
+        except asyncio.CancelledError:  # the time to drain is over
+            error = unavailable("the server is shutting down")
+        finally:
+            self._release(scope)
+            for task in (answer, hang_up):
+                task.cancel()
+        if error is not None:
+            with contextlib.suppress(OSError):  # the client may be gone too
+                await self._fail(error, scope, receive, send)
+
+    def _release(self, scope: Scope) -> None:
+        for choice in self._choices:
+            if choice.finish_reason is None:
+                choice.stream.abort()
+                choice.timer.finished(
+                    "abort", choice.num_prompt_tokens, choice.assembler.num_tokens
+                )
+        usage = Usage.of(self._choices)
+        note_usage(scope, usage.prompt_tokens, usage.completion_tokens)
+
+    async def _fail(self, error: BaseException, scope: Scope, receive: Receive, send: Send) -> None:
+        shown = to_api_error(error)
+        if shown.status == 500:
+            logger.error("request failed", exc_info=error)
+        if not self._started:
+            await shown.response()(scope, receive, send)
+        elif self._stream:
+            event = b"data: " + shown.body() + b"\n\n" + DONE
+            await send({"type": "http.response.body", "body": event, "more_body": False})
+
+    async def _whole(self, send: Send) -> None:
+        await self._each_choice(self._collect, send)
+        body = self._format.body(self._choices, Usage.of(self._choices))
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        self._started = True
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _stream_all(self, send: Send) -> None:
+        await self._each_choice(self._stream_one, send)
+        last = self._format.usage_event(Usage.of(self._choices)) + DONE
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _each_choice(self, work: Any, send: Send) -> None:
+        if len(self._choices) == 1:
+            await work(self._choices[0], send)
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for choice in self._choices:
+                    group.create_task(work(choice, send))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def _collect(self, choice: Choice, send: Send) -> None:
+        async for output in choice.stream:
+            choice.timer.tokens(len(output.token_ids))
+            delta = choice.assembler.push(output)
+            choice.push(delta)
+            if delta.finish_reason is not None:
+                self._finish(choice, delta.finish_reason, output.finish_reason)
+                return
+        raise APIError(500, "the engine ended the answer early")
+
+    async def _stream_one(self, choice: Choice, send: Send) -> None:
+        format = self._format
+        async for output in choice.stream:
+            choice.timer.tokens(len(output.token_ids))
+            delta = choice.assembler.push(output)
+            reason = delta.finish_reason
+            if reason is not None:
+                self._finish(choice, reason, output.finish_reason)
+            if delta.text or reason is not None or delta.logprobs or not choice.opened:
+                body = b""
+                if not choice.opened:
+                    choice.opened = True
+                    body = format.opening(choice)
+                if delta.text or reason is not None or delta.logprobs:
+                    body += format.event(choice, delta)
+                if body:
+                    if not self._started:
+                        self._started = True
+                        start = {"type": "http.response.start", "status": 200}
+                        await send(start | {"headers": SSE_HEADERS})
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            if reason is not None:
+                return
+        raise APIError(500, "the engine ended the answer early")
+
+    def _finish(self, choice: Choice, reason: str, engine_reason: str | None) -> None:
+        if engine_reason is None:  # a stop string, which the engine knows nothing of
+            choice.stream.abort()
+        elif reason == "abort":
+            raise unavailable("the engine gave the request up")
+        choice.finish_reason = reason
+        choice.timer.finished(reason, choice.num_prompt_tokens, choice.assembler.num_tokens)
+
+
+async def _hang_up(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

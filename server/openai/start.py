@@ -1,0 +1,68 @@
+"""Prompts to running choices: the one place where the API asks the engine for tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from headstart.engine.sampling_params import SamplingParams
+from headstart.server.metrics import ChoiceTimer
+from headstart.server.openai.fields import choice_seed
+from headstart.server.openai.reply import Choice
+from headstart.server.runtime import Runtime
+from headstart.server.stream import TextAssembler
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A checked prompt. ``context``: its last ids, for text that continues it."""
+
+    token_ids: Sequence[int]
+    params: SamplingParams
+    context: Sequence[int] = ()
+    echo: str = ""
+
+
+def start_choices(
+    runtime: Runtime,
+    prompts: Sequence[Prompt],
+    *,
+    n: int,
+    stops: Sequence[str],
+    namespace: bytes,
+) -> list[Choice]:
+    """``n`` choices of each prompt, seeds counting up from the request's.
+
+    Raises EngineDeadError; nothing is left running then.
+    """
+    choices: list[Choice] = []
+    try:
+        for i, prompt in enumerate(prompts):
+            for j in range(n):
+                params = prompt.params
+                if j and params.seed is not None:
+                    params = msgspec.structs.replace(params, seed=choice_seed(params.seed, j))
+                assembler = TextAssembler(
+                    runtime.tokenizer,
+                    stops,
+                    context=prompt.context,
+                    logprobs=params.logprobs is not None,
+                )
+                choices.append(
+                    Choice(
+                        index=i * n + j,
+                        prompt=i,
+                        num_prompt_tokens=len(prompt.token_ids),
+                        stream=runtime.engine.add(prompt.token_ids, params, namespace=namespace),
+                        assembler=assembler,
+                        timer=ChoiceTimer(runtime.metrics),
+                        echo=prompt.echo,
+                    )
+                )
+    except BaseException:
+        for choice in choices:
+            choice.stream.abort()
+        raise
+    return choices

@@ -1,0 +1,103 @@
+"""Runtime: what the endpoints of one app share. There are no globals beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect, Request
+
+from headstart.engine.messages import ModelInfo
+from headstart.server.engine_client import EngineClient
+from headstart.server.errors import APIError, unavailable
+from headstart.server.metrics import Metrics
+from headstart.server.settings import ServerSettings
+from headstart.server.templates import ChatTemplate
+from headstart.server.tokenizer import Tokenizer
+
+T = TypeVar("T")
+B = TypeVar("B", bound=BaseModel)
+
+
+def _text_threads() -> ThreadPoolExecutor:
+    # Two, so that one huge prompt does not hold up the other long ones; the engine needs the cores.
+    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
+
+
+@dataclass(slots=True, eq=False)
+class Runtime:
+    """``model_names``: what clients may call the model; answers use the first.
+
+    ``draining``: no new requests are taken (503). ``chat_template``: None when the model has none.
+    """
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    settings: ServerSettings
+    metrics: Metrics
+    model_names: tuple[str, ...]
+    draining: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    threads: ThreadPoolExecutor = field(default_factory=_text_threads)
+
+    @property
+    def model_name(self) -> str:
+        return self.model_names[0]
+
+    def check_model(self, name: str) -> None:
+        """Raise a 404 that names both when ``name`` is not served here."""
+        if name not in self.model_names:
+            served = ", ".join(map(repr, self.model_names))
+            raise APIError(
+                404,
+                f"the model {name[:200]!r} does not exist; this server has {served}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def require_model(self) -> ModelInfo:
+        """The loaded model; a 503 when there is none, or none any more."""
+        if self.draining:
+            raise unavailable("the server is shutting down")
+        model = self.engine.model
+        if not self.engine.ready or model is None:
+            raise unavailable("the engine is not ready; /health says when it is")
+        return model
+
+    async def with_text(self, size: int, work: Callable[[], T]) -> T:
+        """Run tokenising ``work`` over ``size`` characters, in a thread when that takes long."""
+        if size <= self.settings.inline_chars:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    async def parse(self, request: Request, body_type: type[B]) -> B:
+        """Read and validate a JSON body; raises APIError and ValidationError."""
+        return body_type.model_validate_json(await self._read(request))
+
+    async def _read(self, request: Request) -> bytes:
+        """The body; a 413 as soon as it is known to be too large, the rest unread."""
+        limit = self.settings.max_body_bytes
+        too_large = APIError(
+            413, f"the body is larger than {limit} bytes", code="request_too_large"
+        )
+        declared = request.headers.get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
+            raise too_large
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise too_large
+                chunks.append(chunk)
+        except ClientDisconnect:
+            # Nobody reads this; it keeps the fault out of the server's log.
+            raise APIError(400, "the client hung up before the body was complete") from None
+        return b"".join(chunks)

@@ -1,0 +1,33 @@
+"""ServerSettings: the limits of the HTTP side. Engine settings are in engine/config.py."""
+
+from dataclasses import dataclass
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Limits on what one HTTP request may ask for; going over one is a 4xx that names it.
+
+    max_body_bytes:     request body, bytes (413)
+    max_n:              ``n``
+    max_prompts:        prompts in one completions request
+    max_choices:        prompts times ``n``
+    max_messages:       messages in one chat
+    max_stop:           stop strings
+    max_stop_chars:     length of one stop string, characters
+    max_stop_token_ids: entries of ``stop_token_ids``
+    max_logit_bias:     entries of ``logit_bias``
+    inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
+    """
+
+    max_body_bytes: int = 8 * MIB
+    max_n: int = 16
+    max_prompts: int = 64
+    max_choices: int = 128
+    max_messages: int = 4096
+    max_stop: int = 4
+    max_stop_chars: int = 1024
+    max_stop_token_ids: int = 256
+    max_logit_bias: int = 1024
+    inline_chars: int = 8192

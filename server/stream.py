@@ -1,0 +1,155 @@
+"""Engine outputs to text: joins a stream, its detokenizer and the stop strings.
+
+    Output(token_ids) -> Detokenizer -> StopStrings -> Delta(text, finish_reason)
+
+A stop string ends the text before it. Text that could be the beginning of one is held back, so
+how the text is cut into tokens never changes the result.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headstart.engine.messages import Output, TokenLogprobs
+from headstart.server.detokenizer import Detokenizer
+from headstart.server.tokenizer import Tokenizer
+
+
+class StopStrings:
+    """Cuts a growing text at the stop string that is complete first (the longest, of those that
+    end at the same place)."""
+
+    __slots__ = ("_held", "_stops", "hit")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain now. Once ``hit``, nothing more comes."""
+        if not self._stops or not text:
+            return text
+        text = self._held + text
+        cut = self._find(text)
+        if cut is None:
+            cut = self._hold_from(text)
+            self._held = text[cut:]
+        else:
+            self.hit = True
+            self._held = ""
+        return text[:cut]
+
+    def flush(self) -> str:
+        """What was held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _find(self, text: str) -> int | None:
+        """Where the first complete stop string starts."""
+        best: tuple[int, int] | None = None
+        for stop in self._stops:
+            start = text.find(stop)
+            if start >= 0 and (best is None or (start + len(stop), start) < best):
+                best = (start + len(stop), start)
+        return None if best is None else best[1]
+
+    def _hold_from(self, text: str) -> int:
+        """Where the longest end of ``text`` starts that a stop string may begin with."""
+        hold = len(text)
+        for stop in self._stops:
+            start = text.find(stop[0], max(0, len(text) - len(stop) + 1), hold)
+            while start >= 0:
+                if stop.startswith(text[start:]):
+                    hold = start
+                    break
+                start = text.find(stop[0], start + 1, hold)
+        return hold
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one engine output adds to an answer. ``logprobs`` beside ``offsets``, the characters
+    of the answer before each of those tokens; both None when not asked for."""
+
+    text: str
+    finish_reason: str | None
+    logprobs: list[TokenLogprobs] | None = None
+    offsets: list[int] | None = None
+
+
+class TextAssembler:
+    """The text of one answer, output by output. ``num_tokens`` counts every token generated."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_given",
+        "_length",
+        "_logprobs",
+        "_offsets",
+        "_stops",
+        "_waiting",
+        "cached_tokens",
+        "num_tokens",
+    )
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        context: Sequence[int] = (),
+        logprobs: bool = False,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer.backend, context)
+        self._stops = StopStrings(stops)
+        self._logprobs = logprobs
+        self._length = 0  # characters detokenised, stop string included
+        self._given = 0  # characters given out
+        self._waiting: list[TokenLogprobs] = []
+        self._offsets: list[int] = []
+        self.num_tokens = 0
+        self.cached_tokens = 0
+
+    def push(self, output: Output) -> Delta:
+        """The delta of one output. ``finish_reason`` "stop" for a stop string too: the stream has
+        to be aborted then, and nothing may be pushed any more."""
+        token_ids = output.token_ids
+        self.num_tokens += len(token_ids)
+        if output.cached_tokens:
+            self.cached_tokens = output.cached_tokens
+        reason = output.finish_reason
+        shown = len(token_ids) - (reason == "stop")  # the token that ended it is not text
+        stops = self._stops
+        text = ""
+        for i in range(shown):
+            if self._logprobs and output.logprobs is not None:
+                self._waiting.append(output.logprobs[i])
+                self._offsets.append(self._length)
+            piece = self._detokenizer.push(token_ids[i])
+            self._length += len(piece)
+            text += stops.push(piece)
+            if stops.hit:
+                self.num_tokens -= len(token_ids) - i - 1
+                return self._delta(text, "stop")
+        if reason is not None:
+            text += stops.push(self._detokenizer.flush())
+            if not stops.hit:
+                text += stops.flush()
+            else:
+                reason = "stop"
+        return self._delta(text, reason)
+
+    def _delta(self, text: str, reason: str | None) -> Delta:
+        if not self._logprobs:
+            return Delta(text, reason)
+        self._given += len(text)
+        # Log-probabilities come with the text they belong to; tokens of a stop string have none.
+        count = bisect_left(self._offsets, self._given)
+        if reason is not None and not self._stops.hit:
+            count = len(self._offsets)
+        logprobs, offsets = self._waiting[:count], self._offsets[:count]
+        del self._waiting[:count], self._offsets[:count]
+        return Delta(text, reason, logprobs, offsets)

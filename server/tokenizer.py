@@ -1,0 +1,190 @@
+"""Tokenizer: text to ids and back, from the ``tokenizer.json`` of a model folder.
+
+Reads ``tokenizer_config.json`` for the names of special tokens, and the chat template from
+``chat_template.jinja`` or from there. Uses the ``tokenizers`` library; never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from headstart.engine.errors import ModelError, RequestError
+
+# Where placeholders for special tokens in user text are taken from: two planes of code points
+# that Unicode leaves to private use.
+_PRIVATE_USE = (0xF0000, 0x10FFFE)
+
+
+class Tokenizer:
+    """What one model's text is made of.
+
+    ``special_tokens``: names as chat templates know them (``bos_token``, ...) to their text.
+    ``backend`` is the ``tokenizers.Tokenizer``, for incremental decoding.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: dict[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        self.backend = backend
+        self.special_tokens = special_tokens or {}
+        self.chat_template = chat_template
+        backend.no_truncation()
+        backend.no_padding()
+        control = {
+            token.content: token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self._control_ids = control
+        longest_first = sorted(control, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._plain: tokenizers.Tokenizer | None = None
+        self._byte_of = _byte_level_alphabet() if _is_byte_level(backend) else None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read a model folder; raises ModelError naming the file that is missing or broken."""
+        path = folder / "tokenizer.json"
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"cannot read the tokenizer {path}: {reason}") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        special = {
+            name: token if isinstance(token, str) else token["content"]
+            for name, token in config.items()
+            if name.endswith("_token")
+            and (isinstance(token, str) or (isinstance(token, dict) and "content" in token))
+        }
+        return cls(backend, special_tokens=special, chat_template=_chat_template(folder, config))
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of ``text``; special tokens written in it become those tokens."""
+        # Computes no offsets, and lets go of the GIL.
+        encoding = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding[0].ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out."""
+        return self.backend.decode(token_ids, skip_special_tokens=True)
+
+    def placeholders(self, texts: Sequence[str]) -> dict[str, str]:
+        """Private characters, in none of ``texts``, for the special tokens written in them.
+
+        Put them into user text before a template is rendered, and give them to
+        ``encode_rendered``: special tokens then come from the template alone.
+        """
+        found = sorted({match for text in texts for match in self._control.findall(text)})
+        if not found:
+            return {}
+        used = set().union(*texts)
+        free = (char for code in range(*_PRIVATE_USE) if (char := chr(code)) not in used)
+        placeholders = dict(zip(found, free, strict=False))
+        if len(placeholders) < len(found):
+            raise RequestError("the messages use too many private-use characters", "messages")
+        return placeholders
+
+    def hide_control(self, text: str, placeholders: dict[str, str]) -> str:
+        """``text`` with placeholders where special tokens were written."""
+        return self._control.sub(lambda match: placeholders[match[0]], text)
+
+    def encode_rendered(self, text: str, placeholders: dict[str, str]) -> list[int]:
+        """Ids of a rendered template; placeholders are encoded as the plain text they stand for."""
+        if not placeholders:
+            return self.encode(text, add_special_tokens=False)
+        back = str.maketrans({char: token for token, char in placeholders.items()})
+        plain = self._plain_backend()
+        token_ids: list[int] = []
+        start = 0
+        # Special tokens cut the text before anything else happens to it, so what is between
+        # them can be encoded by itself.
+        for match in self._control.finditer(text):
+            token_ids += _encode_plain(plain, text[start : match.start()].translate(back))
+            token_ids.append(self._control_ids[match[0]])
+            start = match.end()
+        return token_ids + _encode_plain(plain, text[start:].translate(back))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; those of its name for a special token."""
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token in self._control_ids:
+            return token.encode()
+        if self._byte_of is not None:
+            try:
+                return bytes(map(self._byte_of.__getitem__, token))
+            except KeyError:  # an added token is written as it is
+                return token.encode()
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """A second tokenizer, blind to special tokens; made when first needed."""
+        if self._plain is None:
+            plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
+            plain.encode_special_tokens = True
+            self._plain = plain
+        return self._plain
+
+
+def _encode_plain(plain: tokenizers.Tokenizer, text: str) -> list[int]:
+    encoding = plain.encode_batch_fast([text], add_special_tokens=False)
+    return encoding[0].ids
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    decoder = json.loads(backend.to_str()).get("decoder") or {}
+    parts = decoder.get("decoders", [decoder])
+    return any(part.get("type") == "ByteLevel" for part in parts)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Character to byte, as GPT-2 wrote bytes in its vocabulary: printable ones as themselves,
+    the others, in order, from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + i): byte for i, byte in enumerate(others)
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"cannot read {path}: not a JSON object")
+    return value
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template is not a text")
+    return template

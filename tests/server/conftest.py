@@ -1,0 +1,244 @@
+"""A small byte-level tokenizer, and an engine that says what it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tokenizers
+import uvicorn
+from fastapi import FastAPI
+from headstart.engine.errors import EngineDeadError
+from headstart.engine.messages import ModelInfo, Output, Stats, TokenLogprobs
+from headstart.engine.sampling_params import SamplingParams
+from headstart.server.app import create_app
+from headstart.server.settings import ServerSettings
+from headstart.server.tokenizer import Tokenizer
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MAX_MODEL_LEN = 256
+
+
+def build_backend() -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[
+            AddedToken(name, special=True) for name in ("<|eos|>", "<|im_start|>", "<|im_end|>")
+        ],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog. hello world"], trainer
+    )
+    return backend
+
+
+@dataclass
+class FakeStream:
+    """Replays outputs; ``gate`` holds them back until set, ``error`` comes after them."""
+
+    outputs: list[Output]
+    gate: asyncio.Event | None = None
+    error: Exception | None = None
+    aborted: int = 0
+
+    async def __aiter__(self) -> AsyncIterator[Output]:
+        for output in self.outputs:
+            if self.gate is not None:
+                await self.gate.wait()
+            await asyncio.sleep(0)
+            yield output
+        if self.error is not None:
+            raise self.error
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+
+@dataclass
+class Added:
+    token_ids: list[int]
+    params: SamplingParams
+    namespace: bytes
+    stream: FakeStream
+
+
+@dataclass
+class FakeEngine:
+    """``answer`` makes the ids of an answer out of the index of the request; ``stop_token`` ends
+    it, when it fits into max_tokens. Keeps every request in ``added``."""
+
+    answer: Callable[[int], list[int]]
+    stop_token: int
+    ready: bool = True
+    restarts: int = 0
+    cached_tokens: int = 3
+    hold: bool = False
+    fail_after: tuple[int, Exception] | None = None
+    per_output: int = 1
+    stats: Stats = field(default_factory=Stats)
+    model: ModelInfo | None = field(
+        default_factory=lambda: ModelInfo(
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=400,
+            page_size=16,
+            num_pages=64,
+            eos_token_ids=[0],
+            backend="fake",
+            weights="f32",
+            version="0",
+        )
+    )
+    added: list[Added] = field(default_factory=list)
+    started: int = 0
+    stopped: int = 0
+
+    async def start(self) -> None:
+        self.started += 1
+
+    async def stop(self) -> None:
+        self.stopped += 1
+
+    def add(
+        self, token_ids: Sequence[int], params: SamplingParams, *, namespace: bytes = b""
+    ) -> FakeStream:
+        if not self.ready:
+            raise EngineDeadError("the engine has died")
+        stream = FakeStream(self._outputs(params))
+        if self.hold:
+            stream.gate = asyncio.Event()
+        if self.fail_after is not None:
+            count, stream.error = self.fail_after
+            del stream.outputs[count:]
+        self.added.append(Added(list(token_ids), params, namespace, stream))
+        return stream
+
+    def _outputs(self, params: SamplingParams) -> list[Output]:
+        ids = [*self.answer(len(self.added)), self.stop_token]
+        reason = "stop" if len(ids) <= params.max_tokens else "length"
+        ids = ids[: params.max_tokens]
+        groups = [ids[i : i + self.per_output] for i in range(0, len(ids), self.per_output)]
+        return [
+            Output(
+                id=len(self.added),
+                token_ids=group,
+                finish_reason=reason if i == len(groups) - 1 else None,
+                cached_tokens=self.cached_tokens,
+                logprobs=None if params.logprobs is None else [_logprobs(x, params) for x in group],
+            )
+            for i, group in enumerate(groups)
+        ]
+
+
+def _logprobs(token_id: int, params: SamplingParams) -> TokenLogprobs:
+    count = params.logprobs or 0
+    top = [((token_id + j) % 400, -0.5 - j) for j in range(count)]
+    return TokenLogprobs(token_id, -0.5, top)
+
+
+@pytest.fixture(scope="session")
+def backend() -> tokenizers.Tokenizer:
+    return build_backend()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(backend: tokenizers.Tokenizer) -> Tokenizer:
+    return Tokenizer(backend, special_tokens={"eos_token": "<|eos|>"}, chat_template=CHATML)
+
+
+@pytest.fixture
+def model_folder(backend: tokenizers.Tokenizer, tmp_path: Path) -> Path:
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "eos_token": {"content": "<|eos|>", "lstrip": False},
+        "bos_token": None,
+        "pad_token": "<|eos|>",
+        "chat_template": CHATML,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.fixture
+def say(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Ids of a text."""
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.fixture
+def engine(say: Callable[[str], list[int]]) -> FakeEngine:
+    return FakeEngine(answer=lambda _: say("hello world"), stop_token=2)
+
+
+@pytest.fixture
+def settings() -> ServerSettings:
+    return ServerSettings(max_body_bytes=64 * 1024)
+
+
+@pytest.fixture
+def app(engine: FakeEngine, tokenizer: Tokenizer, settings: ServerSettings) -> FastAPI:
+    return create_app(engine, tokenizer, model_names=["tiny", "also-tiny"], settings=settings)
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        yield http
+
+
+@pytest.fixture
+async def live_url(app: FastAPI) -> AsyncIterator[str]:
+    """The app behind a real uvicorn."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, http="httptools", log_config=None, access_log=False)
+        server = uvicorn.Server(config)
+        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.005)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        await task
+
+
+@pytest.fixture
+def events() -> Callable[[str], list[Any]]:
+    """The events of an SSE body: parsed JSON, and "[DONE]"; fails when the framing is not SSE."""
+
+    def parse(body: str) -> list[Any]:
+        assert body.endswith("\n\n")
+        found: list[Any] = []
+        for block in body[:-2].split("\n\n"):
+            assert block.startswith("data: ")
+            assert "\n" not in block
+            data = block.removeprefix("data: ")
+            found.append(data if data == "[DONE]" else json.loads(data))
+        return found
+
+    return parse
+
+
+@pytest.fixture
+def chat_body() -> Callable[..., dict[str, Any]]:
+    def build(**fields: Any) -> dict[str, Any]:
+        return {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]} | fields
+
+    return build

@@ -1,0 +1,122 @@
+"""Health, metrics, models, start-up, the access log, the OpenAPI document, README's tables."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from headstart.engine.errors import ModelError
+from headstart.engine.messages import Stats
+from headstart.server.app import create_app
+from headstart.server.openai.field_table import field_tables
+
+
+async def test_health_and_version(client, engine):
+    assert (await client.get("/health")).status_code == 200
+    assert set((await client.get("/version")).json()) == {"version"}
+    engine.ready = False
+    assert (await client.get("/health")).status_code == 503
+
+
+async def test_models(client):
+    listed = (await client.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == ["tiny", "also-tiny"]
+    assert listed["data"][0]["max_model_len"] == 256
+    assert listed["data"][0]["owned_by"] == "headstart"
+    assert (await client.get("/v1/models/tiny")).json() == listed["data"][0]
+
+
+async def test_metrics(client, engine, chat_body):
+    engine.stats = Stats(running=2, waiting=1, pages_total=100, pages_used=60, pages_cached=35)
+    engine.restarts = 4
+    await client.post("/v1/chat/completions", json=chat_body())
+    await client.post("/v1/chat/completions", json=chat_body(max_tokens=1))
+    text = (await client.get("/metrics")).text
+    label = '{model_name="tiny"}'
+    for line in (
+        f"headstart:num_requests_running{label} 2.0",
+        f"headstart:num_requests_waiting{label} 1.0",
+        f"headstart:kv_cache_usage_perc{label} 0.25",
+        f"headstart:kv_cache_cached_perc{label} 0.35",
+        f"headstart:prompt_tokens_total{label} 0.0",
+        f"headstart:generation_tokens_total{label} 0.0",
+        f"headstart:prefix_cache_queries_total{label} 0.0",
+        f"headstart:prefix_cache_hits_total{label} 0.0",
+        f"headstart:engine_restarts_total{label} 4.0",
+        f"headstart:time_to_first_token_seconds_count{label} 2.0",
+        f"headstart:e2e_request_latency_seconds_count{label} 2.0",
+        'headstart:request_success_total{finished_reason="stop",model_name="tiny"} 1.0',
+        'headstart:request_success_total{finished_reason="length",model_name="tiny"} 1.0',
+    ):
+        assert line in text.splitlines()
+    assert "headstart:inter_token_latency_seconds_bucket" in text
+
+
+async def test_two_apps_do_not_know_each_other(engine, tokenizer):
+    first, second = (create_app(engine, tokenizer, model_names=[name]) for name in ("a", "b"))
+    first.state.runtime.draining = True
+    assert not second.state.runtime.draining
+
+
+async def test_the_engine_starts_and_stops_with_the_app(app, engine):
+    async with app.router.lifespan_context(app):
+        await asyncio.sleep(0)
+        assert (engine.started, engine.stopped) == (1, 0)
+    assert engine.stopped == 1
+
+
+async def test_a_failed_start_is_told(engine, tokenizer):
+    async def start():
+        raise ModelError("no such model")
+
+    engine.start = start
+    failures = []
+    app = create_app(engine, tokenizer, model_names=["a"], on_start_failure=failures.append)
+    async with app.router.lifespan_context(app):
+        await asyncio.sleep(0.01)
+    assert [str(error) for error in failures] == ["no such model"]
+
+
+async def test_access_log_is_one_line_without_text(client, chat_body, caplog):
+    caplog.set_level(logging.INFO, "headstart.access")
+    secret = chat_body(messages=[{"role": "user", "content": "secret"}])
+    await client.post("/v1/chat/completions?x=secret", json=secret)
+    await client.get("/v1/evil%0aPOST%20/admin status=200")
+    await client.get("/health")
+    lines = [r.getMessage() for r in caplog.records if r.name == "headstart.access"]
+    assert len(lines) == 2
+    assert not any("\n" in line or "secret" in line or "hello" in line for line in lines)
+    assert lines[0].startswith("POST /v1/chat/completions status=200 ms=")
+    assert "completion_tokens=" in lines[0]
+    assert lines[1].startswith('GET "/v1/evil\\nPOST /admin status=200" status=404')
+
+
+async def test_openapi_describes_the_bodies(client):
+    document = (await client.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    assert {"ChatBody", "ChatMessage", "CompletionBody", "StreamOptions"} <= set(schemas)
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
+    assert body["content"]["application/json"]["schema"]["$ref"].endswith("/ChatBody")
+
+
+def test_readme_tables_are_those_of_the_code():
+    readme = Path(sys.modules["headstart.server"].__file__).with_name("README.md")
+    assert field_tables() in readme.read_text()
+
+
+def test_the_server_imports_no_torch():
+    code = (
+        "import sys, headstart.server.app, headstart.server.cli, headstart.server.serving;"
+        "bad = {'torch', 'numpy.testing'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+async def test_no_pages_that_load_scripts(client, path):
+    assert (await client.get(path)).status_code == 404

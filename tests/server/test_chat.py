@@ -1,0 +1,269 @@
+"""/v1/chat/completions: answers, streaming, n, usage, stop strings, log-probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import msgspec
+import pytest
+from headstart.engine.errors import EngineDeadError, RequestError
+
+URL = "/v1/chat/completions"
+
+
+async def test_whole_answer(client, engine, chat_body, say):
+    response = await client.post(URL, json=chat_body())
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
+    assert answer["model"] == "tiny"
+    [choice] = answer["choices"]
+    assert choice == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "hello world", "refusal": None},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    prompt = say("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    [added] = engine.added
+    assert added.token_ids == prompt
+    assert added.params.max_tokens == 256 - len(prompt)
+    assert added.stream.aborted == 0
+    generated = len(say("hello world")) + 1
+    assert answer["usage"] == {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": generated,
+        "total_tokens": len(prompt) + generated,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    }
+
+
+async def test_streamed_answer(client, chat_body, events):
+    response = await client.post(URL, json=chat_body(stream=True))
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, done = events(response.text)
+    assert done == "[DONE]"
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert all("usage" not in chunk for chunk in chunks)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content", "") for delta in deltas) == "hello world"
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + ["stop"]
+
+
+async def test_stream_usage(client, chat_body, events):
+    body = chat_body(stream=True, stream_options={"include_usage": True})
+    whole = (await client.post(URL, json=chat_body())).json()
+    *chunks, usage, done = events((await client.post(URL, json=body)).text)
+    assert done == "[DONE]"
+    assert usage["choices"] == []
+    assert usage["usage"] == whole["usage"]
+    assert all(chunk["usage"] is None for chunk in chunks)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_n(client, engine, chat_body, events, say, stream):
+    engine.answer = lambda i: say(f"answer {i}")
+    body = chat_body(n=3, seed=7, stream=stream, stream_options=None)
+    response = await client.post(URL, json=body)
+    assert [added.params.seed for added in engine.added] == [7, 8, 9]
+    texts = ["", "", ""]
+    if stream:
+        for chunk in events(response.text)[:-1]:
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content", "")
+    else:
+        answer = response.json()
+        for choice in answer["choices"]:
+            texts[choice["index"]] += choice["message"]["content"]
+        assert answer["usage"]["prompt_tokens"] == len(engine.added[0].token_ids)
+        assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+        counts = [len(say(f"answer {i}")) + 1 for i in range(3)]
+        assert answer["usage"]["completion_tokens"] == sum(counts)
+    assert texts == ["answer 0", "answer 1", "answer 2"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_stop_string_ends_the_answer(client, engine, chat_body, events, say, stream):
+    engine.answer = lambda _: say("the quick brown fox")
+    response = await client.post(URL, json=chat_body(stop=["k br", "zzz"], stream=stream))
+    if stream:
+        choices = [chunk["choices"][0] for chunk in events(response.text)[:-1]]
+        text = "".join(choice["delta"].get("content", "") for choice in choices)
+        reason = choices[-1]["finish_reason"]
+    else:
+        [choice] = response.json()["choices"]
+        text, reason = choice["message"]["content"], choice["finish_reason"]
+    assert (text, reason) == ("the quic", "stop")
+    assert engine.added[0].stream.aborted >= 1
+
+
+async def test_length(client, chat_body):
+    answer = (await client.post(URL, json=chat_body(max_completion_tokens=1))).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 1
+
+
+async def test_sampling_fields_reach_the_engine(client, engine, chat_body):
+    fields = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": {"5": -100, "6": 1.5},
+        "seed": 3,
+        "stop_token_ids": [9],
+        "ignore_eos": True,
+        "max_tokens": 4,
+    }
+    response = await client.post(URL, json=chat_body(cache_salt="tenant", **fields))
+    assert response.status_code == 200, response.text
+    [added] = engine.added
+    for name in fields.keys() - {"logit_bias", "stop_token_ids"}:
+        assert getattr(added.params, name) == fields[name], name
+    assert added.params.logit_bias == {5: -100.0, 6: 1.5}
+    assert added.params.stop_token_ids == (9,)
+    assert added.params.logprobs is None
+    assert added.namespace == b"tenant"
+
+
+async def test_null_means_default(client, engine, chat_body):
+    names = ("temperature", "top_p", "n", "stop", "logit_bias", "seed", "stream", "tools", "user")
+    response = await client.post(URL, json=chat_body(**dict.fromkeys(names)))
+    assert response.status_code == 200
+    assert engine.added[0].params.temperature == 1.0
+    assert engine.added[0].namespace == b""
+
+
+@pytest.mark.parametrize("value", [-1, 0])
+async def test_top_k_off(client, engine, chat_body, value):
+    await client.post(URL, json=chat_body(top_k=value))
+    assert engine.added[0].params.top_k is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs(client, engine, chat_body, events, say, tokenizer, stream):
+    engine.answer = lambda _: say("a\U0001f44d")
+    response = await client.post(URL, json=chat_body(logprobs=True, top_logprobs=2, stream=stream))
+    if stream:
+        content = [
+            entry
+            for chunk in events(response.text)[:-1]
+            for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
+        ]
+    else:
+        content = response.json()["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in content) == "a\U0001f44d".encode()
+    assert content[0]["token"] == "a"
+    assert content[0]["logprob"] == -0.5
+    assert [top["logprob"] for top in content[0]["top_logprobs"]] == [-0.5, -1.5]
+    assert set(content[0]["top_logprobs"][0]) == {"token", "logprob", "bytes"}
+
+
+async def test_logprobs_without_top(client, engine, chat_body):
+    answer = (await client.post(URL, json=chat_body(logprobs=True))).json()
+    assert engine.added[0].params.logprobs == 0
+    assert answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+async def test_content_parts_and_developer(client, engine, chat_body, tokenizer):
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    messages = [{"role": "developer", "content": "be"}, {"role": "user", "content": parts}]
+    assert (await client.post(URL, json=chat_body(messages=messages))).status_code == 200
+    text = b"".join(map(tokenizer.token_bytes, engine.added[0].token_ids)).decode()
+    assert "system\nbe<" in text
+    assert "user\none\ntwo<" in text
+
+
+async def test_long_texts_are_tokenised_in_a_thread(app, client, engine, say, monkeypatch):
+    engine.model = msgspec.structs.replace(engine.model, max_model_len=10**6)
+    threads: set[str] = set()
+    template = app.state.runtime.chat_template
+    encode = template.encode
+
+    def noting(messages):
+        threads.add(threading.current_thread().name)
+        return encode(messages)
+
+    monkeypatch.setattr(template, "encode", noting)
+    for length in (10, 20_000):
+        messages = [{"role": "user", "content": "x" * length}]
+        response = await client.post(URL, json={"model": "tiny", "messages": messages})
+        assert response.status_code == 200
+    assert threads == {"MainThread", "text_0"}
+
+
+async def test_several_tokens_in_one_output(client, engine, chat_body, events):
+    engine.per_output = 4
+    chunks = events((await client.post(URL, json=chat_body(stream=True))).text)[:-1]
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == "hello world"
+    assert len(chunks) <= 5
+
+
+async def test_engine_dies_before_the_first_token(client, engine, chat_body):
+    engine.fail_after = (0, EngineDeadError("the engine has died"))
+    response = await client.post(URL, json=chat_body(stream=True))
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "service_unavailable_error"
+
+
+async def test_engine_dies_in_the_middle_of_a_stream(client, engine, chat_body, events):
+    engine.fail_after = (2, EngineDeadError("the engine has died"))
+    response = await client.post(URL, json=chat_body(stream=True))
+    assert response.status_code == 200
+    *_, error, done = events(response.text)
+    assert error["error"]["message"] == "the engine has died"
+    assert done == "[DONE]"
+    assert (await client.post(URL, json=chat_body())).status_code == 503
+
+
+async def test_one_choice_that_fails_stops_the_others(client, engine, chat_body):
+    engine.fail_after = (2, EngineDeadError("the engine has died"))
+    response = await client.post(URL, json=chat_body(n=4))
+    assert response.status_code == 503
+    assert all(added.stream.aborted for added in engine.added)
+
+
+async def test_the_engine_refuses(client, engine, chat_body):
+    engine.fail_after = (0, RequestError("needs more pages than there are", "messages"))
+    response = await client.post(URL, json=chat_body())
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages"
+
+
+async def test_bugs_tell_the_client_nothing(client, engine, chat_body):
+    engine.fail_after = (0, ValueError("secret"))
+    response = await client.post(URL, json=chat_body())
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert response.json()["error"]["type"] == "server_error"
+
+
+async def test_a_stream_that_just_ends_is_an_error(client, engine, chat_body):
+    original = engine.add
+
+    def add(token_ids, params, *, namespace=b""):
+        stream = original(token_ids, params, namespace=namespace)
+        del stream.outputs[1:]
+        return stream
+
+    engine.add = add
+    assert (await client.post(URL, json=chat_body())).status_code == 500
+
+
+async def test_requests_run_side_by_side(client, engine, chat_body):
+    engine.hold = True
+    tasks = [asyncio.create_task(client.post(URL, json=chat_body())) for _ in range(8)]
+    while len(engine.added) < 8:
+        await asyncio.sleep(0.001)
+    for added in engine.added:
+        added.stream.gate.set()
+    assert [response.status_code for response in await asyncio.gather(*tasks)] == [200] * 8

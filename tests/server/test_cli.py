@@ -1,0 +1,246 @@
+"""The command line: flags, sizes, one-line errors; signals, with a fake engine in a process."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from headstart import __version__
+from headstart.engine.errors import ConfigError
+from headstart.server import cli
+
+
+def parse(*argv: str):
+    return cli.build_parser().parse_args(argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2GiB", 2 * 1024**3),
+        ("500MB", 500 * 1000**2),
+        ("1.5G", 1536 * 1024**2),
+        ("64k", 65536),
+        ("1 tib", 1024**4),
+        ("4096", 4096),
+    ],
+)
+def test_sizes(text, size):
+    assert parse("serve", "m", "--kv-memory", text).kv_memory == size
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["serve"],
+        ["serve", "m", "--kv-memory", "lots"],
+        ["serve", "m", "--kv-memory", "0"],
+        ["serve", "m", "--kv-memory", "-1GB"],
+        ["serve", "m", "--port", "70000"],
+        ["serve", "m", "--threads", "0"],
+        ["serve", "m", "--threads", "²"],
+        ["serve", "m", "--backend", "tpu"],
+        ["pull"],
+        ["dance"],
+    ],
+)
+def test_wrong_usage_exits_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"headstart {__version__}\n"
+
+
+def test_every_flag_gets_where_it_belongs(tmp_path):
+    args = parse(
+        *("serve", "m", "--backend", "cpu", "--isa", "avx2", "--weights", "int8"),
+        *("--kv-memory", "1GiB", "--max-model-len", "4096", "--max-batched-tokens", "256"),
+        *("--max-running", "8", "--threads", "2", "--no-prefix-caching"),
+        *("--max-body-size", "1MiB", "--max-n", "2", "--max-prompts", "3"),
+        *("--max-choices", "4", "--max-stop", "5"),
+    )
+    config = cli.engine_config(args, tmp_path)
+    assert (config.backend, config.isa, config.weights) == ("cpu", "avx2", "int8")
+    assert (config.kv_memory, config.max_model_len) == (1024**3, 4096)
+    assert (config.max_batched_tokens, config.max_running, config.threads) == (256, 8, 2)
+    assert config.prefix_caching is False
+    assert config.model_path == str(tmp_path)
+    settings = cli.server_settings(args)
+    assert (settings.max_body_bytes, settings.max_n, settings.max_prompts) == (1024**2, 2, 3)
+    assert (settings.max_choices, settings.max_stop) == (4, 5)
+
+
+def test_defaults_are_those_of_the_config(tmp_path):
+    from headstart.engine.config import EngineConfig
+    from headstart.server.settings import ServerSettings
+
+    args = parse("serve", "m")
+    assert cli.engine_config(args, tmp_path) == EngineConfig(model_path=str(tmp_path))
+    assert cli.server_settings(args) == ServerSettings()
+
+
+def test_model_names(tmp_path):
+    assert cli.model_names(parse("serve", "org/model")) == ["org/model"]
+    assert cli.model_names(parse("serve", str(tmp_path))) == [tmp_path.name]
+    assert cli.model_names(parse("serve", "m", "--served-model-name", "a", "b")) == ["a", "b"]
+
+
+def test_cache_dir(monkeypatch):
+    monkeypatch.setenv("HEADSTART_HOME", "/somewhere")
+    assert parse("pull", "m").cache_dir == Path("/somewhere")
+    monkeypatch.delenv("HEADSTART_HOME")
+    assert parse("pull", "m").cache_dir == Path.home() / ".cache" / "headstart"
+
+
+def test_port_taken_is_one_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port}: Address already in use"):
+            cli.bind("127.0.0.1", port)
+        assert cli.main(["serve", "m", "--port", str(port)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("headstart: error: cannot listen on 127.0.0.1 port")
+    assert error.count("\n") == 1
+
+
+def test_host_unknown_is_one_line():
+    with pytest.raises(ConfigError, match=r"cannot listen on 256\.0\.0\.1"):
+        cli.bind("256.0.0.1", 0)
+
+
+SERVER = """
+import asyncio, socket, sys, time
+from pathlib import Path
+from headstart.engine.errors import ModelError
+from headstart.engine.messages import ModelInfo, Output, Stats
+from headstart.server import cli
+from headstart.server.app import create_app
+from headstart.server.serving import serve
+from headstart.server.tokenizer import Tokenizer
+
+class Stream:
+    async def __aiter__(self):
+        for i in range(20):
+            await asyncio.sleep(float(sys.argv[2]))
+            yield Output(0, [70], "length" if i == 19 else None)
+    def abort(self): print("aborted", flush=True)
+
+class Engine:
+    ready = True
+    stats = Stats()
+    restarts = 0
+    model = ModelInfo(max_model_len=256, vocab_size=400, page_size=16, num_pages=9,
+                      eos_token_ids=[0], backend="fake", weights="f32", version="0")
+    async def start(self):
+        if sys.argv[3] == "fail":
+            raise ModelError("the file is truncated")
+    def add(self, token_ids, params, *, namespace=b""): return Stream()
+    async def stop(self): print("stopped", flush=True)
+
+listener = cli.bind("127.0.0.1", 0)
+print(listener.getsockname()[1], flush=True)
+failures = []
+app = create_app(Engine(), Tokenizer.from_folder(Path(sys.argv[1])), model_names=["tiny"],
+                 on_start_failure=failures.append)
+serve(app, listener, failures, drain_seconds=1)
+print("failures", [str(f) for f in failures], flush=True)
+"""
+
+
+@pytest.fixture
+def launch(model_folder):
+    processes = []
+
+    def start(seconds_per_token: float, how: str = "fine") -> tuple[subprocess.Popen, int]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(model_folder), str(seconds_per_token), how],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        port = int(process.stdout.readline())
+        deadline = time.monotonic() + 20
+        while how == "fine":
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=20)
+                break
+            except urllib.error.URLError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        return process, port
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def stream_request(port: int) -> socket.socket:
+    body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 20, "stream": True}).encode()
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    assert connection.recv(15) == b"HTTP/1.1 200 OK"
+    return connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    data = b""
+    while chunk := connection.recv(65536):
+        data += chunk
+    return data
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_then_exits_0(launch, number):
+    process, port = launch(0.02)
+    connection = stream_request(port)
+    process.send_signal(number)
+    data = read_all(connection)
+    assert data.count(b'"text":"') >= 19
+    assert b'"finish_reason":"length"' in data
+    assert data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert process.wait(20) == 0
+    assert process.stdout.read() == "stopped\nfailures []\n"
+
+
+def test_what_does_not_end_in_time_gets_an_error(launch):
+    process, port = launch(0.5)
+    connection = stream_request(port)
+    process.send_signal(signal.SIGTERM)
+    assert b"the server is shutting down" in read_all(connection)
+    assert process.wait(20) == 0
+    assert process.stdout.read().startswith("aborted\nstopped\n")
+
+
+def test_a_second_signal_does_not_wait(launch):
+    process, port = launch(0.05)
+    connection = stream_request(port)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert b"the server is shutting down" in read_all(connection)
+    assert process.wait(20) == 0
+
+
+def test_an_engine_that_does_not_start_ends_the_server(launch):
+    process, _ = launch(0.01, "fail")
+    assert process.wait(20) == 0
+    assert "failures ['the file is truncated']" in process.stdout.read()

@@ -1,0 +1,144 @@
+"""/v1/completions: prompt forms, echo, log-probabilities, limits."""
+
+from __future__ import annotations
+
+import pytest
+
+URL = "/v1/completions"
+
+
+@pytest.fixture
+def body():
+    return lambda **fields: {"model": "tiny", "prompt": "the fox"} | fields
+
+
+async def test_whole_answer(client, engine, body, say):
+    answer = (await client.post(URL, json=body())).json()
+    assert answer["object"] == "text_completion"
+    assert answer["choices"] == [
+        {"index": 0, "text": "hello world", "logprobs": None, "finish_reason": "stop"}
+    ]
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    assert engine.added[0].token_ids == say("the fox")
+    assert engine.added[0].params.max_tokens == 16
+
+
+async def test_default_max_tokens_fits_the_context(client, engine, body):
+    response = await client.post(URL, json=body(prompt=[5] * 250))
+    assert response.status_code == 200
+    assert engine.added[0].params.max_tokens == 6
+
+
+async def test_streamed_answer(client, body, events):
+    response = await client.post(
+        URL, json=body(stream=True, stream_options={"include_usage": True})
+    )
+    *chunks, usage, done = events(response.text)
+    assert done == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello world"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert usage["usage"]["completion_tokens"] > 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("as_ids", [False, True])
+async def test_many_prompts_times_n(client, engine, body, events, say, stream, as_ids):
+    engine.answer = lambda i: say(f" {i}")
+    prompts = ["the", "quick"]
+    sent = [say(prompt) for prompt in prompts] if as_ids else prompts
+    response = await client.post(URL, json=body(prompt=sent, n=2, echo=True, stream=stream))
+    assert [added.token_ids for added in engine.added] == [
+        say("the"),
+        say("the"),
+        say("quick"),
+        say("quick"),
+    ]
+    texts = [""] * 4
+    answers = events(response.text)[:-1] if stream else [response.json()]
+    for answer in answers:
+        for choice in answer["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == ["the 0", "the 1", "quick 2", "quick 3"]
+    if not stream:
+        count = len(say("the")) + len(say("quick"))
+        assert answers[0]["usage"]["prompt_tokens"] == count
+
+
+async def test_one_prompt_of_ids(client, engine, body):
+    await client.post(URL, json=body(prompt=[5, 6, 7]))
+    assert engine.added[0].token_ids == [5, 6, 7]
+
+
+async def test_logprobs(client, engine, body, say):
+    engine.answer = lambda _: say("ab\U0001f44d")
+    answer = (await client.post(URL, json=body(logprobs=2))).json()
+    logprobs = answer["choices"][0]["logprobs"]
+    lengths = {len(values) for values in logprobs.values()}
+    assert lengths == {len(say("ab\U0001f44d"))}
+    assert logprobs["tokens"][:2] == ["a", "b"]
+    assert logprobs["tokens"][2].startswith("bytes:\\x")
+    assert logprobs["text_offset"][:3] == [0, 1, 2]
+    assert logprobs["top_logprobs"][0]["a"] == -0.5
+    assert len(logprobs["top_logprobs"][0]) == 2
+
+
+async def test_no_infinity_in_json(client, engine, body, monkeypatch):
+    from headstart.engine.messages import TokenLogprobs
+
+    add = engine.add
+
+    def ruled_out(token_ids, params, *, namespace=b""):
+        stream = add(token_ids, params, namespace=namespace)
+        for output in stream.outputs:
+            output.logprobs[:] = [
+                TokenLogprobs(t.token_id, float("-inf"), [(t.token_id, float("-inf"))])
+                for t in output.logprobs
+            ]
+        return stream
+
+    monkeypatch.setattr(engine, "add", ruled_out)
+    answer = (await client.post(URL, json=body(logprobs=1))).json()
+    assert set(answer["choices"][0]["logprobs"]["token_logprobs"]) == {-9999.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": []}, "prompt", "empty"),
+        ({"prompt": [[]]}, "prompt[0]", "empty"),
+        ({"prompt": ["a", ""]}, "prompt[1]", "empty"),
+        ({"prompt": 3}, "prompt", "a prompt is"),
+        ({"prompt": None}, "prompt", "a prompt is"),
+        ({"prompt": ["a", 3]}, "prompt[1]", "a prompt is"),
+        ({"prompt": [1, "a"]}, "prompt[1]", "not a token id"),
+        ({"prompt": [1, True]}, "prompt[1]", "not a token id"),
+        ({"prompt": [1, -1]}, "prompt[1]", "not a token id"),
+        ({"prompt": [1, 2**40]}, "prompt[1]", "not a token id"),
+        ({"prompt": [[1], [1, 1.5]]}, "prompt[1][1]", "not a token id"),
+        ({"prompt": [1, 400]}, "prompt[1]", "vocabulary has 400"),
+        ({"prompt": ["a"] * 65}, "prompt", "at most 64 prompts"),
+        ({"prompt": ["a"] * 60, "n": 3}, "prompt", "128 choices"),
+        ({"echo": True, "logprobs": 0}, "echo", "not supported"),
+        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"best_of": 2}, "best_of", "not supported"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"logprobs": True}, "logprobs", "valid integer"),
+        ({"messages": []}, "messages", "not a known field"),
+        ({"prompt": [5] * 256}, "prompt", "256 tokens; the model's context holds 256"),
+        ({"prompt": [5] * 200, "max_tokens": 57}, "max_tokens", "together 257"),
+    ],
+)
+async def test_bad_requests(client, engine, body, fields, param, words):
+    response = await client.post(URL, json=body(**fields))
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+    assert engine.added == []
+
+
+async def test_no_prompt_is_started_when_one_is_bad(client, engine, body):
+    response = await client.post(URL, json=body(prompt=["fine", "x " * 400]))
+    assert response.status_code == 400
+    assert engine.added == []
