@@ -16,6 +16,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_running:         sequences computed in one step
     threads:             CPU threads of the kernels
     prefix_caching:      keep KV of finished prompts in the radix cache
+    log_level:           of the engine process, a name of the logging module
     """
 
     model_path: str
@@ -28,3 +29,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_running: int = 64
     threads: int | None = None
     prefix_caching: bool = True
+    log_level: str = "info"

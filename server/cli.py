@@ -206,6 +206,7 @@ def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
         max_running=args.max_running,
         threads=getattr(args, "threads", None),
         prefix_caching=not args.no_prefix_caching,
+        log_level=args.log_level,
     )
 
 
@@ -259,7 +260,7 @@ def run_serve(args: argparse.Namespace) -> int:
     from headstart.server.tokenizer import Tokenizer
 
     with listener:
-        folder = resolve(args.model, args.cache_dir)
+        folder = resolve(args.model, args.cache_dir, show_progress)
         engine = EngineClient(engine_config(args, folder))
         failures: list[HeadstartError] = []
         app = create_app(

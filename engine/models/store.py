@@ -20,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -39,7 +40,9 @@ from headstart.engine.errors import ModelError
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.tokenizer import TokenizerConversion
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
 """Version of the converted folder's contents; raise it when old folders must be made again."""
 MARKER = "headstart.json"
 
@@ -257,11 +260,35 @@ def _convert(source: Path, target: Path, report: Progress) -> None:
             _link_weights(source, target, report)
         else:
             _convert_gguf(source, config, target, report)
-        # The weights are complete here: what is derived from them (calibration) belongs here.
         tokenizer.wait()
     finally:
         tokenizer.cancel()
     report("tokenizer", 1, 1)
+    _quantize(target, report)
+
+
+def _quantize(folder: Path, report: Progress) -> None:
+    """Make int8 weights in a process of its own, since that needs torch.
+
+    A model whose shape the int8 kernels do not compute is served in another format.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "headstart.engine.models.quantize", folder],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process:
+        for line in process.stdout:
+            done, total = line.split()
+            report("int8 weights", int(done), int(total))
+        reason = process.stderr.read().strip()
+    if process.returncode:
+        last = reason.splitlines()[-1] if reason else f"exit status {process.returncode}"
+        logger.warning("no int8 weights for this model: %s", last)
 
 
 def _gguf_config(source: Path) -> dict[str, Any]:

@@ -1,0 +1,231 @@
+"""Engine: token ids in, token ids out. ``step()`` is the verbs of the whole design.
+
+    schedule -> build_batch -> run -> sample -> commit
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from array import array
+from pathlib import Path
+
+from headstart import __version__
+from headstart.engine.batch import build_batch
+from headstart.engine.config import EngineConfig
+from headstart.engine.errors import ConfigError, RequestError
+from headstart.engine.kv_pool import PagePool
+from headstart.engine.memory import plan_memory
+from headstart.engine.messages import ModelInfo, Output, Stats, TokenLogprobs
+from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder, warm_up
+from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.quantize import read_quality
+from headstart.engine.radix_cache import RadixCache
+from headstart.engine.sampler import Sampler
+from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.scheduler import NewToken, Scheduler
+from headstart.engine.sequence import FinishReason, Sequence
+from headstart.kernels.backend import WEIGHT_FORMATS, instruction_sets, load_backend
+
+logger = logging.getLogger(__name__)
+
+INT8_TOLERANCE = 1.01
+"""int8 is chosen by "auto" while its perplexity is at most this many times that of bf16."""
+
+
+def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
+    """The weight format: as asked, or the fastest one this machine and model allow."""
+    if asked != "auto":
+        if asked not in WEIGHT_FORMATS:
+            raise ConfigError(f"--weights must be auto, {', '.join(WEIGHT_FORMATS)}; got {asked}")
+        return asked
+    if backend == "reference" or isa not in ("avx512_bf16", "avx512_vnni"):
+        return "f32"
+    quality = read_quality(folder)
+    if quality is None:
+        reason = "the model has no int8 weights"
+    elif quality["int8"] <= quality["bf16"] * INT8_TOLERANCE:
+        return "int8"
+    else:
+        reason = f"int8 perplexity is {quality['int8']:.3f}, bf16 {quality['bf16']:.3f}"
+    logger.info("weights: not int8, because %s", reason)
+    return "bf16" if isa == "avx512_bf16" else "f32"
+
+
+class Engine:
+    """One model with its scheduler and KV pool. Not thread-safe: one thread calls it.
+
+    Raises HeadstartError subclasses, each one line, when the model or a setting cannot work.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        folder = Path(config.model_path)
+        model = ModelConfig.from_folder(folder)
+        max_model_len = config.max_model_len or model.max_position_embeddings
+        if max_model_len > model.max_position_embeddings:
+            raise ConfigError(
+                f"--max-model-len {max_model_len} is beyond the model's "
+                f"{model.max_position_embeddings} tokens"
+            )
+        if model.context_limit:
+            logger.info("%s", model.context_limit)
+        threads = config.threads or len(os.sched_getaffinity(0))
+        name = "cpu" if config.backend == "auto" else config.backend
+        isa = instruction_sets()[0] if config.isa == "auto" else config.isa
+        weights = choose_weights(config.weights, name, isa, folder)
+        try:
+            backend = load_backend(name, isa=isa, weights=weights, threads=threads)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        logger.info("backend %s (%s), weights %s, %d threads", name, isa, weights, threads)
+
+        decoder = load_decoder(folder, model, backend, weights, max_model_len)
+        shape = attention_shape(model)
+        plan = plan_memory(
+            weights=_weight_bytes(model, weights),
+            activations=_activation_bytes(model, config.max_batched_tokens),
+            bytes_per_page=backend.kv_bytes_per_page(shape, model.num_layers),
+            page_size=backend.page_size,
+            kv_memory=config.kv_memory,
+            max_model_len=max_model_len,
+        )
+        logger.info("%s", plan)
+        self._runner = ModelRunner(decoder, backend, plan.num_pages)
+        self._page_size = backend.page_size
+        self._pool = PagePool(plan.num_pages, backend.page_size)
+        self._cache = RadixCache(self._pool)
+        self._scheduler = Scheduler(
+            self._pool,
+            self._cache,
+            max_batched_tokens=config.max_batched_tokens,
+            max_running=config.max_running,
+            max_model_len=max_model_len,
+            eos_token_ids=model.eos_token_ids,
+            prefix_caching=config.prefix_caching,
+        )
+        self._sampler = Sampler(model.vocab_size, backend.argmax)
+        self._steps = 0
+        self._step_seconds = 0.0
+        self.model = ModelInfo(
+            max_model_len=max_model_len,
+            vocab_size=model.vocab_size,
+            page_size=backend.page_size,
+            num_pages=plan.num_pages,
+            eos_token_ids=list(model.eos_token_ids),
+            backend=f"{name} {isa}" if name == "cpu" else name,
+            weights=weights,
+            version=__version__,
+        )
+
+    def warm_up(self) -> None:
+        """Touch every weight and kernel once, so that the first request does not pay for it."""
+        warm_up(self._runner)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def add(
+        self,
+        request_id: int,
+        token_ids: array[int],
+        params: SamplingParams,
+        namespace: bytes = b"",
+    ) -> None:
+        """Queue a request. Raises RequestError if it can never run."""
+        params.validate(self.model.vocab_size)
+        if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
+            raise self._foreign_token(token_ids)
+        self._scheduler.add(
+            Sequence(request_id, token_ids, len(token_ids), params, namespace=namespace)
+        )
+
+    def abort(self, request_ids: list[int]) -> None:
+        """End these requests and free what they hold; unknown ids are ignored."""
+        self._scheduler.abort(request_ids)
+
+    def step(self) -> list[Output]:
+        """Compute one step for whatever the scheduler chose; new tokens of all sequences."""
+        begin = time.perf_counter()
+        scheduled = self._scheduler.schedule()
+        batch = build_batch(scheduled.scheduled, self._page_size)
+        logits = self._runner.run(batch)
+        sampling = [entry.seq for entry in scheduled.scheduled if entry.samples]
+        sampled = self._sampler.sample(logits, sampling)
+        new = self._scheduler.commit(scheduled, [s.token_id for s in sampled])
+        logprobs = {
+            seq.id: s.logprobs for seq, s in zip(sampling, sampled, strict=True) if s.logprobs
+        }
+        self._steps += 1
+        self._step_seconds += time.perf_counter() - begin
+        return [_output(token, logprobs.get(token.seq.id)) for token in new]
+
+    @property
+    def stats(self) -> Stats:
+        scheduler, pool = self._scheduler, self._pool
+        return Stats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            pages_total=pool.num_pages,
+            pages_used=pool.num_used,
+            pages_cached=self._cache.num_evictable_pages,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+            generation_tokens=scheduler.generation_tokens,
+            preemptions=scheduler.preemptions,
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+        )
+
+    def check(self) -> None:
+        """Prove the books: pages, references, locks. Raises if they do not balance."""
+        self._scheduler.check()
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
+    ) -> list[list[int]]:
+        """The output tokens of each prompt, computed together; for tests and measurements."""
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        outputs: dict[int, list[int]] = {}
+        for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True)):
+            outputs[index] = []
+            self.add(index, array("i", prompt), wanted)
+        while self.has_work:
+            for output in self.step():
+                outputs[output.id].extend(output.token_ids)
+        return [outputs[index] for index in range(len(prompts))]
+
+    def _foreign_token(self, token_ids: array[int]) -> RequestError:
+        size = self.model.vocab_size
+        wrong = next(t for t in token_ids if not 0 <= t < size)
+        return RequestError(f"token id {wrong} is not in the vocabulary of {size}", "prompt")
+
+
+def _output(token: NewToken, logprobs: TokenLogprobs | None) -> Output:
+    seq = token.seq
+    return Output(
+        seq.id,
+        [] if token.token_id is None else [token.token_id],
+        _reason(seq.finish_reason) if token.finished else None,
+        seq.num_cached_tokens,
+        [logprobs] if logprobs else None,
+    )
+
+
+def _reason(reason: FinishReason | None) -> str | None:
+    return None if reason is None else reason.value
+
+
+def _weight_bytes(model: ModelConfig, weights: str) -> int:
+    size = {"f32": 4, "bf16": 2, "int8": 1}[weights]
+    q_size, kv_size = (n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
+    layer = model.hidden_size * (2 * q_size + 2 * kv_size + 3 * model.intermediate_size)
+    table = model.vocab_size * model.hidden_size
+    return model.num_layers * layer * size + table * (size + (2 if weights != "f32" else 4))
+
+
+def _activation_bytes(model: ModelConfig, rows: int) -> int:
+    q_size = model.num_heads * model.head_dim
+    floats = 4 * model.hidden_size + 5 * q_size + 3 * model.intermediate_size
+    return rows * floats * 4 + 64 * model.vocab_size * 4

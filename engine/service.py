@@ -1,0 +1,122 @@
+"""The engine's process: messages in, steps, messages out.
+
+    python -m headstart.engine.service ENDPOINT < EngineConfig as one line of JSON
+
+A process of its own, because a second busy Python thread beside the kernels' threads stalls them
+by whole scheduler time slices. It waits without using the CPU while there is nothing to compute.
+Standard input stays open as long as the parent lives: its end is this process's end.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from array import array
+
+import msgspec
+import zmq
+
+from headstart.engine.config import EngineConfig
+from headstart.engine.errors import HeadstartError, RequestError
+from headstart.engine.messages import (
+    Abort,
+    Add,
+    Failed,
+    Ready,
+    Rejected,
+    Shutdown,
+    Step,
+    ToEngine,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Service:
+    """Connects an engine to the socket of its client."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(sys.stdin.fileno(), zmq.POLLIN)
+
+    def run(self, config: EngineConfig) -> None:
+        """Load the model, say so, and serve until told to stop. Raises HeadstartError."""
+        # Imported here: torch takes a second, and a bad setting should be told before that.
+        from headstart.engine.engine import Engine
+
+        engine = Engine(config)
+        engine.warm_up()
+        self._send(Ready(engine.model))
+        while self._receive(engine):
+            if engine.has_work:
+                outputs = engine.step()
+                self._send(Step(outputs, engine.stats))
+
+    def fail(self, message: str) -> None:
+        self._send(Failed(message))
+
+    def _send(self, message: Ready | Failed | Step | Rejected) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def _receive(self, engine: object) -> bool:
+        """Handle what has arrived; wait for it if there is nothing to compute."""
+        from headstart.engine.engine import Engine
+
+        assert isinstance(engine, Engine)
+        ready = dict(self._poller.poll(0 if engine.has_work else None))
+        if sys.stdin.fileno() in ready:  # the parent ended: nothing is ever written there
+            return False
+        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            message = self._decoder.decode(self._socket.recv())
+            match message:
+                case Add():
+                    self._add(engine, message)
+                case Abort(ids):
+                    engine.abort(ids)
+                    self._send(Step([], engine.stats))
+                case Shutdown():
+                    return False
+        return True
+
+    def _add(self, engine: object, message: Add) -> None:
+        from headstart.engine.engine import Engine
+
+        assert isinstance(engine, Engine)
+        try:
+            tokens = array("i")
+            tokens.frombytes(message.token_ids)
+            engine.add(message.id, tokens, message.params, message.namespace)
+        except RequestError as error:
+            self._send(Rejected(message.id, str(error), error.param))
+
+
+def main() -> None:
+    """Serve one client; exit status 1 after a HeadstartError, which the client is told."""
+    endpoint = sys.argv[1]
+    # Ctrl-C reaches the whole process group; the parent decides when this process ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = msgspec.json.decode(sys.stdin.readline(), type=EngineConfig)
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s: %(message)s")
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(endpoint)
+    service = Service(socket)
+    try:
+        service.run(config)
+    except HeadstartError as error:
+        service.fail(str(error))
+        socket.close(linger=5000)
+        context.term()
+        sys.exit(1)
+    socket.close(linger=0)
+    context.term()
+
+
+if __name__ == "__main__":
+    main()
