@@ -1,0 +1,56 @@
+"""Results for people: one table row as each workload ends, on stderr."""
+
+import sys
+
+from headstart.bench.samples import Result
+
+_COLUMNS = (
+    ("workload", 16),
+    ("target", 10),
+    ("prompt", 7),
+    ("cached", 7),
+    ("TTFT ms", 10),
+    ("p95", 9),
+    ("TPOT ms", 8),
+    ("out tok/s", 10),
+    ("decode", 8),
+    ("errors", 7),
+    ("client", 7),
+)
+
+
+def print_header() -> None:
+    """Column names; the columns are described in bench/README.md."""
+    print(_row([name for name, _ in _COLUMNS]), file=sys.stderr, flush=True)
+
+
+def print_result(result: Result) -> None:
+    """One row, then a line for the first error and for every note."""
+    share = result.client_cpu_share
+    cells = [
+        result.workload,
+        result.target,
+        str(result.prompt_tokens),
+        "-" if result.cached_tokens is None else str(result.cached_tokens),
+        _number(result.ttft_ms_median, 1),
+        _number(result.ttft_ms_p95, 1),
+        _number(result.tpot_ms_median, 2),
+        _number(result.output_tokens_per_s, 1),
+        _number(result.decode_tokens_per_s, 1),
+        f"{result.errors}/{result.requests}",
+        "-" if share is None else f"{share:.0%}",
+    ]
+    print(_row(cells), file=sys.stderr, flush=True)
+    if result.error is not None:
+        print(f"    first error: {result.error}", file=sys.stderr)
+    for note in result.notes:
+        print(f"    note: {note}", file=sys.stderr)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _row(cells: list[str]) -> str:
+    first, *rest = zip(cells, (width for _, width in _COLUMNS), strict=True)
+    return first[0].ljust(first[1]) + "".join(cell.rjust(width + 1) for cell, width in rest)
