@@ -54,3 +54,22 @@ def _number(value: float | None, digits: int) -> str:
 def _row(cells: list[str]) -> str:
     first, *rest = zip(cells, (width for _, width in _COLUMNS), strict=True)
     return first[0].ljust(first[1]) + "".join(cell.rjust(width + 1) for cell, width in rest)
+
+
+def print_comparison(rows: list[tuple[str, str, list[Result]]]) -> None:
+    """Headline figures side by side: (workload, field of Result, one result per target).
+
+    The ratio says how many times better the first target is than the second: above 1 it is ahead,
+    whether the figure is a time (less is better) or a rate (more is better).
+    """
+    names = [result.target for result in rows[0][2]]
+    head = f"\n{'workload':16}{'figure':22}" + "".join(f"{name:>12}" for name in names)
+    print(f"{head}{'ratio':>8}", file=sys.stderr)
+    for workload, field, results in rows:
+        values: list[float | None] = [getattr(result, field) for result in results]
+        cells = "".join(f"{_number(value, 2):>12}" for value in values)
+        first, second = values[0], values[1]
+        ratio = "-"
+        if first and second:
+            ratio = f"{(first / second if field.endswith('_per_s') else second / first):.2f}x"
+        print(f"{workload:16}{field:22}{cells}{ratio:>8}", file=sys.stderr)
