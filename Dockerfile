@@ -23,8 +23,9 @@ COPY constraints.txt ./
 ARG TORCH_INDEX=
 RUN torch="$(grep -E '^torch==' constraints.txt)+cpu" \
     && pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$torch" \
-    || { echo "error: pip found no $torch; pass the address of PyTorch's CPU wheel index as" \
-              "--build-arg TORCH_INDEX=..." >&2; exit 1; }
+    || { echo "error: pip could not install $torch; if there is no such version where pip looks," \
+              "pass the address of PyTorch's CPU wheel index as --build-arg TORCH_INDEX=..." >&2; \
+         exit 1; }
 COPY . .
 RUN pip install -c constraints.txt .
 

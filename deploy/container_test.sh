@@ -107,7 +107,9 @@ for key, value in settings.items():
     print(f"{key} =", value.replace("\n", " "))
 ' >"$work/pip.conf"
 lend+=(--volume "$work/pip.conf:/etc/pip.conf:ro")
-for path in $(grep -oE '(file://)?/[^ ]+' "$work/pip.conf" | sed 's|^file://||' | sort -u); do
+# A local index refers to files beside it: lend the folder that holds it.
+for path in $(sed -nE 's/^[a-z-]+ = //p' "$work/pip.conf" | tr ' ' '\n' \
+    | sed -E 's|^file://(.*)/[^/]+/?$|\1|' | grep '^/' | sort -u); do
     if [ -e "$path" ] && [ "$path" != /etc/ssl/certs/ca-certificates.crt ]; then
         lend+=(--volume "$path:$path:ro")
     fi
