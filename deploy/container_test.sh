@@ -58,7 +58,8 @@ clean_up() {
 }
 trap clean_up EXIT
 
-# The process in the container: the lowest descendant of the runner with the entry point's name.
+# The entry point's process: the descendant of the runner that runs it, not a wrapper of buildah
+# that carries its command line (a signal there would kill the server instead of ending it).
 server_pid() {
     python3 - "$runner" <<'PYTHON'
 import pathlib, sys
@@ -77,7 +78,7 @@ while queue:
         words = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         words = []
-    if any(word.endswith(b"/opt/headstart/bin/headstart") for word in words[:2]):
+    if b"/opt/headstart/bin/headstart" in words[:2] and not words[0].startswith(b"buildah"):
         print(pid)
         break
     queue += children.get(pid, [])
