@@ -18,14 +18,14 @@ LINE_LIMIT = 2**26
 
 @dataclass(frozen=True, slots=True)
 class OpenVinoSettings:
-    """How the pipeline is set up; the defaults were the best of those in bench/README.md.
+    """How the pipeline is set up; the defaults did best (see bench/README.md).
 
     `cache_gb` is the KV cache in GB; `properties` go to the CPU plugin as they are.
     """
 
     cache_gb: int = 4
-    max_batched_tokens: int = 512
-    split_fuse: bool = True
+    max_batched_tokens: int = 8192
+    split_fuse: bool = False
     properties: dict[str, str] = field(default_factory=dict)
 
 
