@@ -1,0 +1,103 @@
+"""OpenVinoTarget: the worker process of openvino_worker.py as a benchmark target."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headstart.bench.http_client import BenchError
+from headstart.bench.prompts import Messages
+from headstart.bench.samples import Burst, Sample
+
+WORKER = Path(__file__).with_name("openvino_worker.py")
+LINE_LIMIT = 2**26
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVinoSettings:
+    """How the pipeline is set up; the defaults did best (see bench/README.md).
+
+    `cache_gb` is the KV cache in GB; `properties` go to the CPU plugin as they are.
+    """
+
+    cache_gb: int = 4
+    max_batched_tokens: int = 8192
+    split_fuse: bool = False
+    properties: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVinoTarget:
+    """A loaded worker; made by `start_openvino`. Answers come within `timeout` seconds or not."""
+
+    process: asyncio.subprocess.Process
+    model: str
+    version: str
+    timeout: float
+    name: str = "openvino"
+
+    async def count(self, messages: Messages) -> int:
+        """Prompt tokens by the engine's own tokenizer and chat template."""
+        return int((await self._ask({"count": messages}))["prompt_tokens"])
+
+    async def burst(self, conversations: list[Messages], output_tokens: int) -> Burst:
+        """All conversations at once; times are taken inside the worker."""
+        reply = await self._ask({"burst": conversations, "output_tokens": output_tokens})
+        return Burst([_sample(raw, output_tokens) for raw in reply["samples"]])
+
+    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        return await _answer(self.process, self.timeout)
+
+
+def _sample(raw: dict[str, Any], wanted: int) -> Sample:
+    if raw["output_tokens"] != wanted:
+        error = f"{raw['output_tokens']} tokens instead of {wanted}: out of KV cache?"
+        return Sample(sent=raw["sent"], error=error)
+    return Sample(
+        sent=raw["sent"],
+        times=tuple(raw["times"]),
+        prompt_tokens=raw["prompt_tokens"],
+        output_tokens=raw["output_tokens"],
+    )
+
+
+async def _answer(process: asyncio.subprocess.Process, timeout: float) -> dict[str, Any]:
+    """The next JSON line of the worker; anything else it prints is passed over."""
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(timeout):
+            while line := await process.stdout.readline():
+                if line.startswith(b"{"):
+                    reply: dict[str, Any] = json.loads(line)
+                    return reply
+    except TimeoutError as error:
+        raise BenchError(f"openvino: no answer within {timeout:.0f} s") from error
+    raise BenchError(f"openvino: the worker ended with status {await process.wait()} (see above)")
+
+
+@asynccontextmanager
+async def start_openvino(
+    python: Path, gguf: Path, settings: OpenVinoSettings, *, timeout: float
+) -> AsyncIterator[OpenVinoTarget]:
+    """Load the model with the interpreter `python` of an environment that has openvino-genai."""
+    process = await asyncio.create_subprocess_exec(
+        str(python),
+        str(WORKER),
+        str(gguf),
+        json.dumps(asdict(settings)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=LINE_LIMIT,
+    )
+    try:
+        ready = await _answer(process, timeout)
+        yield OpenVinoTarget(process, gguf.name, ready["version"], timeout)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()

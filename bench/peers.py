@@ -1,0 +1,180 @@
+"""headstart beside OpenVINO GenAI on the same prompts: `python -m headstart.bench.peers`.
+
+Each repetition of each workload runs on one engine and then on the other (A B A B ...), so that
+drift of the machine meets both; the engine that is not measured waits and computes nothing.
+headstart is started by this command unless --url names a running server. OpenVINO GenAI runs in
+process, in an environment of its own (`make peers` creates it).
+
+JSON lines on stdout (or appended to --out), tables and the ratios on stderr. bench/README.md
+defines every figure. Exit status: 0, 1 if an engine cannot be used or a request failed, 2 for
+wrong arguments.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import uvloop
+
+from headstart.bench.headstart_process import default_gguf, start_headstart
+from headstart.bench.http_client import BenchError, connect
+from headstart.bench.openvino_target import OpenVinoSettings, start_openvino
+from headstart.bench.prompts import Calibration, PromptSource
+from headstart.bench.report import print_comparison, print_header, print_result
+from headstart.bench.samples import Burst, Result, Target, summarise
+from headstart.bench.serve import emit, fresh_seed, now
+from headstart.bench.workloads import WORKLOADS, Workload, by_name, calibrate, check, run_once
+
+TARGETS = ("headstart", "openvino")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(
+        prog="python -m headstart.bench.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    names = ", ".join(w.name for w in WORKLOADS)
+    add("--workload", nargs="+", metavar="NAME", help=f"only these (default all): {names}")
+    add("--only", choices=TARGETS, help="measure one engine alone")
+    add("--url", help="a running headstart server; default: start one and stop it at the end")
+    add("--model", default="smollm2-135m", help="what `headstart serve` gets (%(default)s)")
+    add(
+        "--serve-args",
+        default="",
+        metavar="'FLAG ...'",
+        help="further arguments of `headstart serve`, as one string",
+    )
+    add("--gguf", type=Path, help="GGUF for OpenVINO (default: the one headstart downloaded)")
+    add(
+        "--python",
+        type=Path,
+        default=Path(".venv-peers/bin/python"),
+        help="interpreter that has openvino-genai (%(default)s)",
+    )
+    add(
+        "--openvino",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="pipeline settings, such as '{\"max_batched_tokens\": 2048}'",
+    )
+    add("--out", type=Path, help="append the JSON lines to this file instead of printing them")
+    add("--seed", type=int, help="of the prompts (default: new for every run)")
+    add("--timeout", type=float, default=600.0, help="seconds for one burst (%(default)s)")
+    add(
+        "--time-limit",
+        type=float,
+        default=180.0,
+        help="start no further round of a workload after this many seconds (%(default)s)",
+    )
+    return command
+
+
+async def _targets(stack: AsyncExitStack, args: argparse.Namespace) -> list[Target]:
+    """Start what is to be measured, one after the other."""
+    targets: list[Target] = []
+    if args.only != "openvino":
+        url = args.url or await stack.enter_async_context(
+            start_headstart([args.model, *shlex.split(args.serve_args)])
+        )
+        client = connect(url, None, timeout=args.timeout, name="headstart")
+        targets.append(await stack.enter_async_context(client))
+    if args.only != "headstart":
+        try:
+            settings = OpenVinoSettings(**args.openvino)
+        except TypeError as error:
+            raise BenchError(f"--openvino: {error}") from error
+        gguf = args.gguf or default_gguf()
+        for path, hint in ((args.python, "`make peers` creates it"), (gguf, "give --gguf")):
+            if not path.exists():
+                raise BenchError(f"{path} does not exist; {hint}")
+        worker = start_openvino(args.python, gguf, settings, timeout=args.timeout)
+        openvino = await stack.enter_async_context(worker)
+        print(f"openvino-genai {openvino.version}  {settings}", file=sys.stderr)
+        targets.append(openvino)
+    return targets
+
+
+async def alternate(
+    targets: Sequence[Target],
+    workload: Workload,
+    prompts: PromptSource,
+    calibration: Calibration,
+    time_limit: float,
+) -> list[list[Burst]]:
+    """Repetitions of one workload, each on every target in turn; bursts per target."""
+    start = time.monotonic()
+    bursts: list[list[Burst]] = [[] for _ in targets]
+    for repetition in range(workload.repetitions):
+        for target, mine in zip(targets, bursts, strict=True):
+            mine.append(await run_once(target, workload, repetition, prompts, calibration))
+        if time.monotonic() - start > time_limit:
+            break
+    return bursts
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Measure; the number of failed requests."""
+    prompts = PromptSource(fresh_seed() if args.seed is None else args.seed)
+    workloads = [by_name(name) for name in args.workload] if args.workload else list(WORKLOADS)
+    pairs: list[tuple[Workload, list[Result]]] = []
+    async with AsyncExitStack() as stack:
+        targets = await _targets(stack, args)
+        # Every target answers before the clock matters; the prompts are sized for the first.
+        calibration, *_ = [await calibrate(target, prompts) for target in targets]
+        print(f"seed {prompts.seed}", file=sys.stderr)
+        print_header()
+        for workload in workloads:
+            bursts = await alternate(targets, workload, prompts, calibration, args.time_limit)
+            results = [
+                summarise(
+                    mine,
+                    target=target,
+                    workload=workload.name,
+                    streams=workload.streams,
+                    seed=prompts.seed,
+                    date=now(),
+                    notes=check(workload, mine),
+                )
+                for target, mine in zip(targets, bursts, strict=True)
+            ]
+            for result in results:
+                print_result(result)
+                emit(result, args.out)
+            pairs.append((workload, results))
+    if len(targets) > 1:
+        print_comparison([(w.name, w.headline, results) for w, results in pairs])
+    return sum(result.errors for _, results in pairs for result in results)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    command = parser()
+    args = command.parse_args(argv)
+    if args.only == "openvino" and args.url:
+        command.error("--url and --only openvino exclude each other")
+    try:
+        for name in args.workload or ():
+            by_name(name)
+    except ValueError as error:
+        command.error(str(error))
+    try:
+        failed = uvloop.run(run(args))
+    except (BenchError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
