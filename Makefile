@@ -1,0 +1,78 @@
+# make serve   the default model on 127.0.0.1:8000       make test   every test
+#
+# Both set up what is missing: a virtual environment in .venv, pinned packages, the C++ kernels.
+# Where pip does not find a CPU build of torch by itself, name PyTorch's CPU wheel index:
+#   make serve TORCH_INDEX=<address>
+
+PYTHON ?= python3
+MODEL ?= smollm2-135m
+TORCH_INDEX ?=
+ARGS ?=
+SHELL := /bin/bash
+BIN := .venv/bin
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+
+.PHONY: serve test lint format install bench bench-serve bench-steps perplexity peers container-test soak clean
+.DEFAULT_GOAL := test
+
+serve: install
+	$(BIN)/headstart serve $(MODEL) $(ARGS)
+
+test: install
+	$(BIN)/pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+install: .venv/.installed
+
+# torch comes first and by its CPU build's name: a plain request may bring gigabytes of CUDA.
+.venv/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headstart needs Python 3.11 or later: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)+cpu' || \
+	  { echo "error: pip found no $(TORCH)+cpu; pass the address of PyTorch's CPU wheel index as TORCH_INDEX=..." >&2; exit 1; }
+	touch $@
+
+.venv/.installed: .venv/.torch $(SOURCES)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# --- measurements: see bench/README.md ---
+
+bench: install peers
+	$(BIN)/python -m headstart.bench.peers $(ARGS)
+
+bench-serve: install
+	$(BIN)/python -m headstart.bench.serve --url $(or $(URL),http://127.0.0.1:8000) $(ARGS)
+
+bench-steps: install
+	$(BIN)/python -m headstart.bench.steps $(ARGS)
+
+perplexity: install
+	$(BIN)/python -m headstart.bench.perplexity $(MODEL)
+
+peers: .venv-peers/.installed
+
+.venv-peers/.installed:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install -q openvino-genai==2026.4.1.0
+	touch $@
+
+# --- long checks, not part of "make test" ---
+
+container-test:
+	deploy/container_test.sh
+
+soak: install
+	$(BIN)/python -m headstart.bench.soak $(ARGS)
+
+clean:
+	rm -rf build .venv .venv-peers
