@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,7 +154,10 @@ class CpuBackend:
                 f"head size {shape.head_dim} is not a multiple of 16 up to 256: use --backend reference"
             )
         size = num_pages * self.page_size * 2 * shape.kv_heads * shape.head_dim
-        data = torch.zeros(layers, size, dtype=self.kv_dtype)
+        # numpy asks for zeroed memory, which the system hands out page by page on first use;
+        # torch would write the zeros itself. bf16 zero is the same bits as uint16 zero.
+        kind = np.float32 if self.kv_dtype is torch.float32 else np.uint16
+        data = torch.from_numpy(np.zeros((layers, size), dtype=kind)).view(self.kv_dtype)
         return KVPool(data, [layer.data_ptr() for layer in data])
 
     def plan_attention(
