@@ -322,7 +322,7 @@ static void attend(const AttendArgs& args, int threads) {
     }
 #pragma omp barrier
     if (int(merged.size()) < size) merged.resize(size);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
     for (int row = 0; row < plan.num_rows; ++row) {
       write_row(args.out, row, size, merge_row(args, row, merged.data()));
       if (args.lse) merged_lse(args, row);

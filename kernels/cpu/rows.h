@@ -14,14 +14,15 @@ namespace headstart::HEADSTART_ISA {
 // Below this many elements a parallel region costs more than it saves.
 inline constexpr int64_t kParallelElements = 1 << 14;
 
-// Calls f(row) for every row, in parallel where it pays.
+// Calls f(row) for every row, in parallel where it pays. Rows are handed out as threads come for
+// them: a thread that lost its core for a time slice then delays one handful of rows, not half.
 template <class F>
 static HEADSTART_INLINE void for_rows(int rows, int64_t elements, int threads, F&& f) {
   if (threads == 1 || rows == 1 || elements < kParallelElements) {
     for (int r = 0; r < rows; ++r) f(r);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
   for (int r = 0; r < rows; ++r) f(r);
 }
 
