@@ -17,11 +17,12 @@ from collections.abc import AsyncIterator, Sequence
 
 import tokenizers
 import uvicorn
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
 from headstart.engine.messages import ModelInfo, Output, Stats
 from headstart.engine.sampling_params import SamplingParams
 from headstart.server.app import create_app
 from headstart.server.tokenizer import Tokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 
 class SteadyStream:

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from headstart.kernels.backend import load_backend
-from headstart.kernels.cpu.backend import CpuBackend
+from headstart.kernels.backend import instruction_sets
+from headstart.kernels.cpu.backend import CpuBackend, Rows
 
 HIDDEN, INNER, QKV, VOCAB, LAYERS = 576, 1536, 960, 49152, 30
 SHAPES = [(QKV, HIDDEN), (HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)]
@@ -40,8 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m headstart.bench.linear")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     threads = parser.parse_args().threads
-    backend = load_backend("cpu", isa="auto", weights="int8", threads=threads)
-    assert isinstance(backend, CpuBackend)
+    torch.set_num_threads(threads)
+    isa = instruction_sets()[0]
+    backend = CpuBackend(isa=isa, weights="int8", threads=threads, page_size=32)
 
     def random_weight(shape: tuple[int, int]) -> Tensor:
         return torch.randint(-127, 128, shape, dtype=torch.int8)
@@ -49,8 +50,7 @@ def main() -> None:
     shapes = [shape for _ in range(LAYERS) for shape in SHAPES] + [(VOCAB, HIDDEN)]
     ours = [backend.quantized_weight(random_weight(s), torch.rand(s[0]), None) for s in shapes]
     theirs = [
-        (torch.ops.onednn.qlinear_prepack(random_weight(s), None), torch.rand(s[0]))
-        for s in shapes
+        (torch.ops.onednn.qlinear_prepack(random_weight(s), None), torch.rand(s[0])) for s in shapes
     ]
     zeros = {s[0]: torch.zeros(s[0], dtype=torch.int32) for s in shapes}
     print(f"{threads} threads, {backend.isa}\n")
@@ -58,15 +58,18 @@ def main() -> None:
     print("|---:|---:|---:|---:|---:|---:|")
     for rows in ROWS:
         count = len(shapes) - (rows > 64)  # nobody wants the logits of every prompt token
+        # A result is valid until the next call, so each size gets a backend of its own.
         inputs = {
-            size: backend.norm(torch.randn(rows, size), None, torch.ones(size), 1e-5)._replace()
+            size: CpuBackend(isa=isa, weights="int8", threads=threads, page_size=32).norm(
+                torch.randn(rows, size), None, torch.ones(size), 1e-5
+            )
             for size in (HIDDEN, INNER)
         }
         raw = {size: torch.randint(0, 256, (rows, size), dtype=torch.uint8) for size in inputs}
 
-        def run_ours(count: int = count, inputs: dict[int, object] = inputs) -> None:
+        def run_ours(count: int = count, inputs: dict[int, Rows] = inputs) -> None:
             for weight, (_, size) in zip(ours[:count], shapes, strict=False):
-                backend.linear(inputs[size], weight)  # type: ignore[arg-type]
+                backend.linear(inputs[size], weight)
 
         def run_theirs(count: int = count, raw: dict[int, Tensor] = raw) -> None:
             for (weight, scale), (out, size) in zip(theirs[:count], shapes, strict=False):

@@ -37,7 +37,9 @@ def main() -> None:
         decoder = load_decoder(folder, config, backend, weights, WINDOW)
         runner = ModelRunner(decoder, backend, -(-WINDOW // backend.page_size))
         found[weights] = perplexity(runner, text)
-        against = f"  ({found[weights] / found['bf16'] - 1:+.2%} of bf16)" if "bf16" in found else ""
+        against = (
+            f"  ({found[weights] / found['bf16'] - 1:+.2%} of bf16)" if "bf16" in found else ""
+        )
         print(f"{weights:>5}  {found[weights]:.3f}{against}", flush=True)
     if found["int8"] > found["bf16"] * INT8_TOLERANCE:
         sys.exit(f"int8 is more than {INT8_TOLERANCE - 1:.0%} above bf16")

@@ -125,7 +125,7 @@ class Bench:
         self.weight_bytes = self.weight_elements * size
 
     def batch(self, count: int, start: int, num_tokens: int) -> Batch:
-        """``count`` sequences with pages of their own, each computing ``num_tokens`` at ``start``."""
+        """``count`` sequences with their own pages, each computing ``num_tokens`` at ``start``."""
         each = -(-(start + num_tokens) // self.page_size)
         entries = []
         for i in range(count):
@@ -207,8 +207,11 @@ def table(title: str, heads: tuple[str, str], rows: list[dict[str, float]]) -> s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m headstart.bench.steps", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m headstart.bench.steps",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--weights", choices=("f32", "bf16", "int8"), default="int8")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,8 @@ def available_memory() -> int:
     """Bytes this process may still use: free memory, or less in a container with a limit."""
     available = int(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
         available = min(available, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        pass
     return max(available, 0)
 
 

@@ -13,6 +13,7 @@ import logging
 import signal
 import sys
 from array import array
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
@@ -29,6 +30,9 @@ from headstart.engine.messages import (
     Step,
     ToEngine,
 )
+
+if TYPE_CHECKING:
+    from headstart.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +67,12 @@ class Service:
     def _send(self, message: Ready | Failed | Step | Rejected) -> None:
         self._socket.send(self._encoder.encode(message))
 
-    def _receive(self, engine: object) -> bool:
+    def _receive(self, engine: Engine) -> bool:
         """Handle what has arrived; wait for it if there is nothing to compute."""
-        from headstart.engine.engine import Engine
-
-        assert isinstance(engine, Engine)
         ready = dict(self._poller.poll(0 if engine.has_work else None))
         if sys.stdin.fileno() in ready:  # the parent ended: nothing is ever written there
             return False
-        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             message = self._decoder.decode(self._socket.recv())
             match message:
                 case Add():
@@ -83,10 +84,7 @@ class Service:
                     return False
         return True
 
-    def _add(self, engine: object, message: Add) -> None:
-        from headstart.engine.engine import Engine
-
-        assert isinstance(engine, Engine)
+    def _add(self, engine: Engine, message: Add) -> None:
         try:
             tokens = array("i")
             tokens.frombytes(message.token_ids)

@@ -67,19 +67,25 @@ class RopeTable:
 class Linear(Protocol):
     """A weight as the backend keeps it."""
 
-    in_features: int
-    out_features: int
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
 
 
 class Backend(Protocol):
     """Operations on rows (tokens). Results of an operation are valid until its next call.
 
     ``Rows`` (typed Any) is whatever this backend hands to its own ``linear``: float32, bf16, or
-    uint8 with a scale per row. ``KV`` (Any) is the pool of all layers.
+    uint8 with a scale per row. A pool, a plan and a Linear are the backend's own, too.
     """
 
-    name: str
-    page_size: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def page_size(self) -> int: ...
 
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """A dense layer from ``weight [out, in]`` and ``bias [out]``."""
@@ -100,14 +106,14 @@ class Backend(Protocol):
         ...
 
     def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
-        """Rows of ``table``, float32 ``[rows, hidden]``: the residual stream, owned by the caller."""
+        """Rows of ``table``, float32 ``[rows, hidden]``; the caller owns them."""
         ...
 
     def norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Any:
         """RMSNorm of ``residual += delta`` (updated in place), as Rows."""
         ...
 
-    def linear(self, x: Any, weight: Linear) -> Tensor:
+    def linear(self, x: Any, weight: Any) -> Tensor:
         """``x W^T + bias``, ``[rows, out]``."""
         ...
 
@@ -161,7 +167,9 @@ def default_weights(isa: str) -> str:
     return "f32"
 
 
-def load_backend(name: str, *, isa: str, weights: str, threads: int, page_size: int = 32) -> Backend:
+def load_backend(
+    name: str, *, isa: str, weights: str, threads: int, page_size: int = 32
+) -> Backend:
     """The backend called ``name`` ("cpu" or "reference") for one weight format.
 
     Raises ValueError, saying what there is, for a name or instruction set this machine lacks.

@@ -45,7 +45,7 @@ def attend(
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Merge partial results ``(out [rows, heads, head_dim], lse [rows, heads])`` of the same rows."""
+    """Merge partial ``(out [rows, heads, head_dim], lse [rows, heads])`` of the same rows."""
     out = torch.stack([part[0] for part in parts])
     each = torch.stack([part[1] for part in parts])
     lse = torch.logsumexp(each, dim=0)
@@ -92,7 +92,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class ReferenceBackend:
-    """Every operation of Backend in torch float32. Pool: ``[layers, pages * page_size, 2, ...]``."""
+    """Every operation of Backend in torch float32.
+
+    Pool: ``[layers, pages * page_size, 2 (key, value), kv_heads, head_dim]``.
+    """
 
     name = "reference"
 
@@ -143,7 +146,7 @@ class ReferenceBackend:
         layer: int,
     ) -> Tensor:
         heads = qkv.view(len(qkv), -1, shape.head_dim)
-        q, k, v = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
         if q_norm is not None:
             q = rms_norm(q, q_norm, eps)
         if k_norm is not None:

@@ -71,9 +71,7 @@ class Query(NamedTuple):
 def pack_int8(weight: Tensor) -> Tensor:
     """``[out, in]`` int8 to panels ``[out / 32][in / 4][32][4]``, zero-padded (linear.h)."""
     out_features, in_features = weight.shape
-    padded = torch.nn.functional.pad(
-        weight, (0, -in_features % 4, 0, -out_features % _PANEL)
-    )
+    padded = torch.nn.functional.pad(weight, (0, -in_features % 4, 0, -out_features % _PANEL))
     rows, columns = padded.shape
     return padded.view(rows // _PANEL, _PANEL, columns // 4, 4).permute(0, 2, 1, 3).contiguous()
 
@@ -128,7 +126,9 @@ class CpuBackend:
 
     def quantized_weight(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> PackedLinear:
         if weight.shape[1] % 4:
-            raise ValueError(f"int8 weights need an input size divisible by 4, got {weight.shape[1]}")
+            raise ValueError(
+                f"int8 weights need an input size divisible by 4, got {weight.shape[1]}"
+            )
         pad = -weight.shape[0] % _PANEL
         packed = pack_int8(weight)
         sums = torch.nn.functional.pad(weight.sum(dim=1, dtype=torch.int32) * 128, (0, pad))
@@ -151,7 +151,8 @@ class CpuBackend:
     def allocate_kv(self, shape: AttentionShape, layers: int, num_pages: int) -> KVPool:
         if shape.head_dim % 16 or not 16 <= shape.head_dim <= 256:
             raise ValueError(
-                f"head size {shape.head_dim} is not a multiple of 16 up to 256: use --backend reference"
+                f"head size {shape.head_dim} is not a multiple of 16 up to 256: "
+                "use --backend reference"
             )
         size = num_pages * self.page_size * 2 * shape.kv_heads * shape.head_dim
         # numpy asks for zeroed memory, which the system hands out page by page on first use;

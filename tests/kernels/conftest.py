@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+
 from headstart.kernels.backend import (
     AttentionShape,
     Backend,
@@ -60,7 +61,9 @@ class Scene:
         spare = next(p for p in range(pages + 3) if p not in used)
         return spare * 32 + row % 32
 
-    def store(self, b: Backend, qkv: torch.Tensor, positions: list[int], slots: list[int], layer: int):
+    def store(
+        self, b: Backend, qkv: torch.Tensor, positions: list[int], slots: list[int], layer: int
+    ):
         return b.rope_and_store(
             qkv, None, None, 1e-5, self.rope,
             torch.tensor(positions, dtype=torch.int32), torch.tensor(slots, dtype=torch.int32),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
 import pytest
 import torch
+
 from headstart.kernels import reference
 from headstart.kernels.backend import AttentionShape, load_backend
 
@@ -56,7 +58,7 @@ def test_cut_anywhere_and_merge_equals_the_whole(backend, weights, scene, seed):
     whole, expected = s.attend([(s.pages, list(range(rows)), visible)])
     cuts = sorted({0, len(s.pages), *(rng.randrange(len(s.pages) + 1) for _ in range(3))})
     parts = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         seen = [min(max(v - a * 32, 0), (b - a) * 32) for v in visible]
         parts.append((s.pages[a:b], list(range(rows)), seen))
     rng.shuffle(parts)

@@ -16,13 +16,14 @@ import pytest
 import tokenizers
 import uvicorn
 from fastapi import FastAPI
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
 from headstart.engine.errors import EngineDeadError
 from headstart.engine.messages import ModelInfo, Output, Stats, TokenLogprobs
 from headstart.engine.sampling_params import SamplingParams
 from headstart.server.app import create_app
 from headstart.server.settings import ServerSettings
 from headstart.server.tokenizer import Tokenizer
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

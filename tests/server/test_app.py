@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from headstart.engine.errors import ModelError
 from headstart.engine.messages import Stats
 from headstart.server.app import create_app

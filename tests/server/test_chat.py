@@ -7,6 +7,7 @@ import threading
 
 import msgspec
 import pytest
+
 from headstart.engine.errors import EngineDeadError, RequestError
 
 URL = "/v1/chat/completions"

@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
 from headstart import __version__
 from headstart.engine.errors import ConfigError
 from headstart.server import cli

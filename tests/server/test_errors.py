@@ -7,13 +7,14 @@ import json
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from headstart.server.app import create_app
 from headstart.server.openai.chat import ChatBody
 from headstart.server.openai.completions import CompletionBody
 from headstart.server.openai.fields import REFUSED_IN_CHAT
 from headstart.server.tokenizer import Tokenizer
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 CHAT = "/v1/chat/completions"
 

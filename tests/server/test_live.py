@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+
 from headstart.engine.errors import EngineDeadError
 
 

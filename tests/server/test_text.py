@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers
+
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.messages import Output, TokenLogprobs
 from headstart.server.detokenizer import MAX_HELD_TOKENS, Detokenizer
 from headstart.server.stream import StopStrings, TextAssembler
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers
 
 SAY = Callable[[str], list[int]]
 

@@ -1,0 +1,109 @@
+"""The C++ module (cpu/module.cpp). Addresses are integers; types: 0 float32, 1 bf16, 2 uint8."""
+
+from headstart.kernels.backend import IntArray
+
+def supported() -> list[str]:
+    """Instruction sets this machine can run, best first."""
+
+class AttentionPlan:
+    """A batch's ranges, cut into work items (cpu/plan.h)."""
+
+    num_rows: int
+    num_partials: int
+    num_items: int
+    def __init__(
+        self,
+        num_rows: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        threads: int,
+        page_start: IntArray,
+        pages: IntArray,
+        row_start: IntArray,
+        rows: IntArray,
+        visible: IntArray,
+    ) -> None: ...
+
+class Kernels:
+    """The kernels of one instruction set on a fixed number of threads (cpu/kernels.h)."""
+
+    name: str
+    def __init__(self, name: str, threads: int) -> None: ...
+    def norm(
+        self,
+        rows: int,
+        size: int,
+        residual: int,
+        delta: int,
+        delta_type: int,
+        weight: int,
+        eps: float,
+        out_type: int,
+        out: int,
+        scales: int,
+        /,
+    ) -> None: ...
+    def silu(
+        self,
+        rows: int,
+        size: int,
+        gate_up: int,
+        in_type: int,
+        out_type: int,
+        out: int,
+        scales: int,
+        /,
+    ) -> None: ...
+    def rope(
+        self,
+        rows: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        qkv: int,
+        in_type: int,
+        q_norm: int,
+        k_norm: int,
+        eps: float,
+        cos: int,
+        sin: int,
+        positions: int,
+        slots: int,
+        q_scale: float,
+        kv_type: int,
+        q: int,
+        pool: int,
+        /,
+    ) -> None: ...
+    def attend(
+        self,
+        plan: AttentionPlan,
+        kv_type: int,
+        q: int,
+        pool: int,
+        partial: int,
+        partial_lse: int,
+        out_type: int,
+        out: int,
+        scales: int,
+        lse: int,
+        /,
+    ) -> None: ...
+    def linear(
+        self,
+        rows: int,
+        in_features: int,
+        out_features: int,
+        x: int,
+        x_scales: int,
+        weight: int,
+        weight_scales: int,
+        weight_sums: int,
+        bias: int,
+        out: int,
+        /,
+    ) -> None: ...
+    def argmax(self, logits: int, rows: int, size: int, out: int, /) -> None: ...
