@@ -30,7 +30,7 @@
 
 namespace headstart::HEADSTART_ISA {
 
-inline constexpr int kBlockPages = 4;
+inline constexpr int kBlockPages = 16;
 
 template <class Unit>
 struct TileState {  // one item's vectors; lives in the thread's scratch
