@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# Before torch reads it: OpenMP threads that spin while they wait make many small tests, on cores
+# that something else uses too, ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 TINY_VOCAB_SIZE = 320
 """256 bytes, 3 special tokens, and as many merges as fit."""
