@@ -17,9 +17,9 @@ import pytest
 # that something else uses too, ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TINY_VOCAB_SIZE = 320
 """256 bytes, 3 special tokens, and as many merges as fit."""
