@@ -70,9 +70,7 @@ def build_batch(scheduled: list[ScheduledSequence], page_size: int) -> Batch:
             for position in range(start - start % page_size, end, page_size):
                 first = used[position // page_size] * page_size
                 slots.extend(
-                    range(
-                        first + max(start - position, 0), first + min(end - position, page_size)
-                    )
+                    range(first + max(start - position, 0), first + min(end - position, page_size))
                 )
         row_start.append(len(token_ids))
         if samples:
@@ -90,8 +88,6 @@ def build_batch(scheduled: list[ScheduledSequence], page_size: int) -> Batch:
             visible=np.frombuffer(visible, dtype=np.int32),
         ),
         logit_rows=(
-            None
-            if len(logit_rows) == num_rows
-            else torch.tensor(logit_rows, dtype=torch.int64)
+            None if len(logit_rows) == num_rows else torch.tensor(logit_rows, dtype=torch.int64)
         ),
     )

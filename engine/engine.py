@@ -1,6 +1,6 @@
 """Engine: token ids in, token ids out. ``step()`` is the verbs of the whole design.
 
-    schedule -> build_batch -> run -> sample -> commit
+schedule -> build_batch -> run -> sample -> commit
 """
 
 from __future__ import annotations

@@ -71,4 +71,6 @@ def warm_up(runner: ModelRunner) -> None:
         pages = list(range(-(-rows // runner.backend.page_size)))
         seq = Sequence(0, array("i", [0] * rows), rows, SamplingParams(max_tokens=1), pages=pages)
         with torch.inference_mode():
-            runner.run(build_batch([ScheduledSequence(seq, 0, rows, True)], runner.backend.page_size))
+            runner.run(
+                build_batch([ScheduledSequence(seq, 0, rows, True)], runner.backend.page_size)
+            )

@@ -161,7 +161,9 @@ def default_weights(isa: str) -> str:
     return "f32"
 
 
-def load_backend(name: str, *, isa: str, weights: str, threads: int, page_size: int = 32) -> Backend:
+def load_backend(
+    name: str, *, isa: str, weights: str, threads: int, page_size: int = 32
+) -> Backend:
     """The backend called ``name`` ("cpu" or "reference") for one weight format.
 
     Raises ValueError, saying what there is, for a name or instruction set this machine lacks.

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import headstart
 import pytest
+
+import headstart
 
 ROOT = Path(headstart.__file__).parent
 ALLOWED = {

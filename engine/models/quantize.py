@@ -197,7 +197,9 @@ def read_quality(folder: Path) -> dict[str, float] | None:
 def read_int8(config: ModelConfig, folder: Path) -> Parameters:
     """The int8 parameters of ``folder``. Raises ModelError naming what is missing or wrong."""
     if not (folder / FOLDER / "model.safetensors").exists():
-        raise ModelError(f"{folder} has no int8 weights: pull the model again, or use --weights bf16")
+        raise ModelError(
+            f"{folder} has no int8 weights: pull the model again, or use --weights bf16"
+        )
     weights = Weights.open(folder / FOLDER)
 
     def take(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -71,9 +71,7 @@ class Query(NamedTuple):
 def pack_int8(weight: Tensor) -> Tensor:
     """``[out, in]`` int8 to panels ``[out / 32][in / 4][32][4]``, zero-padded (linear.h)."""
     out_features, in_features = weight.shape
-    padded = torch.nn.functional.pad(
-        weight, (0, -in_features % 4, 0, -out_features % _PANEL)
-    )
+    padded = torch.nn.functional.pad(weight, (0, -in_features % 4, 0, -out_features % _PANEL))
     rows, columns = padded.shape
     return padded.view(rows // _PANEL, _PANEL, columns // 4, 4).permute(0, 2, 1, 3).contiguous()
 
@@ -85,7 +83,9 @@ class CpuBackend:
 
     def __init__(self, *, isa: str, weights: str, threads: int, page_size: int) -> None:
         if page_size < 32 or page_size % 32:
-            raise ValueError(f"page_size must be a positive multiple of 32 on this backend, got {page_size}")
+            raise ValueError(
+                f"page_size must be a positive multiple of 32 on this backend, got {page_size}"
+            )
         self.page_size = page_size
         self.isa = isa
         self.threads = threads
@@ -128,7 +128,9 @@ class CpuBackend:
 
     def quantized_weight(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> PackedLinear:
         if weight.shape[1] % 4:
-            raise ValueError(f"int8 weights need an input size divisible by 4, got {weight.shape[1]}")
+            raise ValueError(
+                f"int8 weights need an input size divisible by 4, got {weight.shape[1]}"
+            )
         pad = -weight.shape[0] % _PANEL
         packed = pack_int8(weight)
         sums = torch.nn.functional.pad(weight.sum(dim=1, dtype=torch.int32) * 128, (0, pad))

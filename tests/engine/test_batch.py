@@ -5,12 +5,13 @@ from __future__ import annotations
 from array import array
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from headstart.engine.batch import build_batch
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
-from hypothesis import given
-from hypothesis import strategies as st
 
 PARAMS = SamplingParams(max_tokens=1)
 
@@ -31,7 +32,9 @@ def batches(draw: st.DrawFn) -> tuple[list[ScheduledSequence], int]:
         # Sometimes more pages than the chunk needs.
         held = draw(st.integers(-(-(start + count) // page_size), -(-longest // page_size)))
         pages, free = list(free[:held]), free[held:]
-        tokens = array("i", draw(st.lists(st.integers(0, 99), min_size=num_tokens, max_size=num_tokens)))
+        tokens = array(
+            "i", draw(st.lists(st.integers(0, 99), min_size=num_tokens, max_size=num_tokens))
+        )
         seq = Sequence(index, tokens, num_tokens, PARAMS, pages=pages)
         scheduled.append(ScheduledSequence(seq, start, count, start + count == num_tokens))
     return scheduled, page_size

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine, choose_weights
@@ -36,7 +38,6 @@ from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 from headstart.kernels.backend import RopeTable, instruction_sets, load_backend
-from safetensors.torch import load_file, save_file
 
 TEXT_TOKENS = 700
 MODELS: dict[str, dict[str, Any]] = {
@@ -60,9 +61,7 @@ def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=MODELS)
-def folder(
-    request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path: Path
-) -> Path:
+def folder(request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
     """A copy that may be written into. Small initial weights: activations like a real model's."""
     made = tiny_model(request.param, initializer_range=0.1, **MODELS[request.param])
     return Path(shutil.copytree(made, tmp_path / "model"))
@@ -202,7 +201,7 @@ def test_damaged_weights_are_named(quantised: Path) -> None:
     with pytest.raises(ModelError, match=rf"{down} .* has shape"):
         read_all(quantised)
     # As long in elements, not in bytes: the kernels would read past its end.
-    damaged(**{"final_norm": tensors["final_norm"].half()})
+    damaged(final_norm=tensors["final_norm"].half())
     with pytest.raises(ModelError, match=r"final_norm .*float16, not torch\.float32"):
         read_all(quantised)
     damaged(stray=torch.zeros(1))

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+
 from headstart.engine.client import EngineClient
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
@@ -73,9 +74,12 @@ async def test_streams_refusals_aborts_and_rest(client: EngineClient, model: Pat
     assert client.model is not None
     assert client.model.max_model_len == 512
     expected = Engine(config_of(model)).generate([PROMPT, [5]], params(20))
-    assert await asyncio.gather(
-        tokens_of(client.add(PROMPT, params(20))), tokens_of(client.add([5], params(20)))
-    ) == expected
+    assert (
+        await asyncio.gather(
+            tokens_of(client.add(PROMPT, params(20))), tokens_of(client.add([5], params(20)))
+        )
+        == expected
+    )
 
     # One refused; its neighbour does not notice.
     running = asyncio.create_task(tokens_of(client.add([5], params(20))))

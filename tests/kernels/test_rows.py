@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from headstart.kernels import _cpu
 from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable, load_backend
 
@@ -176,9 +177,7 @@ def test_rope_and_store(isa, oracle, random, heads, kv_heads, head_dim, dtype, h
     rope = RopeTable(angle.cos(), angle.sin())
     positions = torch.tensor([(7 * r) % 100 for r in range(rows)], dtype=torch.int32)
     # Every key opens a page or follows another one: 40 rows over 20 pages in descending order.
-    slots = torch.tensor(
-        [(19 - r // 2) * 32 + (r % 2) * 1 for r in range(rows)], dtype=torch.int32
-    )
+    slots = torch.tensor([(19 - r // 2) * 32 + (r % 2) * 1 for r in range(rows)], dtype=torch.int32)
     results = []
     for b, data in ((backend, qkv), (oracle, qkv.float())):
         kv = b.allocate_kv(shape, 3, 20)
@@ -220,9 +219,7 @@ def test_storing_touches_its_slots_alone(isa, random):
         rope = RopeTable(torch.ones(1, 16), torch.zeros(1, 16))
         where = torch.zeros(1, dtype=torch.int32)
         qkv = random(1, 8 * 32)
-        backend.rope_and_store(
-            qkv, None, None, 1e-5, rope, where, where + 32 + 31, shape, kv, 1
-        )
+        backend.rope_and_store(qkv, None, None, 1e-5, rope, where, where + 32 + 31, shape, kv, 1)
         changed = (kv.data != 5).nonzero()
         assert len(changed) == 2 * 2 * 32  # key and value of two heads
         page = 32 * 2 * 2 * 32
