@@ -216,7 +216,7 @@ def test_requests_that_come_and_go(tiny: Path, references: Callable[[Path], Refe
         step += 1
     kept = [i for i in range(len(prompts)) if i % 3]
     references(tiny).check([prompts[i] for i in kept], [outputs[i] for i in kept], TINY_NEW)
-    aborted = [i for i in range(0, len(prompts), 3)]
+    aborted = list(range(0, len(prompts), 3))
     references(tiny).check([prompts[i] for i in aborted], [outputs[i][:5] for i in aborted], 5)
 
 
@@ -373,8 +373,8 @@ def test_default_model_preempted(
     page = 32 * 2 * 3 * 64 * 30 * 4
     some = prompts[::3]
     engine = make_engine(smollm2, kv_memory=8 * page, max_model_len=256)
-    outputs = engine.generate(some, greedy(40))
-    default_reference.check(some, outputs, 40)
+    outputs = engine.generate(some, greedy(DEFAULT_NEW))
+    default_reference.check(some, outputs, DEFAULT_NEW)
     assert engine.stats.preemptions > 0
 
 

@@ -11,7 +11,7 @@ from headstart.kernels import _cpu
 from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable, load_backend
 
 FORMATS = ["f32", "bf16", "int8"]
-# One vector is 4, 8 or 16 elements: below, on and between its multiples, and long enough for threads.
+# A vector is 4, 8 or 16 elements: below, on and between its multiples, and enough for threads.
 SIZES = [1, 3, 16, 17, 36, 64, 100, 576]
 ROUNDING = {"f32": 2e-6, "bf16": 2**-8, "int8": 0.5001 / 127}
 
