@@ -87,5 +87,7 @@ def build_batch(scheduled: list[ScheduledSequence], page_size: int) -> Batch:
             rows=np.arange(num_rows, dtype=np.int32),
             visible=np.frombuffer(visible, dtype=np.int32),
         ),
-        logit_rows=None if len(logit_rows) == num_rows else torch.tensor(logit_rows),
+        logit_rows=(
+            None if len(logit_rows) == num_rows else torch.tensor(logit_rows, dtype=torch.int64)
+        ),
     )

@@ -71,6 +71,7 @@ class Stream:
     def abort(self) -> None:
         if not self._ended:
             self._ended = True
+            self._arrived.set()  # whoever waits for the next output
             self._client.abort(self._id)
 
     def __aiter__(self) -> AsyncIterator[Output]:
@@ -235,7 +236,7 @@ class EngineClient:
                 try:
                     receive = await self._launch()
                     break
-                except HeadstartError as error:
+                except (HeadstartError, OSError) as error:  # OSError: no memory for a process
                     logger.error("the engine cannot be started: %s", error)
                     await asyncio.sleep(RESTART_PAUSE)
 

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch reads it: OpenMP threads that spin while they wait make many small tests, on cores
+# that something else uses too, ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -34,6 +34,12 @@ def windows(token_ids: list[int], size: int = WINDOW) -> list[list[int]]:
     return [run for run in runs if len(run) > 1]
 
 
+def window_of(runner: ModelRunner) -> int:
+    """Tokens of a window: no more than the KV pool and the model's context hold."""
+    room = runner.num_pages * runner.backend.page_size
+    return min(WINDOW, room, runner.decoder.config.max_position_embeddings)
+
+
 def log_likelihood(runner: ModelRunner, token_ids: list[int]) -> float:
     """Sum of log p(token | tokens before it) over all but the first token, natural logarithm."""
     page_size = runner.backend.page_size
@@ -52,7 +58,7 @@ def log_likelihood(runner: ModelRunner, token_ids: list[int]) -> float:
 
 
 def perplexity(runner: ModelRunner, token_ids: list[int]) -> float:
-    """exp of the mean negative log-likelihood, in windows of WINDOW tokens."""
-    runs = windows(token_ids)
+    """exp of the mean negative log-likelihood, in windows of WINDOW tokens, or what fits."""
+    runs = windows(token_ids, window_of(runner))
     total = sum(log_likelihood(runner, run) for run in runs)
     return math.exp(-total / sum(len(run) - 1 for run in runs))

@@ -188,10 +188,10 @@ def read_quality(folder: Path) -> dict[str, float] | None:
     if not path.exists():
         return None
     try:
-        quality: dict[str, float] = json.loads(path.read_text())
-    except ValueError as error:
+        quality = json.loads(path.read_text())
+        return {name: float(quality[name]) for name in ("tokens", "f32", "bf16", "int8")}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{path} is damaged: pull the model again") from error
-    return quality
 
 
 def read_int8(config: ModelConfig, folder: Path) -> Parameters:
@@ -201,35 +201,42 @@ def read_int8(config: ModelConfig, folder: Path) -> Parameters:
             f"{folder} has no int8 weights: pull the model again, or use --weights bf16"
         )
     weights = Weights.open(folder / FOLDER)
+
+    def take(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        tensor = weights.take(name, shape)
+        if tensor.dtype is not dtype:  # the kernels read it by its address
+            raise ModelError(f"tensor {name} in {folder / FOLDER} is {tensor.dtype}, not {dtype}")
+        return tensor
+
     hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
     def matrix(name: str, out_features: int, in_features: int, has_bias: bool = False) -> Matrix:
         return Matrix(
-            weights.take(f"{name}.weight", (out_features, in_features)),
-            weights.take(f"{name}.bias", (out_features,)) if has_bias else None,
-            weights.take(f"{name}.scale", (out_features,)),
+            take(f"{name}.weight", (out_features, in_features), torch.int8),
+            take(f"{name}.bias", (out_features,)) if has_bias else None,
+            take(f"{name}.scale", (out_features,)),
         )
 
     def layers() -> Iterator[LayerParameters]:
         for i in range(config.num_layers):
             name = f"layers.{i}"
             yield LayerParameters(
-                input_norm=weights.take(f"{name}.input_norm", (hidden,)),
+                input_norm=take(f"{name}.input_norm", (hidden,)),
                 qkv=matrix(f"{name}.qkv", q_size + 2 * kv_size, hidden, config.qkv_bias),
-                q_norm=weights.take(f"{name}.q_norm", (head_dim,)) if config.qk_norm else None,
-                k_norm=weights.take(f"{name}.k_norm", (head_dim,)) if config.qk_norm else None,
+                q_norm=take(f"{name}.q_norm", (head_dim,)) if config.qk_norm else None,
+                k_norm=take(f"{name}.k_norm", (head_dim,)) if config.qk_norm else None,
                 o=matrix(f"{name}.o", hidden, q_size, config.o_bias),
-                post_norm=weights.take(f"{name}.post_norm", (hidden,)),
+                post_norm=take(f"{name}.post_norm", (hidden,)),
                 gate_up=matrix(f"{name}.gate_up", 2 * inner, hidden, config.mlp_bias),
                 down=matrix(f"{name}.down", hidden, inner, config.mlp_bias),
             )
         weights.finish()
 
     return Parameters(
-        weights.take("embedding", (config.vocab_size, hidden)),
+        take("embedding", (config.vocab_size, hidden), torch.bfloat16),
         layers(),
-        weights.take("final_norm", (hidden,)),
+        take("final_norm", (hidden,)),
         matrix("head", config.vocab_size, hidden),
     )
 
@@ -263,7 +270,7 @@ def _runner(folder: Path, config: ModelConfig, backend: Any, weights: str) -> An
     length = min(WINDOW, config.max_position_embeddings)
     try:
         decoder = Decoder(
-            config, backend, read(config, folder), RopeTable(*rope_tables(config, WINDOW))
+            config, backend, read(config, folder), RopeTable(*rope_tables(config, length))
         )
     except ValueError as error:
         raise ModelError(str(error)) from error
@@ -271,9 +278,9 @@ def _runner(folder: Path, config: ModelConfig, backend: Any, weights: str) -> An
 
 
 def _run_over(runner: Any, token_ids: list[int]) -> None:
-    from headstart.engine.models.quality import log_likelihood, windows
+    from headstart.engine.models.quality import log_likelihood, window_of, windows
 
-    for window in windows(token_ids):
+    for window in windows(token_ids, window_of(runner)):
         log_likelihood(runner, window)
 
 

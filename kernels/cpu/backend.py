@@ -82,8 +82,10 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self, *, isa: str, weights: str, threads: int, page_size: int) -> None:
-        if page_size % 32:
-            raise ValueError(f"page_size must be a multiple of 32 on this backend, got {page_size}")
+        if page_size < 32 or page_size % 32:
+            raise ValueError(
+                f"page_size must be a positive multiple of 32 on this backend, got {page_size}"
+            )
         self.page_size = page_size
         self.isa = isa
         self.threads = threads
@@ -313,7 +315,7 @@ class CpuBackend:
 
     def argmax(self, logits: Tensor) -> list[int]:
         rows, size = logits.shape
-        logits = logits.float()
+        logits = logits.float().contiguous()
         out = torch.empty(rows, dtype=torch.int32)
         self._kernels.argmax(logits.data_ptr(), rows, size, out.data_ptr())
         best: list[int] = out.tolist()

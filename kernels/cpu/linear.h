@@ -59,6 +59,7 @@ static HEADSTART_INLINE void linear_tile(const LinearArgs& a, int row, int panel
 }
 
 static void linear(const LinearArgs& a, int threads) {
+  if (a.rows == 0) return;
   const int words = (a.in_features + 3) / 4;
   const int panels = (a.out_features + kPanel - 1) / kPanel;
   // A task is a few panels times all rows, or, where rows are many, one panel times a block of

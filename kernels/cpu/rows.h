@@ -28,11 +28,16 @@ static HEADSTART_INLINE void for_rows(int rows, int64_t elements, int threads, F
 
 // uint8 with zero point 128: v = scale * (u - 128), scale = max|v| / 127.
 static HEADSTART_INLINE void quantise_row(const float* from, int size, uint8_t* to, float* scale) {
-  Floats top = broadcast(0.0f);
+  // Magnitudes compare as their bits do, and so a NaN is the largest: it makes the scale a NaN.
+  Ints top = broadcast(0);
   int i = 0;
-  for (; i + kLanes <= size; i += kLanes) top = maximum(top, magnitude(load(from + i)));
-  float most = horizontal_max(top);
-  for (; i < size; ++i) most = std::max(most, std::fabs(from[i]));
+  for (; i + kLanes <= size; i += kLanes) {
+    const Ints m = bits<Ints>(magnitude(load(from + i)));
+    top = m > top ? m : top;
+  }
+  int32_t most_bits = horizontal_max(top);
+  for (; i < size; ++i) most_bits = std::max(most_bits, bits<int32_t>(from[i]) & 0x7fffffff);
+  const float most = bits<float>(most_bits);
   *scale = most / 127.0f;
   const float inverse = most > 0 ? 127.0f / most : 0.0f;
   // Adding 1.5 * 2^23 + 128 rounds to nearest even and leaves the integer in the low byte.

@@ -118,6 +118,16 @@ static HEADSTART_INLINE float horizontal_max(Floats v) {
 #endif
 }
 
+static HEADSTART_INLINE int32_t horizontal_max(Ints v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+
 // 2^x for x <= 127; below -126 it stays at 2^-126. Cephes-style: 2^x = 2^n * p(f), f in [-.5, .5].
 // Degree 6 is exact to a float's last bits; degree 4 (error 4e-6) is ample where the result is
 // rounded to bf16 anyway.
