@@ -96,8 +96,10 @@ class Service:
 def main() -> None:
     """Serve one client; exit status 1 after a HeadstartError, which the client is told."""
     endpoint = sys.argv[1]
-    # Ctrl-C reaches the whole process group; the parent decides when this process ends.
+    # Ctrl-C, and what service managers send, reaches the whole process group; the parent drains
+    # its requests first and decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = msgspec.json.decode(sys.stdin.readline(), type=EngineConfig)
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s: %(message)s")
     context = zmq.Context()
