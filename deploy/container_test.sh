@@ -158,7 +158,8 @@ user=$(inspect 'print(config["User"])')
 mapfile -t command < <(inspect 'print(*config["Entrypoint"], *config["Cmd"], sep="\n")')
 mapfile -t health < <(inspect 'print(*config["Healthcheck"]["Test"][1:], sep="\n")')
 
-"${build[@]}" images --format "   image of {{.Size}}, built in $((SECONDS - build_from)) s" "$image"
+echo "   image of $("${build[@]}" images --format '{{.Size}}' "$image")," \
+    "built in $((SECONDS - build_from)) s"
 
 # start NAME LIMIT OPTION...: a new container of the image with the volume, up to /health.
 start() {

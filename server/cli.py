@@ -304,7 +304,7 @@ class ProgressLines:
         percent = 100 * done // total if total > 0 else 100
         if not self._terminal:
             percent -= percent % 25
-        if self._shown.get(what) == percent:
+        if percent <= self._shown.get(what, -1):
             return
         self._shown[what] = percent
         start = "\r" if self._terminal else ""

@@ -286,6 +286,6 @@ def test_sigterm_before_there_is_a_server(argv, status):
 def test_progress(terminal, shown, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     progress = cli.ProgressLines()
-    for done in (0, 1, 60, 60, 100, 100):
+    for done in (0, 1, 60, 60, 100, 70, 100):
         progress("download", done, 100)
     assert capsys.readouterr().err == shown
