@@ -6,8 +6,8 @@
 #
 # Checked: the image runs as a user that is not root; the first start fetches the model into an empty
 # volume; the HEALTHCHECK command passes; a chat request is answered with the right text; SIGTERM
-# lets a running answer end and exits with status 0; a new container on the same volume, which can
-# download nothing, answers the same.
+# lets a running answer end and exits with status 0; started again on the same volume, where it can
+# download nothing, it answers the same.
 #
 # The host's own pip configuration and CA certificates are lent to the build and the run as
 # read-only mounts, so that it also works behind a mirror; nothing of them enters the image.
@@ -42,8 +42,7 @@ port=${CONTAINER_TEST_PORT:-$(python3 -c \
 
 # A store of its own: images of the user are neither seen nor touched.
 build=(buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs)
-volume=$work/models
-containers=()
+container=
 runner=
 
 clean_up() {
@@ -52,8 +51,8 @@ clean_up() {
         end_server KILL || true
         wait "$runner" 2>/dev/null || true
     fi
-    if [ "${#containers[@]}" -gt 0 ]; then
-        "${build[@]}" rm "${containers[@]}" >/dev/null 2>&1 || true
+    if [ -n "$container" ]; then
+        "${build[@]}" rm "$container" >/dev/null 2>&1 || true
     fi
     if [ -z "${CONTAINER_TEST_DIR:-}" ]; then
         rm -rf --one-file-system "$work"
@@ -161,13 +160,15 @@ mapfile -t health < <(inspect 'print(*config["Healthcheck"]["Test"][1:], sep="\n
 echo "   image of $("${build[@]}" images --format '{{.Size}}' "$image")," \
     "built in $((SECONDS - build_from)) s"
 
-# start NAME LIMIT OPTION...: a new container of the image with the volume, up to /health.
+# The image's volume lives as long as this container. (A volume of the host mounted at its place
+# would be hidden by it under chroot isolation.)
+container=$("${build[@]}" from --quiet "$image")
+
+# start NAME LIMIT OPTION...: the image's command, up to /health.
 start() {
     local name=$1 limit=$2 from=$SECONDS
     log=$work/serve-$name.log
-    containers+=("$("${build[@]}" from --quiet "$image")")
-    inside=("${build[@]}" run --isolation chroot --volume "$volume:/var/lib/headstart"
-        "${@:3}" "${containers[-1]}" --)
+    inside=("${build[@]}" run --isolation chroot "${@:3}" "$container" --)
     echo "== $name start: ${command[*]} --port $port"
     "${inside[@]}" "${command[@]}" --port "$port" >"$log" 2>&1 &
     runner=$!
@@ -200,14 +201,16 @@ check_answer() {
 
 # SIGTERM while an answer streams: it must come to its end, then the exit status must be 0.
 stop_while_answering() {
-    local request status=0
-    chat "Tell a story about a mountain village." 150 true >"$work/stream" &
+    local server request status=0
+    server=$(server_pid)
+    [ -n "$server" ] || fail_with_log "the server's process was not found"
+    chat "Tell a story about a mountain village." 100 true >"$work/stream" &
     request=$!
-    for ((tenth = 0; tenth < 100; tenth++)); do
+    for ((poll = 0; poll < 1000; poll++)); do
         [ -s "$work/stream" ] && break
-        sleep 0.1
+        sleep 0.02
     done
-    end_server TERM || fail_with_log "the server's process was not found"
+    kill -s TERM "$server"
     grep -q '\[DONE\]' "$work/stream" && fail "the answer ended too early to check draining"
     wait "$request" || fail_with_log "SIGTERM cut off a running answer"
     grep -q '"finish_reason":"\(length\|stop\)"' "$work/stream" && grep -q '\[DONE\]' "$work/stream" \
@@ -219,14 +222,10 @@ stop_while_answering() {
 }
 
 url=http://127.0.0.1:$port
-probe=$("${build[@]}" from --quiet "$image")
-containers+=("$probe")
-uid=$("${build[@]}" run --isolation chroot "$probe" -- id -u)
+uid=$("${build[@]}" run --isolation chroot "$container" -- id -u)
 [ "$uid" != 0 ] || fail "processes in the container run as root"
-"${build[@]}" run --isolation chroot "$probe" -- sh -c 'test -w "$HEADSTART_HOME"' \
+"${build[@]}" run --isolation chroot "$container" -- sh -c 'test -w "$HEADSTART_HOME"' \
     || fail "the model cache is not writable"
-rm -rf --one-file-system "$volume"
-install -d -o "$uid" "$volume" # a named volume of an engine takes the image's owner by itself
 
 start first "$first_start_limit" "${lend[@]}"
 owner=$(stat -c %u "/proc/$(server_pid)")
