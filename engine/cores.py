@@ -1,5 +1,6 @@
 """How many CPU cores there are for this process."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -11,9 +12,7 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     other, so one that the quota stops would stop them all.
     """
     cores = len(os.sched_getaffinity(0))
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
         quota, period = (cgroup / "cpu.max").read_text().split()
         cores = min(cores, int(quota) // int(period))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        pass
     return max(1, cores)

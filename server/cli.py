@@ -294,7 +294,7 @@ def _exit_on_sigterm(status: int) -> None:
 
 
 class ProgressLines:
-    """Each stage on stderr: a line rewritten in place on a terminal, a line per quarter in a log."""
+    """Stages on stderr: a line rewritten in place on a terminal, a line per quarter in a log."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()

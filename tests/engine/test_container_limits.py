@@ -4,6 +4,7 @@ import os
 
 import psutil
 import pytest
+
 from headstart.engine.cores import usable_cores
 from headstart.engine.memory import available_memory
 
