@@ -204,6 +204,7 @@ stop_while_answering() {
     local server request status=0
     server=$(server_pid)
     [ -n "$server" ] || fail_with_log "the server's process was not found"
+    rm -f "$work/stream"
     chat "Tell a story about a mountain village." 100 true >"$work/stream" &
     request=$!
     for ((poll = 0; poll < 1000; poll++)); do
