@@ -35,7 +35,8 @@ RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin hea
 COPY --from=builder /opt/headstart /opt/headstart
 ENV PATH=/opt/headstart/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    HEADSTART_HOME=/var/lib/headstart
+    HEADSTART_HOME=/var/lib/headstart \
+    HF_HOME=/var/lib/headstart/huggingface
 USER headstart
 WORKDIR /home/headstart
 VOLUME /var/lib/headstart
@@ -73,7 +74,8 @@ RUN apt-get update \
 COPY --from=cuda-builder /opt/headstart /opt/headstart
 ENV PATH=/opt/headstart/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    HEADSTART_HOME=/var/lib/headstart
+    HEADSTART_HOME=/var/lib/headstart \
+    HF_HOME=/var/lib/headstart/huggingface
 USER headstart
 WORKDIR /home/headstart
 VOLUME /var/lib/headstart

@@ -6,7 +6,6 @@ schedule -> build_batch -> run -> sample -> commit
 from __future__ import annotations
 
 import logging
-import os
 import time
 from array import array
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from headstart import __version__
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
+from headstart.engine.cores import usable_cores
 from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.memory import plan_memory
@@ -70,7 +70,7 @@ class Engine:
             )
         if model.context_limit:
             logger.info("%s", model.context_limit)
-        threads = config.threads or len(os.sched_getaffinity(0))
+        threads = config.threads or usable_cores()
         name = "cpu" if config.backend == "auto" else config.backend
         isa = instruction_sets()[0] if config.isa == "auto" else config.isa
         weights = choose_weights(config.weights, name, isa, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,20 @@ KV_SHARE = 0.5
 """Share of the available memory the KV pool takes unless told otherwise; it fills up slowly."""
 
 
-def available_memory() -> int:
-    """Bytes this process may still use: free memory, or less in a container with a limit."""
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes this process may still use: free memory, or less in a container with a limit.
+
+    Cached files count as free, as they do without a limit: a model just converted leaves many.
+    """
     available = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return max(available, 0)
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        cached = int(stat["active_file"]) + int(stat["inactive_file"])
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return available
+    return max(0, min(available, limit - used + cached))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -252,6 +253,7 @@ def run_serve(args: argparse.Namespace) -> int:
         stream=sys.stderr,
     )
     listener = bind(args.host, args.port)
+    _exit_on_sigterm(0)  # uvicorn's handler takes over when it runs
     # Only now: everything below is slow to import, and --help has to be quick.
     from headstart.engine.client import EngineClient
     from headstart.engine.models.store import resolve
@@ -260,7 +262,7 @@ def run_serve(args: argparse.Namespace) -> int:
     from headstart.server.tokenizer import Tokenizer
 
     with listener:
-        folder = resolve(args.model, args.cache_dir, show_progress)
+        folder = resolve(args.model, args.cache_dir, ProgressLines())
         engine = EngineClient(engine_config(args, folder))
         failures: list[HeadstartError] = []
         app = create_app(
@@ -280,19 +282,34 @@ def run_pull(args: argparse.Namespace) -> int:
     """``headstart pull``."""
     from headstart.engine.models.store import pull
 
-    folder = pull(args.model, args.cache_dir, show_progress)
+    _exit_on_sigterm(128 + signal.SIGTERM)
+    folder = pull(args.model, args.cache_dir, ProgressLines())
     print(folder)
     return 0
 
 
-def show_progress(what: str, done: int, total: int) -> None:
-    """One line on stderr, rewritten in place on a terminal."""
-    terminal = sys.stderr.isatty()
-    if not terminal and done < total:
-        return
-    share = f"{100 * done // total:3d}%" if total > 0 else f"{done}"
-    end = "\n" if not terminal or done >= total > 0 else ""
-    print(f"{chr(13) if terminal else ''}{what}: {share}", end=end, file=sys.stderr, flush=True)
+def _exit_on_sigterm(status: int) -> None:
+    """SIGTERM tidies up and ends; a container's first process would not notice it otherwise."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
+
+
+class ProgressLines:
+    """Stages on stderr: a line rewritten in place on a terminal, a line per quarter in a log."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._shown: dict[str, int] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        percent = 100 * done // total if total > 0 else 100
+        if not self._terminal:
+            percent -= percent % 25
+        if percent <= self._shown.get(what, -1):
+            return
+        self._shown[what] = percent
+        start = "\r" if self._terminal else ""
+        end = "" if self._terminal and percent < 100 else "\n"
+        print(f"{start}{what}: {percent:3d}%", end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from headstart.engine.cores import usable_cores
 from headstart.engine.errors import HeadstartError, ModelError
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
@@ -257,8 +258,7 @@ def _matrix_tensors(name: str, matrix: Matrix) -> dict[str, Tensor]:
 
 
 def _backend(weights: str) -> Backend:
-    threads = len(os.sched_getaffinity(0))
-    return load_backend("cpu", isa="auto", weights=weights, threads=threads)
+    return load_backend("cpu", isa="auto", weights=weights, threads=usable_cores())
 
 
 def _runner(folder: Path, config: ModelConfig, backend: Any, weights: str) -> Any:

@@ -282,10 +282,14 @@ def _quantize(folder: Path, report: Progress) -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     with process:
-        for line in process.stdout:
-            done, total = line.split()
-            report("int8 weights", int(done), int(total))
-        reason = process.stderr.read().strip()
+        try:
+            for line in process.stdout:
+                done, total = line.split()
+                report("int8 weights", int(done), int(total))
+            reason = process.stderr.read().strip()
+        except BaseException:  # such as Ctrl-C: "with" would wait for the process
+            process.kill()
+            raise
     if process.returncode:
         last = reason.splitlines()[-1] if reason else f"exit status {process.returncode}"
         logger.warning("no int8 weights for this model: %s", last)

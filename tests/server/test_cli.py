@@ -245,3 +245,48 @@ def test_an_engine_that_does_not_start_ends_the_server(launch):
     process, _ = launch(0.01, "fail")
     assert process.wait(20) == 0
     assert "failures ['the file is truncated']" in process.stdout.read()
+
+
+SLOW_FETCH = """
+import sys, time
+from headstart.engine.models import store
+from headstart.server import cli
+
+def slow(*_):
+    try:
+        print("fetching", flush=True)
+        time.sleep(60)
+    finally:
+        print("tidied up", flush=True)
+
+store.resolve = store.pull = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"), [(["serve", "m", "--port", "0"], 0), (["pull", "m"], 143)]
+)
+def test_sigterm_before_there_is_a_server(argv, status):
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_FETCH, *argv], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "fetching\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == status
+        assert process.stdout.read() == "tidied up\n"
+
+
+@pytest.mark.parametrize(
+    ("terminal", "shown"),
+    [
+        (False, "download:   0%\ndownload:  50%\ndownload: 100%\n"),
+        (True, "\rdownload:   0%\rdownload:   1%\rdownload:  60%\rdownload: 100%\n"),
+    ],
+)
+def test_progress(terminal, shown, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    progress = cli.ProgressLines()
+    for done in (0, 1, 60, 60, 100, 70, 100):
+        progress("download", done, 100)
+    assert capsys.readouterr().err == shown

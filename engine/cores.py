@@ -1,0 +1,18 @@
+"""How many CPU cores there are for this process."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores this process may run on, or fewer where a container's quota (cgroup v2) allows fewer.
+
+    A part of a core does not count, unless there is no more: the kernels' threads wait for each
+    other, so one that the quota stops would stop them all.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
