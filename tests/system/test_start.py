@@ -37,7 +37,7 @@ def test_port_taken(start_server, tiny_folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         error = refusal(start_server, tiny_folder, "--port", str(port))
-    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in error
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose" in error
 
 
 @pytest.mark.parametrize("command", ["a file", "a file above"])
@@ -56,7 +56,7 @@ def test_unknown_model(start_server, tmp_path):
     assert "/no/such/path" in refusal(start_server, "/no/such/path", "--cache-dir", tmp_path)
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, -100, -1])
+@pytest.mark.parametrize("keep", [0, 100, -1])
 def test_truncated_weights(start_server, tiny, keep):
     file = tiny / "model.safetensors"
     data = file.read_bytes()
@@ -99,7 +99,9 @@ def test_a_file_is_missing(start_server, tiny):
 
 @pytest.mark.parametrize("size", ["1KB", "100000GiB"])
 def test_kv_memory(start_server, tiny_folder, size):
-    assert "--kv-memory" in refusal(start_server, tiny_folder, "--kv-memory", size)
+    error = refusal(start_server, tiny_folder, "--kv-memory", size)
+    assert "--kv-memory" in error
+    assert "0.00" not in error.replace("100000.00", "")
 
 
 def test_max_model_len_beyond_the_model(start_server, tiny_folder):
