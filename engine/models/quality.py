@@ -34,6 +34,11 @@ def windows(token_ids: list[int], size: int = WINDOW) -> list[list[int]]:
     return [run for run in runs if len(run) > 1]
 
 
+def window_size(runner: ModelRunner) -> int:
+    """WINDOW, or what the runner's pages hold: writing beyond them would corrupt memory."""
+    return min(WINDOW, runner.num_pages * runner.backend.page_size)
+
+
 def log_likelihood(runner: ModelRunner, token_ids: list[int]) -> float:
     """Sum of log p(token | tokens before it) over all but the first token, natural logarithm."""
     page_size = runner.backend.page_size
@@ -52,7 +57,7 @@ def log_likelihood(runner: ModelRunner, token_ids: list[int]) -> float:
 
 
 def perplexity(runner: ModelRunner, token_ids: list[int]) -> float:
-    """exp of the mean negative log-likelihood, in windows of WINDOW tokens."""
-    runs = windows(token_ids)
+    """exp of the mean negative log-likelihood, in windows (see ``window_size``)."""
+    runs = windows(token_ids, window_size(runner))
     total = sum(log_likelihood(runner, run) for run in runs)
     return math.exp(-total / sum(len(run) - 1 for run in runs))

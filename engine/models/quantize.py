@@ -269,9 +269,9 @@ def _runner(folder: Path, config: ModelConfig, backend: Any, weights: str) -> An
 
 
 def _run_over(runner: Any, token_ids: list[int]) -> None:
-    from headstart.engine.models.quality import log_likelihood, windows
+    from headstart.engine.models.quality import log_likelihood, window_size, windows
 
-    for window in windows(token_ids):
+    for window in windows(token_ids, window_size(runner)):
         log_likelihood(runner, window)
 
 
