@@ -148,6 +148,7 @@ async def soak(url: str, args: argparse.Namespace, findings: Findings) -> dict[s
             model = str((await response.json())["data"][0]["id"])
         traffic = Traffic(session, url, model, PromptSource(args.seed))
         await traffic.record(PROBES)
+        traffic.tokens = 0
         before = await settle(session, url, findings)
         watcher = asyncio.create_task(watch_memory(findings, processes))
         begin = time.monotonic()
