@@ -246,10 +246,11 @@ class EngineClient:
             stream.fail(EngineDeadError(message))
 
     def _send(self, message: Add | Abort | Shutdown) -> None:
-        # The queue is unbounded (hwm 0), so this never waits: the underlying blocking socket is
-        # used directly and spares a task per message.
+        # The queue is unbounded (hwm 0), so this never waits, and the future is done already. Not
+        # zmq.Socket.send: sending may take the one event that tells of messages to receive (the
+        # socket's descriptor is edge-triggered), and only the asyncio socket looks again.
         if self._socket is not None:
-            zmq.Socket.send(self._socket, self._encoder.encode(message), zmq.DONTWAIT)
+            self._socket.send(self._encoder.encode(message), zmq.DONTWAIT)
 
     def _close_socket(self) -> None:
         if self._socket is not None:

@@ -44,8 +44,8 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         return (
-            f"memory: weights {_gib(self.weights)}, KV pool {_gib(self.kv)} "
-            f"({self.num_pages * self.page_size} tokens), activations {_gib(self.activations)}"
+            f"memory: weights {_size(self.weights)}, KV pool {_size(self.kv)} "
+            f"({self.num_pages * self.page_size} tokens), activations {_size(self.activations)}"
         )
 
 
@@ -63,18 +63,21 @@ def plan_memory(
     budget = int((available - activations) * KV_SHARE) if kv_memory is None else kv_memory
     if kv_memory is not None and kv_memory > available - activations:
         raise ConfigError(
-            f"--kv-memory asks for {_gib(kv_memory)}; {_gib(available)} of memory are available"
+            f"--kv-memory asks for {_size(kv_memory)}; {_size(available)} of memory are available"
         )
     num_pages = max(budget, 0) // bytes_per_page
     needed = -(-max_model_len // page_size)
     if num_pages < needed:
         raise ConfigError(
             f"too little memory: one sequence of {max_model_len} tokens needs "
-            f"{_gib(needed * bytes_per_page)} of KV pool and {_gib(max(budget, 0))} are there; "
+            f"{_size(needed * bytes_per_page)} of KV pool and {_size(max(budget, 0))} are there; "
             "use a smaller --max-model-len or a larger --kv-memory"
         )
     return MemoryPlan(weights, activations, num_pages * bytes_per_page, num_pages, page_size)
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: int) -> str:
+    for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= bytes_ / 10:
+            return f"{size / bytes_:.2f} {unit}"
+    return f"{size / 2**10:.2f} KiB"

@@ -237,7 +237,9 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        reason = error.strerror or error
+        # Of a failed bind, strerror repeats the address.
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else error.strerror or error
         raise ConfigError(
             f"cannot listen on {host} port {port}: {reason}; choose another with --host, --port"
         ) from error
