@@ -56,22 +56,23 @@ def test_unknown_model(start_server, tmp_path):
     assert "/no/such/path" in refusal(start_server, "/no/such/path", "--cache-dir", tmp_path)
 
 
+def rewrite(file: Path, data: bytes) -> None:
+    file.unlink()  # it may be a link to the source's
+    file.write_bytes(data)
+
+
 @pytest.mark.parametrize("keep", [100, -1])
-def test_truncated_weights(start_server, tiny, keep):
-    file = tiny / "model.safetensors"
-    data = file.read_bytes()
-    file.unlink()  # it links to the source's
-    file.write_bytes(data[:keep])
-    assert "model.safetensors" in refusal(start_server, tiny)
+@pytest.mark.parametrize(("name", "weights"), [("", "f32"), ("int8", "int8")])
+def test_truncated_weights(start_server, tiny, name, weights, keep):
+    file = tiny / name / "model.safetensors"
+    rewrite(file, file.read_bytes()[:keep])
+    assert str(file) in refusal(start_server, tiny, "--weights", weights)
 
 
 def test_tampered_header(start_server, tiny):
     file = tiny / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[:8] = (2**62).to_bytes(8, "little")
-    file.unlink()
-    file.write_bytes(data)
-    assert "model.safetensors" in refusal(start_server, tiny)
+    rewrite(file, (2**62).to_bytes(8, "little") + file.read_bytes()[8:])
+    assert str(file) in refusal(start_server, tiny, "--weights", "f32")
 
 
 def test_a_tensor_is_missing(start_server, tiny):
@@ -82,8 +83,8 @@ def test_a_tensor_is_missing(start_server, tiny):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     file.unlink()
     save_file(tensors, file)
-    shutil.rmtree(tiny / "int8", ignore_errors=True)
-    assert "model.layers.1.mlp.up_proj.weight" in refusal(start_server, tiny)
+    error = refusal(start_server, tiny, "--weights", "f32")
+    assert "model.layers.1.mlp.up_proj.weight" in error
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
