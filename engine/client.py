@@ -180,7 +180,9 @@ class EngineClient:
             env=environment,
         )
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
+        # A process that has ended already cannot be written to; its exit status says more.
+        with contextlib.suppress(RuntimeError, OSError):
+            self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
         first = asyncio.create_task(self._first_message(socket))
         ended = asyncio.create_task(self._process.wait())
         try:

@@ -12,6 +12,7 @@ import zmq.asyncio
 
 from headstart.engine.client import EngineClient
 from headstart.engine.config import EngineConfig
+from headstart.engine.errors import HeadstartError
 from headstart.engine.messages import Abort, Stats, Step
 
 
@@ -40,3 +41,18 @@ async def test_a_message_that_comes_while_one_is_sent_is_received(client, tmp_pa
                 while client.stats.steps != steps:
                     await asyncio.sleep(0.001)
         receive.cancel()
+
+
+async def test_an_engine_that_ends_at_once_is_one_error(client, monkeypatch):
+    spawn = asyncio.create_subprocess_exec
+
+    async def dead_on_arrival(*_, **kwargs):
+        process = await spawn("false", **kwargs)
+        process.stdin.close()  # what a loop does once it sees that the reader has gone
+        await process.wait()
+        await asyncio.sleep(0.05)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", dead_on_arrival)
+    with pytest.raises(HeadstartError, match=r"ended while starting \(exit status 1\)"):
+        await client.start()
