@@ -57,7 +57,7 @@ async def start_headstart(
 ) -> AsyncIterator[str]:
     """Run `headstart serve ARGS --port FREE`; yields its URL. `command` replaces `headstart`."""
     url = f"http://127.0.0.1:{(port := _free_port())}"
-    program = command or [str(Path(sys.executable).with_name("headstart"))]
+    program = command or [sys.executable, "-m", "headstart.server.cli"]
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
             *program, "serve", *serve_args, "--port", str(port), stdout=log, stderr=log
