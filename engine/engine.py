@@ -53,6 +53,10 @@ def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
     return "bf16" if isa == "avx512_bf16" else "f32"
 
 
+MEMORY_AHEAD = 256 << 20
+"""Bytes of KV memory kept ready beyond what has been used."""
+
+
 class Engine:
     """One model with its scheduler and KV pool. Not thread-safe: one thread calls it.
 
@@ -105,6 +109,8 @@ class Engine:
             prefix_caching=config.prefix_caching,
         )
         self._sampler = Sampler(model.vocab_size, backend.argmax)
+        self._pages_ahead = MEMORY_AHEAD * plan.num_pages // plan.kv
+        self._prepared = 0
         self._steps = 0
         self._step_seconds = 0.0
         self.model = ModelInfo(
@@ -121,6 +127,21 @@ class Engine:
     def warm_up(self) -> None:
         """Touch every weight and kernel once, so that the first request does not pay for it."""
         warm_up(self._runner)
+
+    def prepare_memory(self) -> bool:
+        """Make the next slice of untouched KV memory ready; False if enough of it is.
+
+        The system zeroes memory when it is first touched, which costs a cold prompt a quarter of
+        its time. Called while there is nothing to compute, in slices of some 20 ms.
+        """
+        first = max(self._prepared, self._pool.high_water)
+        wanted = min(self._pool.high_water + self._pages_ahead, self._pool.num_pages)
+        last = min(first + self._pages_ahead // 8 + 1, wanted)
+        if first >= last:
+            return False
+        self._runner.prepare_pages(first, last)
+        self._prepared = last
+        return True
 
     @property
     def has_work(self) -> bool:

@@ -33,6 +33,8 @@ class PagePool:
             raise ValueError(f"need at least one page of one token, got {num_pages}, {page_size}")
         self.num_pages = num_pages
         self.page_size = page_size
+        self.high_water = 0
+        """Pages from here on have never been handed out: their memory is untouched."""
         self._references = [0] * num_pages
         # A stack: the page freed last is the one most likely still in a CPU cache.
         self._free = list(range(num_pages - 1, -1, -1))
@@ -59,6 +61,8 @@ class PagePool:
         pages = [self._free.pop() for _ in range(n)]
         for page in pages:
             self._references[page] = 1
+        # Pages come in order of their ids until they come back.
+        self.high_water = max(self.high_water, max(pages, default=-1) + 1)
         return pages
 
     def retain(self, pages: Iterable[int]) -> None:

@@ -44,10 +44,14 @@ class ModelRunner:
             self._kv = backend.allocate_kv(decoder.shape, config.num_layers, num_pages)
         except ValueError as error:
             raise ModelError(str(error)) from error
-        except RuntimeError as error:  # torch's allocator: not enough memory
+        except (RuntimeError, MemoryError, OSError) as error:
             raise ConfigError(
                 f"cannot allocate {num_pages} KV pages: use a smaller --kv-memory"
             ) from error
+
+    def prepare_pages(self, first: int, last: int) -> None:
+        """Have the memory of pages ``[first, last)`` ready, so that no request waits for it."""
+        self.backend.prepare_pages(self._kv, first, last)
 
     def run(self, batch: Batch) -> Tensor:
         """Logits ``[logit rows, vocab]``, float32, valid until the next call."""

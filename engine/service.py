@@ -56,10 +56,14 @@ class Service:
         engine = Engine(config)
         engine.warm_up()
         self._send(Ready(engine.model))
-        while self._receive(engine):
+        busy = True
+        while self._receive(engine, wait=not busy):
             if engine.has_work:
                 outputs = engine.step()
                 self._send(Step(outputs, engine.stats))
+                busy = True
+            else:
+                busy = engine.prepare_memory()
 
     def fail(self, message: str) -> None:
         self._send(Failed(message))
@@ -67,9 +71,9 @@ class Service:
     def _send(self, message: Ready | Failed | Step | Rejected) -> None:
         self._socket.send(self._encoder.encode(message))
 
-    def _receive(self, engine: Engine) -> bool:
-        """Handle what has arrived; wait for it if there is nothing to compute."""
-        ready = dict(self._poller.poll(0 if engine.has_work else None))
+    def _receive(self, engine: Engine, wait: bool) -> bool:
+        """Handle what has arrived, waiting for it if asked to; False if it is time to end."""
+        ready = dict(self._poller.poll(None if wait else 0))
         if sys.stdin.fileno() in ready:  # the parent ended: nothing is ever written there
             return False
         while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:

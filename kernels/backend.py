@@ -101,6 +101,10 @@ class Backend(Protocol):
         """A pool of ``num_pages`` pages in every layer. Memory is touched on first use only."""
         ...
 
+    def prepare_pages(self, kv: Any, first: int, last: int) -> None:
+        """Have the system supply the memory of pages ``[first, last)`` now, not on first use."""
+        ...
+
     def plan_attention(self, num_rows: int, ranges: KVRanges, shape: AttentionShape) -> Any:
         """What ``attend`` needs of a batch, made once and used by every layer."""
         ...

@@ -116,6 +116,9 @@ class ReferenceBackend:
     def allocate_kv(self, shape: AttentionShape, layers: int, num_pages: int) -> Tensor:
         return torch.zeros(layers, num_pages * self.page_size, 2, shape.kv_heads, shape.head_dim)
 
+    def prepare_pages(self, kv: Tensor, first: int, last: int) -> None:
+        """Nothing to do: torch has written the zeros."""
+
     def plan_attention(
         self, num_rows: int, ranges: KVRanges, shape: AttentionShape
     ) -> ReferencePlan:

@@ -7,11 +7,12 @@ one OpenMP team. Tensors cross as addresses: this class keeps every buffer they 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _LOG2E = 1.4426950408889634
+_MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module has no name for it
 _PANEL = 32  # outputs a panel of packed int8 weights holds (linear.h)
 
 
@@ -57,10 +59,12 @@ class PackedLinear:
 
 
 class KVPool(NamedTuple):
-    """All layers' pages, and the address of each layer's first."""
+    """All layers' pages, the address of each layer's first, and the memory they lie in."""
 
     data: Tensor
     layer_ptrs: list[int]
+    memory: mmap.mmap
+    page_bytes: int
 
 
 class Query(NamedTuple):
@@ -156,12 +160,23 @@ class CpuBackend:
                 f"head size {shape.head_dim} is not a multiple of 16 up to 256: "
                 "use --backend reference"
             )
-        size = num_pages * self.page_size * 2 * shape.kv_heads * shape.head_dim
-        # numpy asks for zeroed memory, which the system hands out page by page on first use;
-        # torch would write the zeros itself. bf16 zero is the same bits as uint16 zero.
-        kind = np.float32 if self.kv_dtype is torch.float32 else np.uint16
-        data = torch.from_numpy(np.zeros((layers, size), dtype=kind)).view(self.kv_dtype)
-        return KVPool(data, [layer.data_ptr() for layer in data])
+        page_bytes = self.page_size * 2 * shape.kv_heads * shape.head_dim * self.kv_dtype.itemsize
+        # Mapped memory is zero, and the system's until it is used; torch would write the zeros.
+        memory = mmap.mmap(-1, layers * num_pages * page_bytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel built without huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        data = torch.frombuffer(memory, dtype=self.kv_dtype).view(layers, -1)
+        return KVPool(data, [layer.data_ptr() for layer in data], memory, page_bytes)
+
+    def prepare_pages(self, kv: KVPool, first: int, last: int) -> None:
+        layer_bytes = len(kv.memory) // len(kv.layer_ptrs)
+        for layer in range(len(kv.layer_ptrs)):
+            begin = layer * layer_bytes + first * kv.page_bytes
+            end = layer * layer_bytes + last * kv.page_bytes
+            begin -= begin % mmap.PAGESIZE
+            with contextlib.suppress(OSError):  # Linux before 5.14: first use will do it
+                kv.memory.madvise(_MADV_POPULATE_WRITE, begin, end - begin)
 
     def plan_attention(
         self, num_rows: int, ranges: KVRanges, shape: AttentionShape
