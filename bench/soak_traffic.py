@@ -1,10 +1,7 @@
 """The requests of a soak test, each with the checks its answer has to pass.
 
-    Probe        a short greedy prompt whose answer was recorded while nothing else ran
+    Probe        a greedy prompt whose answer was recorded while nothing else ran
     Traffic      one method for each kind of request; a wrong answer raises WrongAnswer
-
-Probes stay below 256 tokens: the attention of longer sequences is cut among threads by what else
-is in the batch, which changes the order of float sums and may change a close choice.
 """
 
 import asyncio
@@ -18,7 +15,7 @@ import aiohttp
 
 from headstart.bench.prompts import PromptSource
 
-PROBE_WORDS = 60
+PROBE_WORDS = 600
 PROBE_TOKENS = 48
 SHARED_PREFIXES = (300, 700, 1500)
 """Words of the system prompts that many requests begin with."""

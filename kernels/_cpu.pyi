@@ -18,7 +18,6 @@ class AttentionPlan:
         kv_heads: int,
         head_dim: int,
         page_size: int,
-        threads: int,
         page_start: IntArray,
         pages: IntArray,
         row_start: IntArray,

@@ -187,7 +187,6 @@ class CpuBackend:
             shape.kv_heads,
             shape.head_dim,
             self.page_size,
-            self.threads,
             ranges.page_start,
             ranges.pages,
             ranges.row_start,

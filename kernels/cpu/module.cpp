@@ -127,14 +127,14 @@ NB_MODULE(_cpu, m) {
   nb::class_<AttentionPlan>(m, "AttentionPlan")
       .def(
           "__init__",
-          [](AttentionPlan* self, int num_rows, int heads, int kv_heads, int head_dim, int page_size, int threads,
+          [](AttentionPlan* self, int num_rows, int heads, int kv_heads, int head_dim, int page_size,
              Indices page_start, Indices pages, Indices row_start, Indices rows, Indices visible) {
             const int ranges = int(page_start.size()) - 1;
             if (ranges < 0 || page_start.size() != row_start.size() || size_t(page_start.data()[ranges]) != pages.size() ||
                 size_t(row_start.data()[ranges]) != rows.size() || rows.size() != visible.size()) {
               throw std::invalid_argument("KV range arrays do not fit together");
             }
-            new (self) AttentionPlan(num_rows, heads, kv_heads, head_dim, page_size, threads, ranges, page_start.data(),
+            new (self) AttentionPlan(num_rows, heads, kv_heads, head_dim, page_size, ranges, page_start.data(),
                                      pages.data(), row_start.data(), rows.data(), visible.data());
           })
       .def_ro("num_rows", &AttentionPlan::num_rows)

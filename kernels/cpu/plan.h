@@ -36,8 +36,8 @@ struct AttentionPlan {
   int num_partials = 0;
 
   // range i has pages[page_start[i] .. page_start[i+1]) and entries [row_start[i] .. row_start[i+1])
-  AttentionPlan(int num_rows, int heads, int kv_heads, int head_dim, int page_size, int threads,
-                int num_ranges, const int32_t* page_start, const int32_t* pages,
+  AttentionPlan(int num_rows, int heads, int kv_heads, int head_dim, int page_size, int num_ranges,
+                const int32_t* page_start, const int32_t* pages,
                 const int32_t* row_start, const int32_t* rows, const int32_t* visible);
 };
 

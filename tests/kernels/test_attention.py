@@ -83,6 +83,27 @@ def test_many_sequences_of_unequal_length(backend, weights, scene):
     close(weights, *s.attend(ranges))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_what_else_is_in_the_batch_changes_no_bit(backend, scene, rows):
+    """The same rows alone and among others, bit for bit."""
+    s = scene(backend, AttentionShape(9, 3, 64), 1800, 30)
+    mine = (s.pages, list(range(rows)), [1790 - rows + i + 1 for i in range(rows)])
+    others = [(s.pages[: 3 * i + 1], [i], [96 * i + 7]) for i in range(rows, 18)]
+    alone, _ = s.attend([mine])
+    among, _ = s.attend([*others, mine])
+    assert torch.equal(alone[:rows], among[:rows])
+
+
+def test_how_a_prompt_is_cut_into_chunks_changes_no_bit(backend, scene):
+    """The last row alone, as one of a few and as one of many: bit for bit."""
+    s = scene(backend, AttentionShape(9, 3, 64), 1100, 60)
+    results = []
+    for rows in (60, 37, 2, 1):
+        chosen = list(range(60 - rows, 60))
+        results.append(s.attend([(s.pages, chosen, [1041 + i for i in chosen])])[0][59])
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def test_lse_is_natural_log_and_minus_infinity_for_empty_rows(isa, scene):
     backend = load_backend("cpu", isa=isa, weights="f32", threads=2)
     shape = AttentionShape(4, 2, 64)
