@@ -1,7 +1,7 @@
 """The requests of a soak test, each with the checks its answer has to pass.
 
-    Probe        a greedy prompt whose answer was recorded while nothing else ran
-    Traffic      one method for each kind of request; a wrong answer raises WrongAnswer
+Probe        a greedy prompt whose answer was recorded while nothing else ran
+Traffic      one method for each kind of request; a wrong answer raises WrongAnswer
 """
 
 import asyncio

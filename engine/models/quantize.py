@@ -37,7 +37,7 @@ from headstart.engine.errors import HeadstartError, ModelError
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.parameters import LayerParameters, Matrix, Parameters, read_float
-from headstart.engine.models.weights import Weights
+from headstart.engine.models.weights import FLOATS, Weights
 from headstart.kernels.backend import Backend, Linear, RopeTable, load_backend
 
 ALPHA = {"qkv": 0.8, "o": 0.6, "gate_up": 0.6, "down": 0.6, "head": 0.6}
@@ -201,7 +201,7 @@ def read_int8(config: ModelConfig, folder: Path) -> Parameters:
         raise ModelError(
             f"{folder} has no int8 weights: pull the model again, or use --weights bf16"
         )
-    weights = Weights.open(folder / FOLDER)
+    weights = Weights.open(folder / FOLDER, dtypes=(*FLOATS, "I8"))
 
     def take(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         tensor = weights.take(name, shape)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = ("F32", "F16", "BF16", "I8")
+FLOATS = ("F32", "F16", "BF16")
 HARMLESS_SUFFIX = "rotary_emb.inv_freq"
 """Rotary frequencies, which old checkpoints store and the engine computes."""
 MAX_NAMED = 5
@@ -34,7 +34,8 @@ MAX_NAMED = 5
 class Weights:
     """The tensors of one folder, handed out once each by ``take``."""
 
-    def __init__(self, files: dict[Path, Any]) -> None:
+    def __init__(self, files: dict[Path, Any], dtypes: tuple[str, ...] = FLOATS) -> None:
+        self._dtypes = dtypes
         self._owner: dict[str, tuple[Path, Any]] = {}
         for path, file in files.items():
             for name in file.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
@@ -46,13 +47,14 @@ class Weights:
         self._taken: set[str] = set()
 
     @classmethod
-    def open(cls, folder: Path) -> Weights:
+    def open(cls, folder: Path, dtypes: tuple[str, ...] = FLOATS) -> Weights:
         """Open the weights of ``folder``; the headers are checked, tensors are not read yet.
 
+        ``dtypes``: those ``take`` accepts, by their safetensors names.
         Raises ModelError naming the file that is missing, truncated or not safetensors.
         """
         files = {path: _open_file(path) for path in weight_files(folder)}
-        return cls(files)
+        return cls(files, dtypes)
 
     @overload
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor: ...
@@ -82,7 +84,7 @@ class Weights:
                     f"tensor {name} in {path.name} has shape {_show(stored)}, "
                     f"the config asks for {_show(shape)}"
                 )
-            _check_dtype(name, path, dtype)
+            _check_dtype(name, path, dtype, self._dtypes)
             tensor: torch.Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{path}: tensor {name} cannot be read: {_line(error)}") from error
@@ -139,13 +141,14 @@ def check_headers(folder: Path) -> None:
     for path in weight_files(folder):
         file = _open_file(path, framework="np")
         for name in file.keys():  # noqa: SIM118
-            _check_dtype(name, path, file.get_slice(name).get_dtype())
+            _check_dtype(name, path, file.get_slice(name).get_dtype(), FLOATS)
 
 
-def _check_dtype(name: str, path: Path, dtype: str) -> None:
-    if dtype not in DTYPES and not name.endswith(HARMLESS_SUFFIX):
+def _check_dtype(name: str, path: Path, dtype: str, supported: tuple[str, ...]) -> None:
+    if dtype not in supported and not name.endswith(HARMLESS_SUFFIX):
         raise ModelError(
-            f"tensor {name} in {path.name} is stored as {dtype}; supported are {', '.join(DTYPES)}"
+            f"tensor {name} in {path.name} is stored as {dtype}; "
+            f"supported are {', '.join(supported)}"
         )
 
 

@@ -84,5 +84,3 @@ def test_preempted(smollm2: Path, alone: list[Answer]) -> None:
 
 def test_on_one_thread(smollm2: Path, alone: list[Answer]) -> None:
     assert answers(engine(smollm2, threads=1), prompts()) == alone
-
-

@@ -74,6 +74,7 @@ def test_gguf_file(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> None:
         "tokenizer_config.json",
         "chat_template.jinja",
         "headstart.json",
+        "int8",
     }
     assert visible(tmp_path / "cache") == [folder.name]
     original = tiny_model("llama")
