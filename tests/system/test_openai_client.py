@@ -24,21 +24,26 @@ async def async_client(server):
 
 
 def test_chat(client):
-    answer = client.chat.completions.create(model=MODEL, messages=PARIS, temperature=0)
+    answer = client.chat.completions.create(
+        model=MODEL, messages=PARIS, max_tokens=12, temperature=0
+    )
     (choice,) = answer.choices
     assert choice.message.role == "assistant"
     assert "Paris" in choice.message.content
-    assert choice.finish_reason == "stop"
+    assert choice.finish_reason in ("stop", "length")
     assert answer.model == MODEL
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
 def test_chat_streamed(client):
-    whole = client.chat.completions.create(model=MODEL, messages=PARIS, temperature=0)
+    whole = client.chat.completions.create(
+        model=MODEL, messages=PARIS, max_tokens=12, temperature=0
+    )
     chunks = list(
         client.chat.completions.create(
             model=MODEL,
             messages=PARIS,
+            max_tokens=12,
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
@@ -65,7 +70,9 @@ def test_completions(client):
 
 
 async def test_async_client(async_client):
-    whole = await async_client.chat.completions.create(model=MODEL, messages=PARIS, temperature=0)
+    whole = await async_client.chat.completions.create(
+        model=MODEL, messages=PARIS, max_tokens=12, temperature=0
+    )
     assert "Paris" in whole.choices[0].message.content
     stream = await async_client.completions.create(
         model=MODEL, prompt="Hello", max_tokens=8, stream=True, extra_body={"ignore_eos": True}
@@ -118,7 +125,7 @@ def test_stop(client):
 
 def test_logprobs(client):
     answer = client.chat.completions.create(
-        model=MODEL, messages=PARIS, temperature=0, logprobs=True, top_logprobs=3
+        model=MODEL, messages=PARIS, max_tokens=12, temperature=0, logprobs=True, top_logprobs=3
     )
     entries = answer.choices[0].logprobs.content
     assert "".join(entry.token for entry in entries) == answer.choices[0].message.content
