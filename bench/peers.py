@@ -14,8 +14,6 @@ import argparse
 import json
 import shlex
 import sys
-import time
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -24,11 +22,11 @@ import uvloop
 from headstart.bench.headstart_process import default_gguf, start_headstart
 from headstart.bench.http_client import BenchError, connect
 from headstart.bench.openvino_target import OpenVinoSettings, start_openvino
-from headstart.bench.prompts import Calibration, PromptSource
+from headstart.bench.prompts import PromptSource
 from headstart.bench.report import print_comparison, print_header, print_result
-from headstart.bench.samples import Burst, Result, Target, summarise
+from headstart.bench.samples import Result, Target, summarise
 from headstart.bench.serve import emit, fresh_seed, now
-from headstart.bench.workloads import WORKLOADS, Workload, by_name, calibrate, check, run_once
+from headstart.bench.workloads import WORKLOADS, Workload, alternate, by_name, calibrate, check
 
 TARGETS = ("headstart", "openvino")
 
@@ -101,24 +99,6 @@ async def _targets(stack: AsyncExitStack, args: argparse.Namespace) -> list[Targ
         print(f"openvino-genai {openvino.version}  {settings}", file=sys.stderr)
         targets.append(openvino)
     return targets
-
-
-async def alternate(
-    targets: Sequence[Target],
-    workload: Workload,
-    prompts: PromptSource,
-    calibration: Calibration,
-    time_limit: float,
-) -> list[list[Burst]]:
-    """Repetitions of one workload, each on every target in turn; bursts per target."""
-    start = time.monotonic()
-    bursts: list[list[Burst]] = [[] for _ in targets]
-    for repetition in range(workload.repetitions):
-        for target, mine in zip(targets, bursts, strict=True):
-            mine.append(await run_once(target, workload, repetition, prompts, calibration))
-        if time.monotonic() - start > time_limit:
-            break
-    return bursts
 
 
 async def run(args: argparse.Namespace) -> int:

@@ -62,6 +62,10 @@ class Calibration:
         per_word = (long - short) / (cls.LONG - cls.SHORT)
         return cls(overhead=short - per_word * cls.SHORT, per_word=per_word)
 
+    def prompt_tokens(self, system_tokens: int) -> int:
+        """Tokens of a prompt whose system turn alone has `system_tokens`."""
+        return round(self.overhead + system_tokens)
+
     def system_words(self, prompt_tokens: int) -> int:
         """System words for a prompt of about `prompt_tokens` (exact when a word is a token)."""
         count = round((prompt_tokens - self.overhead) / self.per_word)

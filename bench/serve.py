@@ -47,7 +47,9 @@ def emit(result: Result, out: Path | None) -> None:
             file.write(line + "\n")
 
 
-def _at_least(low: int, high: int = MAX_REQUESTS) -> Callable[[str], int]:
+def at_least(low: int, high: int = MAX_REQUESTS) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
+
     def parse(text: str) -> int:
         value = int(text)
         if not low <= value <= high:
@@ -57,7 +59,8 @@ def _at_least(low: int, high: int = MAX_REQUESTS) -> Callable[[str], int]:
     return parse
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
@@ -75,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add("--name", default="server", help="what the result lines call the server (%(default)s)")
     add("--out", type=Path, help="append the JSON lines to this file instead of printing them")
     add("--seed", type=int, help="of prompts and arrivals (default: new for every run)")
-    add("--timeout", type=_positive, default=300.0, help="seconds for one request (%(default)s)")
+    add("--timeout", type=positive, default=300.0, help="seconds for one request (%(default)s)")
     standard = command.add_argument_group("standard workloads")
     standard.add_argument(
         "--workload",
@@ -85,16 +88,16 @@ def parser() -> argparse.ArgumentParser:
     )
     standard.add_argument(
         "--time-limit",
-        type=_positive,
+        type=positive,
         default=120.0,
         help="start no further repetition of a workload after this many seconds (%(default)s)",
     )
     load = command.add_argument_group("a load of your own (one shared system prompt)")
-    load.add_argument("--requests", type=_at_least(1), help="how many; switches to this mode")
-    load.add_argument("--streams", type=_at_least(1), help="at most this many at a time")
-    load.add_argument("--rate", type=_positive, help="arrivals per second, Poisson")
-    load.add_argument("--prompt-tokens", type=_at_least(1, 10_000_000), help="default 1748")
-    load.add_argument("--output-tokens", type=_at_least(1, 1_000_000), help="default 128")
+    load.add_argument("--requests", type=at_least(1), help="how many; switches to this mode")
+    load.add_argument("--streams", type=at_least(1), help="at most this many at a time")
+    load.add_argument("--rate", type=positive, help="arrivals per second, Poisson")
+    load.add_argument("--prompt-tokens", type=at_least(1, 10_000_000), help="default 1748")
+    load.add_argument("--output-tokens", type=at_least(1, 1_000_000), help="default 128")
     return command
 
 

@@ -2,10 +2,13 @@
 
 Every prompt is a system turn of random words shared by all requests of the workload and a user
 turn of 24 words that no other request has. *cold*: the system turn is new in every repetition.
-*warm*: a request with the same system turn has just been answered.
+*warm*: a request with the same system turn has just been answered. Nothing at all is shared where
+every request has a system turn of its own (`shared=False`).
 """
 
+import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headstart.bench.prompts import Calibration, Messages, PromptSource
@@ -14,7 +17,10 @@ from headstart.bench.samples import Burst, Target
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`streams` requests at once, `output_tokens` from each; `headline` is what it is there for."""
+    """`streams` requests at once, `output_tokens` from each; `headline` is what it is there for.
+
+    `shared`: all requests of a repetition have one system turn. Without it nothing can be warm.
+    """
 
     name: str
     headline: str
@@ -23,6 +29,11 @@ class Workload:
     output_tokens: int
     warm: bool
     repetitions: int
+    shared: bool = True
+
+    def __post_init__(self) -> None:
+        if self.warm and not self.shared:
+            raise ValueError(f"{self.name}: a system turn that nobody shares cannot be warm")
 
 
 COLD, WARM = False, True
@@ -81,7 +92,11 @@ async def run_once(
             return warm_up
     return await target.burst(
         [
-            prompts.conversation(system, size, f"{workload.name}/{repetition}/{stream}")
+            prompts.conversation(
+                system if workload.shared else f"{system}/{stream}",
+                size,
+                f"{workload.name}/{repetition}/{stream}",
+            )
             for stream in range(workload.streams)
         ],
         workload.output_tokens,
@@ -101,6 +116,30 @@ async def run_workload(
     for repetition in range(workload.repetitions):
         bursts.append(await run_once(target, workload, repetition, prompts, calibration))
         if time.monotonic() - start > time_limit or not bursts[-1].good:
+            break
+    return bursts
+
+
+async def alternate(
+    targets: Sequence[Target],
+    workload: Workload,
+    prompts: PromptSource,
+    calibration: Calibration,
+    time_limit: float,
+    pause: float = 0.0,
+) -> list[list[Burst]]:
+    """Repetitions of one workload, each on every target in turn (A B A B); bursts per target.
+
+    `pause`: seconds before each burst, in which the target that just ran can finish what it does
+    when it is idle.
+    """
+    start = time.monotonic()
+    bursts: list[list[Burst]] = [[] for _ in targets]
+    for repetition in range(workload.repetitions):
+        for target, mine in zip(targets, bursts, strict=True):
+            await asyncio.sleep(pause)
+            mine.append(await run_once(target, workload, repetition, prompts, calibration))
+        if time.monotonic() - start > time_limit:
             break
     return bursts
 

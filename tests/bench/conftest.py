@@ -8,6 +8,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,8 +84,9 @@ class FakeServer:
         return response
 
 
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
+@contextmanager
+def running() -> Iterator[FakeServer]:
+    """A fake server on a free port, in a thread."""
     fake = FakeServer()
     loop = asyncio.new_event_loop()
     app = web.Application()
@@ -106,3 +108,16 @@ def server() -> Iterator[FakeServer]:
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
     loop.close()
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with running() as fake:
+        yield fake
+
+
+@pytest.fixture
+def other_server() -> Iterator[FakeServer]:
+    """A second one, for what compares two."""
+    with running() as fake:
+        yield fake

@@ -13,11 +13,11 @@ from headstart.bench import openvino_target
 from headstart.bench.headstart_process import start_headstart
 from headstart.bench.http_client import BenchError
 from headstart.bench.openvino_target import OpenVinoSettings, start_openvino
-from headstart.bench.peers import alternate, main
+from headstart.bench.peers import main
 from headstart.bench.prompts import Calibration, Messages, PromptSource
 from headstart.bench.report import print_comparison
 from headstart.bench.samples import Burst, Sample, summarise
-from headstart.bench.workloads import Workload
+from headstart.bench.workloads import Workload, alternate
 
 FAKE_WORKER = """
 import json, sys
@@ -97,6 +97,22 @@ async def test_warm_alternates_after_one_warm_up_request() -> None:
     log = await alternated(warm=True)
     assert [(name, count) for name, _, count in log] == [("a", 1), ("a", 4), ("b", 1), ("b", 4)] * 3
     assert len({text for _, text, _ in log}) == 1
+
+
+async def test_own_system_turns_share_nothing() -> None:
+    seen: list[Messages] = []
+
+    class Keeper(Recorder):
+        async def burst(self, conversations: list[Messages], output_tokens: int) -> Burst:
+            seen.extend(conversations)
+            return await super().burst(conversations, output_tokens)
+
+    workload = Workload("w", "ttft_ms_median", 4, 60, 2, warm=False, repetitions=2, shared=False)
+    calibration = Calibration(overhead=10, per_word=1)
+    await alternate([Keeper("a", [])], workload, PromptSource(1), calibration, 60)
+    assert len({messages[0]["content"] for messages in seen}) == len(seen) == 8
+    with pytest.raises(ValueError, match="nobody shares cannot be warm"):
+        Workload("w", "ttft_ms_median", 4, 60, 2, warm=True, repetitions=2, shared=False)
 
 
 def result(name: str, sample: Sample) -> Any:

@@ -54,6 +54,7 @@ def test_prompts_follow_seed_and_label() -> None:
 def test_calibration() -> None:
     exact = Calibration.from_counts(32 + 40, 160 + 40)
     assert exact.system_words(1748) == 1748 - 40
+    assert exact.system_words(exact.prompt_tokens(512)) == 512
     rough = Calibration.from_counts(round(32 * 1.5) + 40, 160 * 3 // 2 + 40)
     assert rough.system_words(340) == 200
     with pytest.raises(ValueError, match="too short"):

@@ -1,0 +1,213 @@
+"""Plots of measurements, as SVG and PNG. The one module that imports matplotlib.
+
+Figures are drawn without pyplot, so nothing is shown and no state is shared; equal data give
+equal files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+if TYPE_CHECKING:
+    from headstart.bench.relay import Point
+    from headstart.bench.samples import Result
+
+DPI = 150
+GREY = "0.45"
+WIDTH = 1.8  # points, like MARKER
+MARKER = 4.5
+
+Colour = tuple[float, float, float, float]
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write NAME.svg and NAME.png; the same figure gives the same bytes, whenever it is drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(svg, metadata={"Date": None})
+        figure.savefig(png, dpi=DPI)
+    return [svg, png]
+
+
+def relay_plots(folder: Path, title: str, points: Sequence[Point]) -> list[Path]:
+    """relay-throughput and relay-latency: each a ratio and the figures behind it, over prefix."""
+    throughput = _relay_figure(
+        points,
+        f"RelayAttention, throughput\n{title}",
+        ratio=lambda point: point.throughput_ratio,
+        ratio_label="output tokens/s, relay auto ÷ off",
+        figure_of=lambda result: result.output_tokens_per_s,
+        label="output tokens/s",
+    )
+    latency = _relay_figure(
+        points,
+        f"RelayAttention, latency\n{title}",
+        ratio=lambda point: point.tpot_ratio,
+        ratio_label="TPOT, relay off ÷ auto",
+        figure_of=lambda result: result.tpot_ms_median,
+        label="TPOT, median (ms)",
+    )
+    return save(throughput, folder, "relay-throughput") + save(latency, folder, "relay-latency")
+
+
+def _relay_figure(
+    points: Sequence[Point],
+    title: str,
+    *,
+    ratio: Callable[[Point], float | None],
+    ratio_label: str,
+    figure_of: Callable[[Result], float | None],
+    label: str,
+) -> Figure:
+    """The ratio on the left, the figures on the right: a colour per number of streams."""
+    figure, (left, right) = _panels(title, 2)
+    colours = _colours([point.streams for point in points])
+    for streams, colour in colours.items():
+        line = sorted((p for p in points if p.streams == streams), key=lambda p: p.prefix)
+        prefixes = [point.prefix for point in line]
+        _draw(left, prefixes, [ratio(p) for p in line], colour)
+        _draw(right, prefixes, [figure_of(p.auto) for p in line], colour)
+        _draw(right, prefixes, [figure_of(p.off) for p in line], colour, dashed=True)
+    _mark_parity(left)
+    # From zero, so that no gain looks larger than it is.
+    left.set_ylim(bottom=0.0)
+    left.set_ylabel(ratio_label)
+    left.set_title("above 1: relay auto is ahead", fontsize=10, color=GREY)
+    right.set_yscale("log")
+    _ticks_in_view(right, [n * 10.0**power for power in range(-1, 7) for n in (1, 2, 5)])
+    right.set_ylabel(label)
+    right.set_title("what the ratio is made of", fontsize=10, color=GREY)
+    for axes in (left, right):
+        axes.set_xlabel("shared prefix (tokens)")
+        _measured_ticks(axes, [point.prefix for point in points])
+    lines = [_key(f"{n} stream{'s' if n > 1 else ''}", color=c) for n, c in colours.items()]
+    styles = [
+        _key("relay auto", color=GREY, marker="o", markersize=MARKER),
+        _key("relay off", color=GREY, marker="o", markerfacecolor="white", linestyle="--"),
+    ]
+    _legend(figure, [*lines, *styles])
+    return figure
+
+
+def attention_plot(
+    folder: Path, name: str, title: str, rows: Sequence[Mapping[str, float]]
+) -> list[Path]:
+    """Speed-up of attention over batch size, a line per prefix length; writes NAME.svg and .png.
+
+    Each row is a measurement with the keys batch, prefix, plain_ms, relay_ms, auto_ms, ratio and
+    auto_relay (whether `auto` chose relay: drawn as a filled marker).
+    """
+    figure, (axes,) = _panels(title, 1)
+    colours = _colours([int(row["prefix"]) for row in rows])
+    for prefix, colour in colours.items():
+        line = sorted((r for r in rows if r["prefix"] == prefix), key=lambda row: row["batch"])
+        batches = [row["batch"] for row in line]
+        speed_ups = [row["plain_ms"] / row["relay_ms"] for row in line]
+        axes.plot(batches, speed_ups, color=colour, linewidth=WIDTH, zorder=2)
+        axes.scatter(
+            batches,
+            speed_ups,
+            s=(MARKER + 1.5) ** 2,
+            facecolors=[colour if row["auto_relay"] else "white" for row in line],
+            edgecolors=[colour],
+            linewidths=1.5,
+            zorder=3,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    _mark_parity(axes)
+    _ticks_in_view(axes, [2.0**power for power in range(-4, 12)])
+    _measured_ticks(axes, [row["batch"] for row in rows])
+    axes.set_xlabel("batch (sequences that share the prefix)")
+    axes.set_ylabel("speed-up of attention, plain ÷ relay")
+    axes.set_title("above 1: relay is ahead", fontsize=10, color=GREY)
+    lines = [_key(f"prefix {n}", color=c) for n, c in colours.items()]
+    marks = [
+        _key("auto: relay", color=GREY, marker="o", linestyle="none"),
+        _key("auto: plain", color=GREY, marker="o", markerfacecolor="white", linestyle="none"),
+    ]
+    _legend(figure, [*lines, *marks])
+    return save(figure, folder, name)
+
+
+def _panels(title: str, count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with a title over `count` panels side by side, on a light grid."""
+    figure = Figure(figsize=(1.8 + 4.6 * count, 4.6), layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=11)
+    axes = [figure.add_subplot(1, count, i + 1) for i in range(count)]
+    for panel in axes:
+        panel.grid(color="0.9", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.tick_params(labelsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _colours(values: Sequence[int]) -> dict[int, Colour]:
+    """A colour for each different value, the largest first and darkest."""
+    ordered = sorted(set(values))
+    colour_map = matplotlib.colormaps["viridis_r"]
+    # The palest sixth is hard to see on white.
+    step = (5 / 6) / max(1, len(ordered) - 1)
+    return {value: colour_map(1.0 - step * i) for i, value in enumerate(reversed(ordered))}
+
+
+def _draw(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[float | None],
+    colour: Colour,
+    *,
+    dashed: bool = False,
+) -> None:
+    """A line through measured points; no line goes to a figure that is missing."""
+    axes.plot(
+        x,
+        [math.nan if value is None else value for value in y],
+        color=colour,
+        marker="o",
+        markersize=MARKER,
+        markerfacecolor="white" if dashed else colour,
+        linestyle="--" if dashed else "-",
+        linewidth=WIDTH,
+    )
+
+
+def _mark_parity(axes: Axes) -> None:
+    """A dashed line at 1, where both sides are equal."""
+    axes.axhline(1.0, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+
+
+def _measured_ticks(axes: Axes, values: Sequence[float]) -> None:
+    """Ticks where something was measured, as plain numbers."""
+    axes.xaxis.set_major_locator(FixedLocator(sorted(set(values))))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+
+
+def _ticks_in_view(axes: Axes, ticks: Sequence[float]) -> None:
+    """Those of `ticks` that the logarithmic y axis covers, as plain numbers instead of powers."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _legend(figure: Figure, entries: Sequence[Line2D]) -> None:
+    """Beside the panels, where it hides nothing."""
+    figure.legend(handles=entries, loc="outside right center", frameon=False, handlelength=3.0)
+
+
+def _key(label: str, **style: object) -> Line2D:
+    """An entry of the legend."""
+    return Line2D([], [], label=label, **{"linewidth": WIDTH, **style})  # type: ignore[arg-type]
