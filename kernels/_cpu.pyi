@@ -2,6 +2,9 @@
 
 from headstart.kernels.backend import IntArray
 
+BLOCK_PAGES: int
+SUM_LANES: int
+
 def supported() -> list[str]:
     """Instruction sets this machine can run, best first."""
 
@@ -11,6 +14,7 @@ class AttentionPlan:
     num_rows: int
     num_partials: int
     num_items: int
+    pages_read: int
     def __init__(
         self,
         num_rows: int,
@@ -20,6 +24,7 @@ class AttentionPlan:
         page_size: int,
         page_start: IntArray,
         pages: IntArray,
+        first_key: IntArray,
         row_start: IntArray,
         rows: IntArray,
         visible: IntArray,
@@ -85,6 +90,7 @@ class Kernels:
         pool: int,
         partial: int,
         partial_lse: int,
+        partial_sum: int,
         out_type: int,
         out: int,
         scales: int,

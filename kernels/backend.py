@@ -39,15 +39,18 @@ class KVRanges:
 
         page_start  [ 0       3    4 ]        range i reads pages[page_start[i] : page_start[i+1]]
         pages       [ 7  3  9 | 4 ]
+        first_key   [ 0        | 96 ]         and its first key is key first_key[i] of a sequence
         row_start   [ 0   2          5 ]      and is read by rows[row_start[i] : row_start[i+1]]
         rows        [ 0   1 | 2   3   4 ]
         visible     [ 64 65 | 8   9  10 ]     row sees keys [0, visible) of its range
 
-    Key k of a range lies in page k // page_size of its run, at offset k % page_size.
+    Key k of a range lies in page k // page_size of its run, at offset k % page_size. A range
+    begins with a page, and the ranges of one row come in the order of their keys.
     """
 
     page_start: IntArray
     pages: IntArray
+    first_key: IntArray
     row_start: IntArray
     rows: IntArray
     visible: IntArray
@@ -86,6 +89,14 @@ class Backend(Protocol):
 
     @property
     def page_size(self) -> int: ...
+
+    @property
+    def range_step(self) -> int:
+        """Keys: at multiples of it a sequence may be cut into ranges at the least cost.
+
+        Where a backend promises equal bits however keys are divided among ranges, this is where.
+        """
+        ...
 
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """A dense layer from ``weight [out, in]`` and ``bias [out]``."""

@@ -100,7 +100,7 @@ class ReferenceBackend:
     name = "reference"
 
     def __init__(self, *, page_size: int) -> None:
-        self.page_size = page_size
+        self.page_size = self.range_step = page_size
 
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
         return ReferenceLinear(weight.float(), None if bias is None else bias.float())

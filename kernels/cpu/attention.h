@@ -13,6 +13,11 @@
 //   vectors  [ S = q K^T  -> registers -> scratch ]   then online softmax: P = 2^(S - m)
 //            [ O = O * alpha + P V                ]   O stays in registers through the block
 //
+// A tile of vectors reads a block's keys and values while they are in L1 or L2, so a full range is
+// read from memory once a KV head however many rows it has. The state (m, sum, O) of a vector may
+// come from another item and go on to a third (plan.h says when); the sum stays a vector of lanes
+// until its split ends, so that stopping and going on changes no bit.
+//
 // Scores are in powers of two: q was multiplied by scale * log2(e) when it was stored.
 // Online softmax: Milakov & Gimelshein 2018; tiling as in FlashAttention-2 (arXiv 2307.08691).
 #pragma once
@@ -22,6 +27,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -30,12 +36,12 @@
 
 namespace headstart::HEADSTART_ISA {
 
-inline constexpr int kBlockPages = 16;
+static_assert(kLanes <= kSumLanes);
 
 template <class Unit>
 struct TileState {  // one item's vectors; lives in the thread's scratch
   float* maximum;
-  float* sum;
+  float* sum;                      // [vectors, kLanes]
   float* out;                      // [vectors, head_dim]
   typename Unit::element* q;       // [vectors, head_dim]
   float* scores;                   // [kScoreRows, block keys]
@@ -52,7 +58,7 @@ static TileState<Unit> carve_scratch(std::vector<char>& scratch, int vectors, in
   };
   using element = typename Unit::element;
   const size_t padded = (vectors + kScoreRows + kLanes - 1) / kLanes * kLanes + kLanes;
-  const size_t m = take(padded * 4), s = take(padded * 4), o = take(size_t(vectors) * head_dim * 4),
+  const size_t m = take(padded * 4), s = take(padded * kLanes * 4), o = take(size_t(vectors) * head_dim * 4),
                q = take(size_t(vectors) * head_dim * sizeof(element)),
                sc = take(size_t(kScoreRows) * block_keys * 4),
                p = take(size_t(kScoreRows) * block_keys * sizeof(element));
@@ -118,9 +124,7 @@ class Attend {
     const int vectors = (item.entry_end - item.entry_begin) * group_;
     state_ = carve_scratch<Unit>(scratch_, vectors, head_dim_, block_keys_);
     gather_queries(item);
-    std::fill_n(state_.maximum, vectors, -std::numeric_limits<float>::infinity());
-    std::fill_n(state_.sum, vectors, 0.0f);
-    std::fill_n(state_.out, size_t(vectors) * head_dim_, 0.0f);
+    begin(item, vectors);
 
     const size_t tile = size_t(head_dim_) * page_size_, page = 2 * tile * plan_.kv_heads;
     const element* pool = static_cast<const element*>(args_.pool) + 2 * tile * item.kv_head;
@@ -143,8 +147,24 @@ class Attend {
   }
 
  private:
-  int row_of(const AttentionItem& item, int vector) const {
-    return plan_.rows[item.entry_begin + vector / group_];
+  // Where entry e leaves what vector v of its group has: an index of [partial slot, head].
+  size_t slot_of(const AttentionItem& item, int entry, int v) const {
+    return size_t(plan_.entry_slot[entry] + item.split) * plan_.heads + size_t(item.kv_head) * group_ + v % group_;
+  }
+
+  void begin(const AttentionItem& item, int vectors) {
+    std::fill_n(state_.maximum, vectors, -std::numeric_limits<float>::infinity());
+    std::fill_n(state_.sum, size_t(vectors) * kLanes, 0.0f);
+    std::fill_n(state_.out, size_t(vectors) * head_dim_, 0.0f);
+    if (item.wait_begin == item.wait_end) return;
+    for (int v = 0; v < vectors; ++v) {
+      const int entry = item.entry_begin + v / group_;
+      if (!plan_.resumes[entry]) continue;
+      const size_t slot = slot_of(item, entry, v);
+      state_.maximum[v] = args_.partial_lse[slot];
+      std::memcpy(state_.sum + size_t(v) * kLanes, args_.partial_sum + slot * kSumLanes, sizeof(Floats));
+      std::memcpy(state_.out + size_t(v) * head_dim_, args_.partial + slot * head_dim_, sizeof(float) * head_dim_);
+    }
   }
 
   void gather_queries(const AttentionItem& item) {
@@ -221,9 +241,11 @@ class Attend {
         store(p + k, x);
         sum += x;
       }
-      alpha[r] = before == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp2(before - now);
+      // Often the maximum stays, and exp2 costs as much as a vector of keys. 2^-inf is 0.
+      alpha[r] = before == now ? 1.0f : std::exp2(before - now);
       state_.maximum[v + r] = now;
-      state_.sum[v + r] = state_.sum[v + r] * alpha[r] + horizontal_sum(sum);
+      float* lanes = state_.sum + size_t(v + r) * kLanes;
+      store(lanes, load(lanes) * broadcast(alpha[r]) + sum);
     }
   }
 
@@ -244,14 +266,21 @@ class Attend {
   void finish(const AttentionItem& item, int vectors) {
     for (int v = 0; v < vectors; ++v) {
       const int entry = item.entry_begin + v / group_;
-      const size_t slot = plan_.entry_slot[entry] + item.split;
-      const size_t head = slot * plan_.heads + size_t(item.kv_head) * group_ + v % group_;
-      const float sum = state_.sum[v];
+      const size_t slot = slot_of(item, entry, v);
+      const float* lanes = state_.sum + size_t(v) * kLanes;
+      const float* out = state_.out + size_t(v) * head_dim_;
+      if (item.last && plan_.left_open[entry]) {
+        args_.partial_lse[slot] = state_.maximum[v];
+        std::memcpy(args_.partial_sum + slot * kSumLanes, lanes, sizeof(Floats));
+        std::memcpy(args_.partial + slot * head_dim_, out, sizeof(float) * head_dim_);
+        continue;
+      }
+      const float sum = horizontal_sum(load(lanes));
       const Floats inverse = broadcast(sum > 0 ? 1.0f / sum : 0.0f);
       for (int d = 0; d < head_dim_; d += kLanes) {
-        store(args_.partial + head * head_dim_ + d, load(state_.out + size_t(v) * head_dim_ + d) * inverse);
+        store(args_.partial + slot * head_dim_ + d, load(out + d) * inverse);
       }
-      args_.partial_lse[head] = sum > 0 ? state_.maximum[v] + std::log2(sum) : -std::numeric_limits<float>::infinity();
+      args_.partial_lse[slot] = sum > 0 ? state_.maximum[v] + std::log2(sum) : -std::numeric_limits<float>::infinity();
     }
   }
 
@@ -262,23 +291,22 @@ class Attend {
   TileState<Unit> state_{};
 };
 
-// out = sum_j 2^(lse_j - lse) out_j over the slots of one row; PAPERS: the merge all methods share.
+// out = sum_j 2^(lse_j - lse) out_j over the slots j of one row: the merge all methods share.
 // With one slot there is nothing to merge and the slot itself is the row.
 static HEADSTART_INLINE const float* merge_row(const AttendArgs& args, int row, float* merged) {
   const AttentionPlan& plan = *args.plan;
-  const int begin = plan.row_slot_start[row], end = plan.row_slot_start[row + 1];
+  const size_t begin = plan.row_slot_start[row], end = plan.row_slot_start[row + 1];
   const size_t size = size_t(plan.heads) * plan.head_dim;
-  if (end - begin == 1) return args.partial + plan.row_slots[begin] * size;
+  if (end - begin == 1) return args.partial + begin * size;
   for (int h = 0; h < plan.heads; ++h) {
     float* to = merged + size_t(h) * plan.head_dim;
     std::fill_n(to, plan.head_dim, 0.0f);
     float top = -std::numeric_limits<float>::infinity();
-    for (int i = begin; i < end; ++i) top = std::max(top, args.partial_lse[size_t(plan.row_slots[i]) * plan.heads + h]);
+    for (size_t slot = begin; slot < end; ++slot) top = std::max(top, args.partial_lse[slot * plan.heads + h]);
     if (top == -std::numeric_limits<float>::infinity()) continue;
     float sum = 0;
-    for (int i = begin; i < end; ++i) sum += std::exp2(args.partial_lse[size_t(plan.row_slots[i]) * plan.heads + h] - top);
-    for (int i = begin; i < end; ++i) {
-      const size_t slot = plan.row_slots[i];
+    for (size_t slot = begin; slot < end; ++slot) sum += std::exp2(args.partial_lse[slot * plan.heads + h] - top);
+    for (size_t slot = begin; slot < end; ++slot) {
       const float weight = std::exp2(args.partial_lse[slot * plan.heads + h] - top) / sum;
       if (weight == 0) continue;
       const float* from = args.partial + slot * size + size_t(h) * plan.head_dim;
@@ -290,16 +318,26 @@ static HEADSTART_INLINE const float* merge_row(const AttendArgs& args, int row, 
 
 static HEADSTART_INLINE void merged_lse(const AttendArgs& args, int row) {
   const AttentionPlan& plan = *args.plan;
+  const size_t begin = plan.row_slot_start[row], end = plan.row_slot_start[row + 1];
   for (int h = 0; h < plan.heads; ++h) {
     float top = -std::numeric_limits<float>::infinity();
-    const int begin = plan.row_slot_start[row], end = plan.row_slot_start[row + 1];
-    for (int i = begin; i < end; ++i) top = std::max(top, args.partial_lse[size_t(plan.row_slots[i]) * plan.heads + h]);
+    for (size_t slot = begin; slot < end; ++slot) top = std::max(top, args.partial_lse[slot * plan.heads + h]);
     float sum = 0;
     if (top != -std::numeric_limits<float>::infinity()) {
-      for (int i = begin; i < end; ++i) sum += std::exp2(args.partial_lse[size_t(plan.row_slots[i]) * plan.heads + h] - top);
+      for (size_t slot = begin; slot < end; ++slot) sum += std::exp2(args.partial_lse[slot * plan.heads + h] - top);
     }
     const float ln2 = 0.6931471805599453f;
     args.lse[size_t(row) * plan.heads + h] = sum > 0 ? (top + std::log2(sum)) * ln2 : -std::numeric_limits<float>::infinity();
+  }
+}
+
+// Items are started in an order in which none comes before what it waits for, so whoever waits
+// here waits for a thread that is at work.
+static HEADSTART_INLINE void await_items(const AttentionPlan& plan, const AttentionItem& item) {
+  for (int w = item.wait_begin; w < item.wait_end; ++w) {
+    for (int spins = 0; plan.done[plan.waits[w]].load(std::memory_order_acquire) != plan.run; ++spins) {
+      if (spins > 1000) std::this_thread::yield();
+    }
   }
 }
 
@@ -307,13 +345,19 @@ static void attend(const AttendArgs& args, int threads) {
   const AttentionPlan& plan = *args.plan;
   const int num_items = int(plan.items.size()), size = plan.heads * plan.head_dim;
   std::atomic<int> next{0};
+  ++plan.run;
 #pragma omp parallel num_threads(threads)
   {
     thread_local std::vector<char> scratch;
     thread_local std::vector<float> merged;
     auto work = [&](auto unit) {
       Attend<decltype(unit)> attend(args, scratch);
-      for (int i = next.fetch_add(1); i < num_items; i = next.fetch_add(1)) attend.run(plan.items[i]);
+      for (int i = next.fetch_add(1); i < num_items; i = next.fetch_add(1)) {
+        const AttentionItem& item = plan.items[i];
+        await_items(plan, item);
+        attend.run(item);
+        if (item.awaited) plan.done[i].store(plan.run, std::memory_order_release);
+      }
     };
     if (args.kv_type == Type::kF32) {
       work(F32{});

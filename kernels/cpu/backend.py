@@ -91,6 +91,7 @@ class CpuBackend:
                 f"page_size must be a positive multiple of 32 on this backend, got {page_size}"
             )
         self.page_size = page_size
+        self.range_step = page_size * _cpu.BLOCK_PAGES
         self.isa = isa
         self.threads = threads
         self.kv_dtype = torch.float32 if weights == "f32" else torch.bfloat16
@@ -189,6 +190,7 @@ class CpuBackend:
             self.page_size,
             ranges.page_start,
             ranges.pages,
+            ranges.first_key,
             ranges.row_start,
             ranges.rows,
             ranges.visible,
@@ -291,6 +293,8 @@ class CpuBackend:
         out = self._rows("attend", plan.num_rows, size)
         _, partial_ptr = self._buffer("partial", plan.num_partials, size, torch.float32)
         _, lses_ptr = self._buffer("partial.lse", plan.num_partials, shape.heads, torch.float32)
+        lanes = shape.heads * _cpu.SUM_LANES
+        _, sums_ptr = self._buffer("partial.sum", plan.num_partials, lanes, torch.float32)
         self._kernels.attend(
             plan,
             _TYPES[self.kv_dtype],
@@ -298,6 +302,7 @@ class CpuBackend:
             kv.layer_ptrs[layer],
             partial_ptr,
             lses_ptr,
+            sums_ptr,
             _TYPES[self._rows_dtype],
             out.data_ptr,
             out.scales_ptr,

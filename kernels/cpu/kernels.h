@@ -54,6 +54,8 @@ struct RopeArgs {
   void* pool;                // this layer's pages, see attention.h
 };
 
+inline constexpr int kSumLanes = 16;  // of the widest vector
+
 struct AttendArgs {
   const AttentionPlan* plan;
   Type kv_type;
@@ -61,6 +63,7 @@ struct AttendArgs {
   const void* pool;  // this layer's pages
   float* partial;     // [plan.num_partials, heads, head_dim]
   float* partial_lse; // [plan.num_partials, heads], powers of two
+  float* partial_sum; // [plan.num_partials, heads, kSumLanes], of slots that one range leaves to another
   RowsOut out;        // [rows, heads * head_dim]
   float* lse;         // [rows, heads], natural log, or null
 };

@@ -95,9 +95,9 @@ class Bound {
                    threads_);
   }
   void attend(const AttentionPlan& plan, int kv_type, uintptr_t q, uintptr_t pool, uintptr_t partial,
-              uintptr_t partial_lse, int out_type, uintptr_t out, uintptr_t scales, uintptr_t lse) const {
+              uintptr_t partial_lse, uintptr_t partial_sum, int out_type, uintptr_t out, uintptr_t scales, uintptr_t lse) const {
     kernels_->attend({&plan, Type(kv_type), at(q), at(pool), at<float>(partial), at<float>(partial_lse),
-                      {Type(out_type), at(out), at<float>(scales)}, at<float>(lse)},
+                      at<float>(partial_sum), {Type(out_type), at(out), at<float>(scales)}, at<float>(lse)},
                      threads_);
   }
   void linear(int rows, int in_features, int out_features, uintptr_t x, uintptr_t x_scales, uintptr_t weight,
@@ -123,22 +123,25 @@ using Indices = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device
 
 NB_MODULE(_cpu, m) {
   using namespace headstart;
+  m.attr("BLOCK_PAGES") = kBlockPages;
+  m.attr("SUM_LANES") = kSumLanes;
   m.def("supported", &supported, "Instruction sets this machine can run, best first.");
   nb::class_<AttentionPlan>(m, "AttentionPlan")
       .def(
           "__init__",
           [](AttentionPlan* self, int num_rows, int heads, int kv_heads, int head_dim, int page_size,
-             Indices page_start, Indices pages, Indices row_start, Indices rows, Indices visible) {
+             Indices page_start, Indices pages, Indices first_key, Indices row_start, Indices rows, Indices visible) {
             const int ranges = int(page_start.size()) - 1;
-            if (ranges < 0 || page_start.size() != row_start.size() || size_t(page_start.data()[ranges]) != pages.size() ||
+            if (ranges < 0 || page_start.size() != row_start.size() || first_key.size() != size_t(ranges) || size_t(page_start.data()[ranges]) != pages.size() ||
                 size_t(row_start.data()[ranges]) != rows.size() || rows.size() != visible.size()) {
               throw std::invalid_argument("KV range arrays do not fit together");
             }
             new (self) AttentionPlan(num_rows, heads, kv_heads, head_dim, page_size, ranges, page_start.data(),
-                                     pages.data(), row_start.data(), rows.data(), visible.data());
+                                     pages.data(), first_key.data(), row_start.data(), rows.data(), visible.data());
           })
       .def_ro("num_rows", &AttentionPlan::num_rows)
       .def_ro("num_partials", &AttentionPlan::num_partials)
+      .def_ro("pages_read", &AttentionPlan::pages_read)
       .def_prop_ro("num_items", [](const AttentionPlan& p) { return p.items.size(); });
   nb::class_<Bound>(m, "Kernels")
       .def(nb::init<const std::string&, int>())

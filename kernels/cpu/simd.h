@@ -128,11 +128,23 @@ static HEADSTART_INLINE int32_t horizontal_max(Ints v) {
 #endif
 }
 
-// 2^x for x <= 127; below -126 it stays at 2^-126. Cephes-style: 2^x = 2^n * p(f), f in [-.5, .5].
+// 2^x for x <= 127; below -126 it is 2^-126 or less. Cephes-style: 2^x = 2^n * p(f).
 // Degree 6 is exact to a float's last bits; degree 4 (error 4e-6) is ample where the result is
 // rounded to bf16 anyway.
 template <bool kExact>
 static HEADSTART_INLINE Floats exp2(Floats x) {
+#if defined(__AVX512F__)
+  if constexpr (!kExact) {
+    // f = x - floor(x) and p * 2^floor(x) are one instruction each, right for -infinity, too.
+    const Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+    Floats p = broadcast(1.342668653e-02f);
+    p = p * f + 5.224247058e-02f;
+    p = p * f + 2.412802065e-01f;
+    p = p * f + 6.930448447e-01f;
+    p = p * f + 1.0f;
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+  }
+#endif
   x = maximum(x, broadcast(-126.0f));
   const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   Floats t = x + magic;

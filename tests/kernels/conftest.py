@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -23,8 +23,11 @@ def isa(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def ranges_of(ranges: list[tuple[list[int], list[int], list[int]]]) -> KVRanges:
-    """KVRanges from (pages, rows, visible) triples."""
+Range = tuple[list[int], list[int], list[int]] | tuple[list[int], list[int], list[int], int]
+
+
+def ranges_of(ranges: Sequence[Range]) -> KVRanges:
+    """KVRanges from (pages, rows, visible) or (pages, rows, visible, first key)."""
 
     def starts(column: int) -> np.ndarray:
         return np.cumsum([0] + [len(r[column]) for r in ranges]).astype(np.int32)
@@ -32,7 +35,8 @@ def ranges_of(ranges: list[tuple[list[int], list[int], list[int]]]) -> KVRanges:
     def flat(column: int) -> np.ndarray:
         return np.array([x for r in ranges for x in r[column]], dtype=np.int32)
 
-    return KVRanges(starts(0), flat(0), starts(1), flat(1), flat(2))
+    first_key = np.array([r[3] if len(r) > 3 else 0 for r in ranges], dtype=np.int32)
+    return KVRanges(starts(0), flat(0), first_key, starts(1), flat(1), flat(2))
 
 
 class Scene:
@@ -70,7 +74,7 @@ class Scene:
             self.shape, self.pools[b.name], layer,
         )  # fmt: skip
 
-    def attend(self, ranges: list[tuple[list[int], list[int], list[int]]]):
+    def attend(self, ranges: Sequence[Range]):
         """(result, expected) of layer 1 under ``ranges``, float32."""
         results = []
         for b in (self.backend, self.reference):

@@ -49,7 +49,7 @@ def test_full_range_with_many_rows(backend, weights, scene):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_cut_anywhere_and_merge_equals_the_whole(backend, weights, scene, seed):
-    """Cut a staircase at random page boundaries, shuffle the parts: same result."""
+    """Cut a staircase at random page boundaries, in order or shuffled: same result."""
     rng = random.Random(seed)
     keys, rows = rng.randint(2, 420), rng.randint(1, 40)
     rows = min(rows, keys)
@@ -60,11 +60,69 @@ def test_cut_anywhere_and_merge_equals_the_whole(backend, weights, scene, seed):
     parts = []
     for a, b in itertools.pairwise(cuts):
         seen = [min(max(v - a * 32, 0), (b - a) * 32) for v in visible]
-        parts.append((s.pages[a:b], list(range(rows)), seen))
-    rng.shuffle(parts)
-    cut, _ = s.attend(parts)
-    close(weights, cut, expected)
-    assert (cut - whole).abs().max() < TOLERANCE[weights]
+        parts.append((s.pages[a:b], list(range(rows)), seen, a * 32))
+    for order in (parts, rng.sample(parts, len(parts))):
+        cut, _ = s.attend(order)
+        close(weights, cut, expected)
+        assert (cut - whole).abs().max() < TOLERANCE[weights]
+
+
+def shared_and_own(rng, pages, visible, step):
+    """The same attention as a tree of shared ranges: random levels, each of some of the rows."""
+    rows = list(range(len(visible)))
+    ranges, own = [], dict.fromkeys(rows, 0)
+    groups = [rows]
+    for _ in range(rng.randint(1, 3)):
+        deeper = []
+        for group in groups:
+            first = own[group[0]]
+            last = (min(visible[r] for r in group) - 1) // step * step
+            if last <= first:
+                continue
+            end = rng.randrange(first // step, last // step) * step + step
+            ranges.append(
+                (pages[first // 32 : end // 32], group, [end - first] * len(group), first)
+            )
+            own.update(dict.fromkeys(group, end))
+            at = rng.randint(1, len(group))
+            deeper += [part for part in (group[:at], group[at:]) if part]
+        groups = deeper
+    for r in rng.sample(rows, len(rows)):
+        used = pages[own[r] // 32 : -(-visible[r] // 32)]
+        ranges.append((used, [r], [visible[r] - own[r]], own[r]))
+    return ranges
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sharing_changes_no_bit(backend, scene, seed):
+    """RelayAttention, one to three levels deep, against each row alone: bit for bit."""
+    rng = random.Random(seed)
+    rows = rng.choice([2, 5, 40, 70])
+    shape = rng.choice(
+        [AttentionShape(9, 3, 64), AttentionShape(4, 4, 32), AttentionShape(8, 1, 128)]
+    )
+    s = scene(backend, shape, rng.choice([300, 1100, 2100]), rows)
+    keys = len(s.pages) * 32 - 31
+    visible = [rng.randint(keys // 2, keys) for _ in range(rows)]
+    plain, expected = s.attend([(s.pages, [r], [v]) for r, v in enumerate(visible)])
+    shared, _ = s.attend(shared_and_own(rng, s.pages, visible, backend.range_step))
+    assert torch.equal(shared, plain)
+    assert (plain - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_an_open_slot_is_waited_for(weights, scene, threads):
+    """Many short items that go on from what others leave, again and again, on any team."""
+    backend = load_backend("cpu", isa="auto", weights=weights, threads=threads)
+    s = scene(backend, AttentionShape(6, 2, 64), 600, 64)
+    step = backend.range_step
+    levels = [
+        (s.pages[i * 4 : i * 4 + 4], list(range(64)), [step] * 64, i * step) for i in range(4)
+    ]
+    own = [(s.pages[16:], [r], [1 + r], 4 * step) for r in range(64)]
+    plain, _ = s.attend([(s.pages, [r], [4 * step + 1 + r]) for r in range(64)])
+    for _ in range(30):
+        assert torch.equal(s.attend([*levels, *own])[0], plain)
 
 
 def test_rows_in_any_order_and_rows_without_ranges(backend, weights, scene):
@@ -146,3 +204,7 @@ def test_a_row_outside_the_batch_is_refused(backend, make_ranges):
         backend.plan_attention(2, make_ranges([([0], [3], [1])]), shape)
     with pytest.raises(ValueError, match="sees 33 keys of a range of 32"):
         backend.plan_attention(2, make_ranges([([0], [1], [33])]), shape)
+    with pytest.raises(ValueError, match="begins at key 33, which is not the start of a page"):
+        backend.plan_attention(2, make_ranges([([0], [1], [3], 33)]), shape)
+    with pytest.raises(ValueError, match="names row 1 twice"):
+        backend.plan_attention(2, make_ranges([([0], [1, 1], [3, 4])]), shape)

@@ -206,7 +206,12 @@ def single_pages(pages, visible):
     n = len(pages)
     ints = np.arange(n + 1, dtype=np.int32)
     return KVRanges(
-        ints, np.array(pages, dtype=np.int32), ints, ints[:n], np.full(n, visible, dtype=np.int32)
+        ints,
+        np.array(pages, dtype=np.int32),
+        np.zeros(n, dtype=np.int32),
+        ints,
+        ints[:n],
+        np.full(n, visible, dtype=np.int32),
     )
 
 
