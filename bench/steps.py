@@ -115,7 +115,7 @@ class Bench:
         self.num_pages = tokens // self.page_size
         self.runner = ModelRunner(decoder, self.timed, self.num_pages)
         # Untouched memory reads from one page of zeros: write it, as KV would have been.
-        self.runner._kv.data.view(torch.int16).fill_(0x3C00)
+        self.runner.kv.data.view(torch.int16).fill_(0x3C00)
         shape = attention_shape(self.config)
         self.kv_bytes = backend.kv_bytes_per_page(shape, self.config.num_layers) / self.page_size
         linears = [m for layer in decoder.layers for m in _linears(layer)] + [decoder.head]

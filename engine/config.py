@@ -16,6 +16,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_running:         sequences computed in one step
     threads:             CPU threads of the kernels
     prefix_caching:      keep KV of finished prompts in the radix cache
+    relay:               read shared prefixes once a batch: "auto" where it pays, "on", or "off"
+    relay_check:         compare with plain attention on every so many steps that share; 0: never
+    cache_dir:           where measurements of this machine are kept; None: nowhere
     log_level:           of the engine process, a name of the logging module
     """
 
@@ -29,4 +32,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_running: int = 64
     threads: int | None = None
     prefix_caching: bool = True
+    relay: str = "auto"
+    relay_check: int = 0
+    cache_dir: str | None = None
     log_level: str = "info"

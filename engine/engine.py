@@ -1,6 +1,6 @@
 """Engine: token ids in, token ids out. ``step()`` is the verbs of the whole design.
 
-schedule -> build_batch -> run -> sample -> commit
+schedule -> plan shared prefixes -> build_batch -> run -> sample -> commit
 """
 
 from __future__ import annotations
@@ -10,18 +10,24 @@ import time
 from array import array
 from pathlib import Path
 
+import msgspec
+
 from headstart import __version__
+from headstart.engine.attention_costs import load_costs
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.cores import usable_cores
 from headstart.engine.errors import ConfigError, RequestError
+from headstart.engine.forecast import Forecast, forecast
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.memory import plan_memory
-from headstart.engine.messages import ModelInfo, Output, Stats, TokenLogprobs
+from headstart.engine.messages import ModelInfo, Output, RelayStats, Stats, TokenLogprobs
 from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder, warm_up
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.quantize import read_quality
 from headstart.engine.radix_cache import RadixCache
+from headstart.engine.relay import MODES, Relay, RelayPlan
+from headstart.engine.relay_guard import RelayGuard
 from headstart.engine.sampler import Sampler
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import NewToken, Scheduler
@@ -97,6 +103,7 @@ class Engine:
         logger.info("%s", plan)
         self._runner = ModelRunner(decoder, backend, plan.num_pages)
         self._page_size = backend.page_size
+        self._page_bytes = backend.kv_bytes_per_page(shape, model.num_layers)
         self._pool = PagePool(plan.num_pages, backend.page_size)
         self._cache = RadixCache(self._pool)
         self._scheduler = Scheduler(
@@ -108,6 +115,18 @@ class Engine:
             eos_token_ids=model.eos_token_ids,
             prefix_caching=config.prefix_caching,
         )
+        if config.relay not in MODES:
+            raise ConfigError(f"--relay must be {', '.join(MODES)}; got {config.relay}")
+        costs_folder = None if config.cache_dir is None else Path(config.cache_dir) / "machine"
+        self._relay = Relay(
+            config.relay if config.prefix_caching else "off",
+            backend.page_size,
+            backend.range_step,
+            lambda: load_costs(backend, shape, costs_folder),
+        )
+        self._guard = RelayGuard(self._relay, self._runner, weights, config.relay_check)
+        self._relayed = RelayStats()
+        self._folder = folder
         self._sampler = Sampler(model.vocab_size, backend.argmax)
         self._pages_ahead = MEMORY_AHEAD * plan.num_pages // plan.kv
         self._prepared = 0
@@ -125,8 +144,25 @@ class Engine:
         )
 
     def warm_up(self) -> None:
-        """Touch every weight and kernel once, so that the first request does not pay for it."""
+        """Have ready what the first requests would wait for: weights, kernels, RelayAttention."""
         warm_up(self._runner)
+        if self._relay.mode == "off":
+            return
+        self._guard.at_start(self._folder)
+        if self._relay.mode == "off":
+            return
+        pays = self._relay.break_even(2048)
+        logger.info(
+            "relay: %s; 2048 shared tokens are read once %s",
+            self._relay.mode,
+            f"from {pays} sequences on" if pays else "at no batch size, by predicted time",
+        )
+
+    def forecast(self, *, prefix: int, batch: int, suffix: int, measure: bool) -> Forecast:
+        """Predicted times of a decoding step, relay and plain; only while nothing runs."""
+        return forecast(
+            self._runner, self._relay, prefix=prefix, batch=batch, suffix=suffix, measure=measure
+        )
 
     def prepare_memory(self) -> bool:
         """Make the next slice of untouched KV memory ready; False if enough of it is.
@@ -170,8 +206,14 @@ class Engine:
         """Compute one step for whatever the scheduler chose; new tokens of all sequences."""
         begin = time.perf_counter()
         scheduled = self._scheduler.schedule()
-        batch = build_batch(scheduled.scheduled, self._page_size)
+        relay = self._relay.plan(scheduled.scheduled)
+        batch = build_batch(scheduled.scheduled, self._page_size, relay.ranges if relay else ())
+        before = self._runner.decoder.attention_seconds
         logits = self._runner.run(batch)
+        if relay is not None:
+            self._count(relay, self._runner.decoder.attention_seconds - before)
+            if self._guard.is_due(relay):
+                logits = self._guard.check(scheduled.scheduled, logits)
         sampling = [entry.seq for entry in scheduled.scheduled if entry.samples]
         sampled = self._sampler.sample(logits, sampling)
         new = self._scheduler.commit(scheduled, [s.token_id for s in sampled])
@@ -181,6 +223,19 @@ class Engine:
         self._steps += 1
         self._step_seconds += time.perf_counter() - begin
         return [_output(token, logprobs.get(token.seq.id)) for token in new]
+
+    def _count(self, plan: RelayPlan, seconds: float) -> None:
+        total, layers = self._relayed, self._runner.decoder.config.num_layers
+        self._relayed = msgspec.structs.replace(
+            total,
+            steps=total.steps + (len(plan.ranges) > 0),
+            ranges=total.ranges + len(plan.ranges),
+            seconds=total.seconds + seconds,
+            predicted_seconds=total.predicted_seconds + layers * plan.seconds,
+            predicted_plain_seconds=total.predicted_plain_seconds + layers * plan.plain_seconds,
+            bytes_read=total.bytes_read + plan.pages_read * self._page_bytes,
+            bytes_distinct=total.bytes_distinct + plan.pages_distinct * self._page_bytes,
+        )
 
     @property
     def stats(self) -> Stats:
@@ -197,6 +252,13 @@ class Engine:
             preemptions=scheduler.preemptions,
             steps=self._steps,
             step_seconds=self._step_seconds,
+            relay=msgspec.structs.replace(
+                self._relayed,
+                enabled=self._relay.mode != "off",
+                refused=self._guard.refused,
+                checks=self._guard.checks,
+                largest_difference=self._guard.largest_difference,
+            ),
         )
 
     def check(self) -> None:

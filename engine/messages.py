@@ -49,6 +49,24 @@ class Output(msgspec.Struct, array_like=True, frozen=True):
     logprobs: list[TokenLogprobs] | None = None
 
 
+class RelayStats(msgspec.Struct, array_like=True, frozen=True):
+    """What RelayAttention did. Seconds and bytes are of the steps in which prefixes were shared by
+    several sequences, whether it paid to read them once or not.
+    """
+
+    enabled: bool = False
+    refused: bool = False  # its logits were not those of plain attention
+    steps: int = 0  # that read a prefix once for several sequences
+    ranges: int = 0
+    seconds: float = 0.0  # inside attention
+    predicted_seconds: float = 0.0
+    predicted_plain_seconds: float = 0.0  # had nothing been read once
+    bytes_read: int = 0  # of keys and values
+    bytes_distinct: int = 0  # had every page been read once
+    checks: int = 0
+    largest_difference: float = 0.0  # of a logit in a check, relative to the largest logit
+
+
 class Stats(msgspec.Struct, array_like=True, frozen=True):
     """The engine's counters after a step. Totals count from the start of the engine process."""
 
@@ -63,6 +81,7 @@ class Stats(msgspec.Struct, array_like=True, frozen=True):
     preemptions: int = 0
     steps: int = 0
     step_seconds: float = 0.0  # total time inside steps
+    relay: RelayStats = RelayStats()
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,7 +41,7 @@ class ModelRunner:
         self.num_pages = num_pages
         config = decoder.config
         try:
-            self._kv = backend.allocate_kv(decoder.shape, config.num_layers, num_pages)
+            self.kv = backend.allocate_kv(decoder.shape, config.num_layers, num_pages)
         except ValueError as error:
             raise ModelError(str(error)) from error
         except (RuntimeError, MemoryError, OSError) as error:
@@ -51,11 +51,11 @@ class ModelRunner:
 
     def prepare_pages(self, first: int, last: int) -> None:
         """Have the memory of pages ``[first, last)`` ready, so that no request waits for it."""
-        self.backend.prepare_pages(self._kv, first, last)
+        self.backend.prepare_pages(self.kv, first, last)
 
     def run(self, batch: Batch) -> Tensor:
         """Logits ``[logit rows, vocab]``, float32, valid until the next call."""
-        return self.decoder.forward(batch, self._kv)
+        return self.decoder.forward(batch, self.kv)
 
 
 def attention_shape(config: ModelConfig) -> AttentionShape:

@@ -8,6 +8,9 @@ the rows that read it, and per row how many of its keys that row sees. Each rang
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import platform
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -89,6 +92,11 @@ class Backend(Protocol):
 
     @property
     def page_size(self) -> int: ...
+
+    @property
+    def device(self) -> str:
+        """What computes, and how: times measured under another name do not hold here."""
+        ...
 
     @property
     def range_step(self) -> int:
@@ -173,6 +181,17 @@ def instruction_sets() -> list[str]:
     from headstart.kernels import _cpu
 
     return list(_cpu.supported())
+
+
+def processor_name() -> str:
+    """The processor's model, as far as the system tells."""
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in itertools.takewhile(str.strip, lines):
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+    known = ("model name", "cpu family", "model", "stepping")
+    return " ".join(fields[name] for name in known if name in fields) or platform.machine()
 
 
 def default_weights(isa: str) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable
+from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable, processor_name
 
 
 def attend(
@@ -101,6 +101,7 @@ class ReferenceBackend:
 
     def __init__(self, *, page_size: int) -> None:
         self.page_size = self.range_step = page_size
+        self.device = f"{processor_name()}, reference"
 
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
         return ReferenceLinear(weight.float(), None if bias is None else bias.float())

@@ -1,4 +1,4 @@
-"""The ``headstart`` command: serve a model, pull one.
+"""The ``headstart`` command: serve a model, pull one, plan a batch.
 
 Errors that a user can act on are one line on stderr and exit status 1; wrong usage exits 2.
 """
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; every flag is read by ``serve`` or ``pull``."""
+    """The command line; every flag is read by its command."""
     parser = argparse.ArgumentParser(prog="headstart", description="LLM inference server")
     parser.add_argument("--version", action="version", version=f"headstart {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -55,6 +55,24 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cache_dir(serve)
     _add_http_flags(serve)
     _add_engine_flags(serve)
+
+    plan = commands.add_parser(
+        "plan",
+        help="predict what reading a shared prefix once saves on this machine",
+        description="Predicts the time of one decoding step of BATCH requests that have PREFIX "
+        "tokens in common and SUFFIX of their own each, with RelayAttention and without.",
+        formatter_class=formatter,
+    )
+    plan.set_defaults(run=run_plan)
+    plan.add_argument(
+        "model", metavar="MODEL", nargs="?", default="smollm2-135m", help="as for serve"
+    )
+    plan.add_argument("--prefix", type=positive, default=2048, help="tokens in common")
+    plan.add_argument("--batch", type=positive, default=16, help="requests at a time")
+    plan.add_argument("--suffix", type=positive, default=128, help="tokens of its own each has")
+    plan.add_argument("--measure", action="store_true", help="run such steps, too")
+    _add_cache_dir(plan)
+    _add_engine_flags(plan)
 
     pull = commands.add_parser("pull", help="fetch and convert a model", formatter_class=formatter)
     pull.set_defaults(run=run_pull)
@@ -168,6 +186,21 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="forget the KV of finished requests",
     )
+    engine.add_argument(
+        "--relay",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="read a prefix that running requests share once for all of them: where it is "
+        "predicted to pay, always, never",
+    )
+    engine.add_argument(
+        "--relay-check",
+        type=count,
+        default=0,
+        metavar="N",
+        help="on every Nth step that does so, compute it without, too, compare, and stop doing so "
+        "if they differ; 0: at start-up only",
+    )
 
 
 def positive(text: str) -> int:
@@ -175,6 +208,11 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number, 0 included."""
+    return 0 if text == "0" else positive(text)
 
 
 def port_number(text: str) -> int:
@@ -207,7 +245,10 @@ def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
         max_running=args.max_running,
         threads=getattr(args, "threads", None),
         prefix_caching=not args.no_prefix_caching,
-        log_level=args.log_level,
+        relay=args.relay,
+        relay_check=args.relay_check,
+        cache_dir=str(args.cache_dir),
+        log_level=getattr(args, "log_level", "warning"),
     )
 
 
@@ -277,6 +318,22 @@ def run_serve(args: argparse.Namespace) -> int:
         serve(app, listener, failures, drain_seconds=args.shutdown_timeout)
     if failures:
         raise failures[0]
+    return 0
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """``headstart plan``."""
+    logging.basicConfig(level="WARNING", format="%(levelname)s: %(message)s", stream=sys.stderr)
+    from headstart.engine.engine import Engine
+    from headstart.engine.models.store import resolve
+
+    folder = resolve(args.model, args.cache_dir, ProgressLines())
+    engine = Engine(engine_config(args, folder))
+    result = engine.forecast(
+        prefix=args.prefix, batch=args.batch, suffix=args.suffix, measure=args.measure
+    )
+    model = engine.model
+    print(f"{args.model}, weights {model.weights}, {model.backend}\n\n{result}")
     return 0
 
 

@@ -37,6 +37,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats
+        relay = stats.relay
         pages = max(1, stats.pages_total)
         gauges = (
             ("engine_up", "1 when the engine is ready", float(self._engine.ready)),
@@ -52,6 +53,13 @@ class EngineCollector(Collector):
                 "KV pages held by the prefix cache alone, free on demand, 1 is all",
                 stats.pages_cached / pages,
             ),
+            ("relay_enabled", "1 when shared prefixes may be read once a batch", relay.enabled),
+            ("relay_refused", "1 when that gave other logits and was turned off", relay.refused),
+            (
+                "relay_check_largest_difference",
+                "Of a logit, against plain attention, relative to the largest logit",
+                relay.largest_difference,
+            ),
         )
         counters = (
             ("prompt_tokens", "Prompt tokens, cached ones included", stats.prompt_tokens),
@@ -61,6 +69,34 @@ class EngineCollector(Collector):
             ("num_preemptions", "Requests put back to waiting", stats.preemptions),
             ("engine_steps", "Engine steps", stats.steps),
             ("engine_step_seconds", "Time inside engine steps, seconds", stats.step_seconds),
+            ("relay_steps", "Steps that read a shared prefix once", relay.steps),
+            ("relay_ranges", "Shared prefixes read once, summed over steps", relay.ranges),
+            ("relay_checks", "Steps computed both ways and compared", relay.checks),
+            (
+                "relay_attention_seconds",
+                "Inside attention, in steps with a shared prefix, read once or not",
+                relay.seconds,
+            ),
+            (
+                "relay_predicted_attention_seconds",
+                "The same as predicted when those steps were planned",
+                relay.predicted_seconds,
+            ),
+            (
+                "relay_predicted_plain_attention_seconds",
+                "The same as predicted had nothing been read once",
+                relay.predicted_plain_seconds,
+            ),
+            (
+                "relay_kv_read_bytes",
+                "Keys and values read in steps with a shared prefix",
+                relay.bytes_read,
+            ),
+            (
+                "relay_kv_distinct_bytes",
+                "The same had each page been read once a step",
+                relay.bytes_distinct,
+            ),
             ("engine_restarts", "Engine starts after it had died", self._engine.restarts),
         )
         for name, text, value in gauges:

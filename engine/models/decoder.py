@@ -6,6 +6,7 @@ attention method is active is not known here; a batch's KV ranges say what each 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,8 @@ class Decoder:
         self.shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
         self._backend = backend
         self._rope = rope
+        self.attention_seconds = 0.0
+        """Total time inside ``attend``, for the cost model to be compared with."""
 
         def linear(matrix: Matrix) -> Linear:
             if matrix.scale is None:
@@ -91,7 +94,10 @@ class Decoder:
             )
             if i == last and wanted is not None and not len(wanted):
                 break  # the last layer's KV is written, and nobody reads its output
-            delta = ops.linear(ops.attend(q, kv, i, plan), layer.o)
+            begin = time.perf_counter()
+            attended = ops.attend(q, kv, i, plan)
+            self.attention_seconds += time.perf_counter() - begin
+            delta = ops.linear(attended, layer.o)
             if i == last and wanted is not None:
                 residual, delta = residual.index_select(0, wanted), delta.index_select(0, wanted)
             rows = ops.norm(residual, delta, layer.post_norm, eps)

@@ -202,7 +202,7 @@ class Attend {
       score_page<Unit, R>(state_.q + size_t(v) * head_dim_, keys[p], head_dim_, page_size_,
                           state_.scores + p * page_size_, block_keys_);
     }
-    float alpha[R];
+    alignas(kVectorBytes) float alpha[kLanes];
     if (least >= used * page_size_) {
       softmax<R, false>(v, used * page_size_, visible, alpha);
     } else {
@@ -215,35 +215,52 @@ class Attend {
     }
   }
 
-  // Updates maximum and sum, leaves P = 2^(S - m) as elements and the factor for O in alpha.
+  // Updates maximum and sum, leaves P = 2^(S - m) as elements and the factor for O in alpha. Rows go
+  // side by side through what is scalar to each: their maxima, and the factors.
   template <int R, bool kMasked>
   HEADSTART_INLINE void softmax(int v, int keys, const int* visible, float* alpha) {
+    static_assert(R <= kLanes);
     const Floats none = broadcast(-std::numeric_limits<float>::infinity());
+    alignas(kVectorBytes) float tops[kLanes], shifts[kLanes];
+    store(tops, none);
     for (int r = 0; r < R; ++r) {
       float* s = state_.scores + r * block_keys_;
-      element* p = state_.probabilities + r * block_keys_;
-      Floats top = none;
-      for (int k = 0; k < keys; k += kLanes) {
-        Floats x = load(s + k);
-        if constexpr (kMasked) {
-          x = lane_index() < broadcast(visible[r] - k) ? x : none;
-          store(s + k, x);
+      Floats top[2] = {none, none};
+      for (int k = 0; k < keys; k += 2 * kLanes) {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          Floats x = load(s + k + i * kLanes);
+          if constexpr (kMasked) {
+            x = lane_index() < broadcast(visible[r] - k - i * kLanes) ? x : none;
+            store(s + k + i * kLanes, x);
+          }
+          top[i] = maximum(top[i], x);
         }
-        top = maximum(top, x);
       }
-      const float before = state_.maximum[v + r];
-      const float now = std::max(before, horizontal_max(top));
-      const Floats shift = broadcast(now == -std::numeric_limits<float>::infinity() ? 0.0f : now);
+      tops[r] = horizontal_max(maximum(top[0], top[1]));
+    }
+    // Lanes from R on belong to the next tile, or to nobody: they keep what they have.
+    const Floats before = load(state_.maximum + v), now = maximum(before, load(tops));
+    const Floats shift = now == none ? broadcast(0.0f) : now;
+    store(state_.maximum + v, now);
+    store(shifts, shift);
+    store(alpha, exp2<true>(before - shift));
+    for (int r = 0; r < R; ++r) {
+      const float* s = state_.scores + r * block_keys_;
+      element* p = state_.probabilities + r * block_keys_;
+      const Floats from = broadcast(shifts[r]);
       Floats sum = broadcast(0.0f);
-      for (int k = 0; k < keys; k += kLanes) {
-        Floats x = exp2<Unit::kExactExp>(load(s + k) - shift);
-        if constexpr (kMasked) x = lane_index() < broadcast(visible[r] - k) ? x : broadcast(0.0f);
-        store(p + k, x);
-        sum += x;
+      for (int k = 0; k < keys; k += 2 * kLanes) {
+        Floats x[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          x[i] = exp2<Unit::kExactExp>(load(s + k + i * kLanes) - from);
+          if constexpr (kMasked) {
+            x[i] = lane_index() < broadcast(visible[r] - k - i * kLanes) ? x[i] : broadcast(0.0f);
+          }
+        }
+        Unit::keep(p + k, x[0], x[1], sum);
       }
-      // Often the maximum stays, and exp2 costs as much as a vector of keys. 2^-inf is 0.
-      alpha[r] = before == now ? 1.0f : std::exp2(before - now);
-      state_.maximum[v + r] = now;
       float* lanes = state_.sum + size_t(v + r) * kLanes;
       store(lanes, load(lanes) * broadcast(alpha[r]) + sum);
     }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import _cpu
-from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable
+from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable, processor_name
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _LOG2E = 1.4426950408889634
@@ -95,6 +95,8 @@ class CpuBackend:
         self.isa = isa
         self.threads = threads
         self.kv_dtype = torch.float32 if weights == "f32" else torch.bfloat16
+        kv = "f32" if weights == "f32" else "bf16"
+        self.device = f"{processor_name()}, {isa}, {kv} KV, {threads} threads"
         self._kernels = _cpu.Kernels(isa, threads)
         rows = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
         self._rows_dtype = rows[weights]

@@ -176,6 +176,13 @@ struct F32 {
   static constexpr bool kExactExp = true;
   static HEADSTART_INLINE void multiply_add(Floats& acc, float a, Floats b) { acc += broadcast(a) * b; }
   static HEADSTART_INLINE Floats load_words(const float* p) { return load(p); }
+  // Store two vectors of probabilities, and add what was stored to a sum.
+  static HEADSTART_INLINE void keep(float* p, Floats a, Floats b, Floats& sum) {
+    store(p, a);
+    store(p + kLanes, b);
+    sum += a;
+    sum += b;
+  }
 };
 
 struct BF16 {
@@ -194,6 +201,19 @@ struct BF16 {
 #endif
   }
   static HEADSTART_INLINE Ints load_words(const int32_t* p) { return load_as<Ints>(p); }
+  static HEADSTART_INLINE void keep(uint16_t* p, Floats a, Floats b, Floats& sum) {
+#if defined(__AVX512BF16__)
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    store_as(p, both);
+    const __m512bh ones = (__m512bh)(Ints{} + 0x3f803f80);
+    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, both, ones);
+#else
+    store(p, a);
+    store(p + kLanes, b);
+    sum += a;
+    sum += b;
+#endif
+  }
 };
 
 struct I8 {
