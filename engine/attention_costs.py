@@ -49,7 +49,8 @@ FOOTPRINTS = tuple(2**i << 20 for i in range(1, 7))
 MEASURE_SECONDS = 0.7
 """Time the measurement may take; where it is not enough, rows beyond are extrapolated."""
 _POOL_BYTES = FOOTPRINTS[-1]  # twice the last-level cache of a large core complex
-_MOST_ROWS = 512  # rows of one measured batch
+QUERIES = 512
+"""Rows of one measured batch, at most."""
 _REPEATS = 3
 _POINT_SECONDS = 0.004  # a batch this long is measured well
 
@@ -123,7 +124,7 @@ def measure_costs(
     """Measure ``attend`` over ROWS, LENGTHS and FOOTPRINTS, in about ``budget`` seconds."""
     page_bytes = backend.kv_bytes_per_page(shape, 1)
     longest = LENGTHS[-1] // backend.page_size
-    num_pages = max(_POOL_BYTES // page_bytes, 2 * longest, _MOST_ROWS // backend.page_size)
+    num_pages = max(_POOL_BYTES // page_bytes, 2 * longest, QUERIES // backend.page_size)
     bench = _Bench(backend, shape, num_pages)
     deadline = time.perf_counter() + budget
     rows: list[int] = []
@@ -151,6 +152,29 @@ def measure_costs(
     )
 
 
+def filled_pool(
+    backend: Backend, shape: AttentionShape, layers: int, num_pages: int
+) -> tuple[Any, Any]:
+    """A KV pool of random keys and values, and QUERIES rows of queries, to time ``attend`` on.
+
+    Zeros would be multiplied at a higher clock. ``num_pages`` pages hold QUERIES tokens at least.
+    """
+    kv = backend.allocate_kv(shape, layers, num_pages)
+    qkv = torch.randn(QUERIES, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+    table = torch.ones(1, shape.head_dim // 2)
+    rope = RopeTable(table, torch.zeros_like(table))
+    first = torch.zeros(QUERIES, dtype=torch.int32)
+    slots = torch.arange(num_pages * backend.page_size, dtype=torch.int32)
+    query = None
+    for layer in range(layers):
+        for begin in reversed(range(0, len(slots), QUERIES)):  # all queries in the last call
+            some = slots[begin : begin + QUERIES]
+            query = backend.rope_and_store(
+                qkv[: len(some)], None, None, 1e-5, rope, first, some, shape, kv, layer
+            )
+    return kv, query
+
+
 class _Bench:
     """A pool, queries, and the time of ranges over them."""
 
@@ -158,27 +182,15 @@ class _Bench:
         self._backend = backend
         self._shape = shape
         self._num_pages = num_pages
-        self._kv = backend.allocate_kv(shape, 1, num_pages)
-        # Random keys and values: zeros would be multiplied at a higher clock.
-        heads = shape.heads + 2 * shape.kv_heads
-        qkv = torch.randn(_MOST_ROWS, heads * shape.head_dim)
-        table = torch.ones(1, shape.head_dim // 2)
-        rope = RopeTable(table, torch.zeros_like(table))
-        first = torch.zeros(_MOST_ROWS, dtype=torch.int32)
-        slots = torch.arange(num_pages * backend.page_size, dtype=torch.int32)
-        for begin in reversed(range(0, len(slots), _MOST_ROWS)):  # all queries in the last call
-            some = slots[begin : begin + _MOST_ROWS]
-            self._query = backend.rope_and_store(
-                qkv[: len(some)], None, None, 1e-5, rope, first, some, shape, self._kv, 0
-            )
+        self._kv, self._query = filled_pool(backend, shape, 1, num_pages)
 
     def seconds(self, rows: int, pages: int, same_pages: bool = False) -> float:
         """Time of one range among others, the best of some runs.
 
         The others read the same pages; or each has its own, together more than caches hold, or
-        as many as _MOST_ROWS and _POINT_SECONDS allow.
+        as many as QUERIES and _POINT_SECONDS allow.
         """
-        most = _MOST_ROWS // rows
+        most = QUERIES // rows
         if not same_pages:
             most = min(most, self._num_pages // pages)
         count = min(4, most)
