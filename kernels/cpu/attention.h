@@ -38,6 +38,10 @@ namespace headstart::HEADSTART_ISA {
 
 static_assert(kLanes <= kSumLanes);
 
+// A page's keys and values are 2 * head_dim * page_size elements, its scores take head_dim words
+// for every two vectors of keys: so many cache lines a word.
+inline constexpr int kLinesPerWord = 2 * 2 * kLanes * 4 / 64;
+
 template <class Unit>
 struct TileState {  // one item's vectors; lives in the thread's scratch
   float* maximum;
@@ -69,16 +73,26 @@ static TileState<Unit> carve_scratch(std::vector<char>& scratch, int vectors, in
           reinterpret_cast<float*>(base + sc), reinterpret_cast<element*>(base + p)};
 }
 
-// S[r] = q[r] . K of one page, R vectors.
+// S[r] = q[r] . K of one page, R vectors. Beside it, another page's keys and values are asked for if
+// `ahead` is there, a few lines a word: all at once they would fill the queue of misses and hold up
+// the arithmetic. (An instance without prefetch of its own gains nothing and spills at R = 9.)
 template <class Unit, int R>
 static HEADSTART_INLINE void score_page(const typename Unit::element* q, const typename Unit::element* keys,
-                                        int head_dim, int page_size, float* scores, int stride) {
+                                        int head_dim, int page_size, float* scores, int stride,
+                                        const typename Unit::element* ahead) {
   using word = typename Unit::word;
   const int words = head_dim / Unit::kPerWord;
+  const char* line = reinterpret_cast<const char*>(ahead);
+  const char* end = ahead ? reinterpret_cast<const char*>(ahead + 2 * size_t(head_dim) * page_size) : line;
   for (int k = 0; k < page_size; k += 2 * kLanes) {
     Floats acc[R][2] = {};
     dot_tile<Unit, R, 2>(acc, reinterpret_cast<const word*>(q), words,
-                         reinterpret_cast<const word*>(keys) + k, page_size, words);
+                         reinterpret_cast<const word*>(keys) + k, page_size, words, [&](int) {
+#pragma GCC unroll 4
+                           for (int i = 0; i < kLinesPerWord; ++i, line += 64) {
+                             if (line < end) __builtin_prefetch(line, 0, 2);
+                           }
+                         });
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       store(scores + r * stride + k, acc[r][0]);
@@ -120,30 +134,37 @@ class Attend {
       : args_(args), plan_(*args.plan), group_(plan_.heads / plan_.kv_heads), head_dim_(plan_.head_dim),
         page_size_(plan_.page_size), block_keys_(kBlockPages * page_size_), scratch_(scratch) {}
 
-  void run(const AttentionItem& item) {
+  // following: the item this thread computes next, if that is known.
+  void run(const AttentionItem& item, const AttentionItem* following) {
     const int vectors = (item.entry_end - item.entry_begin) * group_;
     state_ = carve_scratch<Unit>(scratch_, vectors, head_dim_, block_keys_);
     gather_queries(item);
     begin(item, vectors);
 
-    const size_t tile = size_t(head_dim_) * page_size_, page = 2 * tile * plan_.kv_heads;
-    const element* pool = static_cast<const element*>(args_.pool) + 2 * tile * item.kv_head;
+    const size_t tile = size_t(head_dim_) * page_size_;
     int base = item.key_offset;
     for (int p = item.page_begin; p < item.page_end; p += kBlockPages, base += block_keys_) {
-      const int pages = std::min(kBlockPages, item.page_end - p);
       const element *keys[kBlockPages], *values[kBlockPages];
-      for (int i = 0; i < pages; ++i) {
-        keys[i] = pool + page * plan_.pages[p + i];
-        values[i] = keys[i] + tile;
+      const int pages = find_pages(item, p, keys);
+      for (int i = 0; i < pages; ++i) values[i] = keys[i] + tile;
+      // The next block is asked for while the first vectors meet this one.
+      const element* ahead[kBlockPages] = {};
+      if (p + pages < item.page_end) {
+        find_pages(item, p + pages, ahead);
+      } else if (following) {
+        find_pages(*following, following->page_begin, ahead);
       }
-      if (vectors <= kScoreRows) prefetch_next(pool, page, tile, p + pages, item.page_end);
       for (int v = 0; v < vectors; v += kScoreRows) {
         with_constant<kScoreRows>(std::min(kScoreRows, vectors - v), [&](auto r) {
-          block<decltype(r)::value>(item, v, base, pages, keys, values);
+          block<decltype(r)::value>(item, v, base, pages, keys, values, ahead);
         });
       }
     }
     finish(item, vectors);
+  }
+
+  bool few_vectors(const AttentionItem& item) const {
+    return (item.entry_end - item.entry_begin) * group_ <= kScoreRows;
   }
 
  private:
@@ -177,17 +198,18 @@ class Attend {
     }
   }
 
-  // Few vectors do little work per byte: ask for the next block while this one is computed.
-  void prefetch_next(const element* pool, size_t page, size_t tile, int begin, int end) const {
-    for (int p = begin; p < std::min(begin + kBlockPages, end); ++p) {
-      const char* at = reinterpret_cast<const char*>(pool + page * plan_.pages[p]);
-      for (size_t b = 0; b < 2 * tile * sizeof(element); b += 64) __builtin_prefetch(at + b, 0, 2);
-    }
+  // Where the keys of up to kBlockPages pages lie, from page `begin` of an item on.
+  int find_pages(const AttentionItem& item, int begin, const element** keys) const {
+    const size_t tile = size_t(head_dim_) * page_size_, page = 2 * tile * plan_.kv_heads;
+    const element* pool = static_cast<const element*>(args_.pool) + 2 * tile * item.kv_head;
+    const int count = std::min(kBlockPages, item.page_end - begin);
+    for (int i = 0; i < count; ++i) keys[i] = pool + page * plan_.pages[begin + i];
+    return count;
   }
 
   template <int R>
   void block(const AttentionItem& item, int v, int base, int pages, const element* const* keys,
-             const element* const* values) {
+             const element* const* values, const element* const* ahead) {
     int visible[R], most = 0, least = std::numeric_limits<int>::max();
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -200,7 +222,7 @@ class Attend {
     const int used = (count + page_size_ - 1) / page_size_;
     for (int p = 0; p < used; ++p) {
       score_page<Unit, R>(state_.q + size_t(v) * head_dim_, keys[p], head_dim_, page_size_,
-                          state_.scores + p * page_size_, block_keys_);
+                          state_.scores + p * page_size_, block_keys_, v == 0 ? ahead[p] : nullptr);
     }
     alignas(kVectorBytes) float alpha[kLanes];
     if (least >= used * page_size_) {
@@ -369,11 +391,17 @@ static void attend(const AttendArgs& args, int threads) {
     thread_local std::vector<float> merged;
     auto work = [&](auto unit) {
       Attend<decltype(unit)> attend(args, scratch);
-      for (int i = next.fetch_add(1); i < num_items; i = next.fetch_add(1)) {
+      // A cheap item takes the next one along, to ask for its keys in time. (A long one does not:
+      // somebody else may be free sooner.) Each thread's items still come in rising order, so the
+      // first unfinished one always has all it waits for.
+      int i = next.fetch_add(1);
+      while (i < num_items) {
         const AttentionItem& item = plan.items[i];
+        const int following = attend.few_vectors(item) ? next.fetch_add(1) : num_items;
         await_items(plan, item);
-        attend.run(item);
+        attend.run(item, following < num_items ? &plan.items[following] : nullptr);
         if (item.awaited) plan.done[i].store(plan.run, std::memory_order_release);
+        i = attend.few_vectors(item) ? following : next.fetch_add(1);
       }
     };
     if (args.kv_type == Type::kF32) {
