@@ -46,9 +46,10 @@ VERSION = 4
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 LENGTHS = (128, 1024)
 FOOTPRINTS = tuple(2**i << 20 for i in range(1, 7))
-MEASURE_SECONDS = 0.7
+MEASURE_SECONDS = 0.6
 """Time the measurement may take; where it is not enough, rows beyond are extrapolated."""
 _POOL_BYTES = FOOTPRINTS[-1]  # twice the last-level cache of a large core complex
+_POOL_KEYS = 1 << 17  # of very small models: filling the pool takes time, too
 QUERIES = 512
 """Rows of one measured batch, at most."""
 _REPEATS = 3
@@ -124,7 +125,9 @@ def measure_costs(
     """Measure ``attend`` over ROWS, LENGTHS and FOOTPRINTS, in about ``budget`` seconds."""
     page_bytes = backend.kv_bytes_per_page(shape, 1)
     longest = LENGTHS[-1] // backend.page_size
-    num_pages = max(_POOL_BYTES // page_bytes, 2 * longest, QUERIES // backend.page_size)
+    most = _POOL_KEYS // backend.page_size
+    least = max(2 * longest, QUERIES // backend.page_size)
+    num_pages = max(min(_POOL_BYTES // page_bytes, most), least)
     bench = _Bench(backend, shape, num_pages)
     deadline = time.perf_counter() + budget
     rows: list[int] = []
@@ -143,6 +146,9 @@ def measure_costs(
         hot.append(min(max((again - fixed[-1]) / LENGTHS[1], slope / 10), slope))
     coldness = []
     for size in FOOTPRINTS:
+        if coldness and time.perf_counter() > deadline + budget / 4:
+            coldness.append(1.0)
+            continue
         pages = min(max(size // page_bytes, 1), num_pages)
         per_key = bench.seconds(1, pages, same_pages=True) / (pages * backend.page_size)
         above = (per_key - hot[0]) / (cold[0] - hot[0]) if cold[0] > hot[0] else 0.0
@@ -170,7 +176,7 @@ def filled_pool(
         for begin in reversed(range(0, len(slots), QUERIES)):  # all queries in the last call
             some = slots[begin : begin + QUERIES]
             query = backend.rope_and_store(
-                qkv[: len(some)], None, None, 1e-5, rope, first, some, shape, kv, layer
+                qkv[: len(some)], None, None, 1e-5, rope, first[: len(some)], some, shape, kv, layer
             )
     return kv, query
 

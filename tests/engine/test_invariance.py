@@ -1,7 +1,8 @@
 """int8: an answer depends on its request alone, bit for bit.
 
 Integer products are exact and every attention range is cut at the same keys, so neither the batch,
-nor the chunks of a prompt, nor the prefix cache changes the last bit of a logit.
+nor the chunks of a prompt, nor the prefix cache, nor reading shared prefixes once changes the last
+bit of a logit.
 """
 
 from __future__ import annotations
@@ -84,3 +85,29 @@ def test_preempted(smollm2: Path, alone: list[Answer]) -> None:
 
 def test_on_one_thread(smollm2: Path, alone: list[Answer]) -> None:
     assert answers(engine(smollm2, threads=1), prompts()) == alone
+
+
+def nested() -> list[list[int]]:
+    """Two prompts below each of two prefixes below one, and one beside them."""
+    draw = random.Random(9)
+
+    def some(n: int) -> list[int]:
+        return [draw.randrange(300, 40000) for _ in range(n)]
+
+    system = some(700)
+    tenants = [system + some(333) for _ in range(2)]
+    return [tenant + some(n) for tenant in tenants for n in (9, 150)] + [some(200)]
+
+
+@pytest.mark.parametrize("relay", ["on", "auto"])
+def test_with_prefixes_read_once(smollm2: Path, relay: str, tmp_path: Path) -> None:
+    plain = engine(smollm2, prefix_caching=False)
+    expected = [answers(plain, [prompt])[0] for prompt in nested()]
+    shared = engine(smollm2, relay=relay, relay_check=3, cache_dir=str(tmp_path))
+    assert answers(shared, nested()) == expected
+    stats = shared.stats.relay
+    if relay == "on":
+        assert stats.ranges > 2 * stats.steps
+        assert stats.steps >= 8
+        assert stats.checks >= 2
+    assert stats.largest_difference == 0.0

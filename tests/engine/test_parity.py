@@ -4,10 +4,7 @@ Every output is checked in one pass of the reference over prompt + output: each 
 reference's best one, given the tokens before it. By induction that is what its own greedy decoding
 gives; ``test_equal_to_decoding_by_transformers`` does that token by token, too.
 
-Near ties. Two float32 programs that add in different orders differ in the last bits of a logit.
-A token other than the reference's best is accepted if the reference's logit of it is within
-TIE of the best; comparison goes on with the token that was chosen. Such ties must be rare:
-at most one in MOST_TIES tokens of a run.
+conftest.py says how near ties are dealt with.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer
 
 from headstart.engine.batch import build_batch
@@ -35,8 +31,6 @@ from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 from headstart.kernels.backend import instruction_sets, load_backend
 
-TIE = 1e-3
-MOST_TIES = 500
 F32_LOGITS = 1e-4  # largest difference of a logit, relative to the largest logit; measured 1e-5
 DEFAULT_NEW, TINY_NEW = 64, 24
 
@@ -70,7 +64,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, heads of 128": ("qwen3", {"head_dim": 128, "attention_bias": True}),
 }
 
-Run = Callable[..., list[list[int]]]
+References = Callable[[Path], Any]
 
 
 def make_engine(folder: Path, **settings: Any) -> Engine:
@@ -80,52 +74,6 @@ def make_engine(folder: Path, **settings: Any) -> Engine:
 
 def greedy(new: int) -> SamplingParams:
     return SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-
-
-class Reference:
-    """transformers' model in float32: logits of token sequences, each computed once."""
-
-    def __init__(self, folder: Path) -> None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.model = model.eval()
-        self.known: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        self.compared = self.ties = 0
-
-    def logits(self, tokens: list[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            result: torch.Tensor = self.model(input_ids=torch.tensor([tokens])).logits[0]
-        return result
-
-    def check(self, prompts: list[list[int]], outputs: list[list[int]], new: int) -> None:
-        """Each output is ``new`` tokens long and the greedy continuation of its prompt."""
-        ties = 0
-        for prompt, output in zip(prompts, outputs, strict=True):
-            assert len(output) == new
-            key = (*prompt, -1, *output)
-            if key not in self.known:
-                logits = self.logits(prompt + output)[len(prompt) - 1 : -1]
-                chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-                self.known[key] = (logits.max(dim=-1).values - chosen, logits.argmax(dim=-1))
-            short, best = self.known[key]
-            different = best != torch.tensor(output)
-            worst = float(short.max())
-            assert worst <= TIE, f"{worst} below the best at {int(short.argmax())} of {prompt}"
-            ties += int(different.sum())
-        self.compared += new * len(prompts)
-        self.ties += ties
-        assert ties * MOST_TIES <= new * len(prompts), f"{ties} near ties"
-
-
-@pytest.fixture(scope="session")
-def references() -> Callable[[Path], Reference]:
-    loaded: dict[Path, Reference] = {}
-
-    def get(folder: Path) -> Reference:
-        if folder not in loaded:
-            loaded[folder] = Reference(folder)
-        return loaded[folder]
-
-    return get
 
 
 # ------------------------------------------------------------------------------- tiny models
@@ -152,7 +100,7 @@ def tiny(request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Pat
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_tiny_models(tiny: Path, references: Callable[[Path], Reference], mode: str) -> None:
+def test_tiny_models(tiny: Path, references: References, mode: str) -> None:
     prompts = tiny_prompts()
     engine = make_engine(tiny, **MODES[mode])
     reference = references(tiny)
@@ -161,7 +109,7 @@ def test_tiny_models(tiny: Path, references: Callable[[Path], Reference], mode: 
     assert (engine.stats.cached_tokens > 0) is (mode != "uncached")
 
 
-def test_tiny_models_alone_then_cached(tiny: Path, references: Callable[[Path], Reference]) -> None:
+def test_tiny_models_alone_then_cached(tiny: Path, references: References) -> None:
     prompts = tiny_prompts()
     engine = make_engine(tiny)
     alone = [engine.generate([prompt], greedy(TINY_NEW))[0] for prompt in prompts]
@@ -177,7 +125,7 @@ def test_tiny_models_alone_then_cached(tiny: Path, references: Callable[[Path], 
     engine.check()
 
 
-def test_tiny_models_preempted(tiny: Path, references: Callable[[Path], Reference]) -> None:
+def test_tiny_models_preempted(tiny: Path, references: References) -> None:
     prompts = [prompt for prompt in tiny_prompts() if len(prompt) < 80]
     page = load_backend("cpu", isa="auto", weights="f32", threads=2).kv_bytes_per_page(
         load_shape(tiny), ModelConfig.from_folder(tiny).num_layers
@@ -190,9 +138,7 @@ def test_tiny_models_preempted(tiny: Path, references: Callable[[Path], Referenc
 
 
 @pytest.mark.parametrize("where", [*instruction_sets(), "reference"])
-def test_tiny_models_on_every_backend(
-    tiny: Path, references: Callable[[Path], Reference], where: str
-) -> None:
+def test_tiny_models_on_every_backend(tiny: Path, references: References, where: str) -> None:
     backend = {"backend": "reference"} if where == "reference" else {"isa": where}
     prompts = tiny_prompts()
     new = 8 if where == "reference" else TINY_NEW
@@ -200,7 +146,7 @@ def test_tiny_models_on_every_backend(
     references(tiny).check(prompts, outputs, new)
 
 
-def test_requests_that_come_and_go(tiny: Path, references: Callable[[Path], Reference]) -> None:
+def test_requests_that_come_and_go(tiny: Path, references: References) -> None:
     """Added one by one while others run, every third aborted on its way."""
     prompts = tiny_prompts()
     engine = make_engine(tiny, max_batched_tokens=33)
@@ -261,7 +207,7 @@ def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("where", [*instruction_sets(), "reference"])
-def test_tiny_logits(tiny: Path, references: Callable[[Path], Reference], where: str) -> None:
+def test_tiny_logits(tiny: Path, references: References, where: str) -> None:
     tokens = tiny_prompts()[8]
     expected = references(tiny).logits(tokens)
     name, isa = ("reference", "auto") if where == "reference" else ("cpu", where)
@@ -271,7 +217,7 @@ def test_tiny_logits(tiny: Path, references: Callable[[Path], Reference], where:
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
-def test_tiny_logits_in_bf16(tiny: Path, references: Callable[[Path], Reference], isa: str) -> None:
+def test_tiny_logits_in_bf16(tiny: Path, references: References, isa: str) -> None:
     tokens = tiny_prompts()[8]
     expected = references(tiny).logits(tokens)
     runner = make_runner(tiny, "bf16", isa)
@@ -327,7 +273,7 @@ def prompts(smollm2: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def default_reference(smollm2: Path, references: Callable[[Path], Reference]) -> Reference:
+def default_reference(smollm2: Path, references: References) -> Any:
     return references(smollm2)
 
 
@@ -337,7 +283,7 @@ def default_engine(smollm2: Path) -> Engine:
 
 
 def test_default_model_together_then_cached(
-    default_engine: Engine, prompts: list[list[int]], default_reference: Reference
+    default_engine: Engine, prompts: list[list[int]], default_reference: Any
 ) -> None:
     first = default_engine.generate(prompts, greedy(DEFAULT_NEW))
     default_reference.check(prompts, first, DEFAULT_NEW)
@@ -349,7 +295,7 @@ def test_default_model_together_then_cached(
 
 
 def test_default_model_alone(
-    smollm2: Path, prompts: list[list[int]], default_reference: Reference
+    smollm2: Path, prompts: list[list[int]], default_reference: Any
 ) -> None:
     """A third of them: a step reads all the weights, however few rows it has."""
     some = prompts[::3]
@@ -361,14 +307,14 @@ def test_default_model_alone(
 
 @pytest.mark.parametrize(("chunk", "new"), [(16, 16), (33, DEFAULT_NEW)])
 def test_default_model_in_chunks(
-    smollm2: Path, prompts: list[list[int]], default_reference: Reference, chunk: int, new: int
+    smollm2: Path, prompts: list[list[int]], default_reference: Any, chunk: int, new: int
 ) -> None:
     engine = make_engine(smollm2, max_batched_tokens=chunk)
     default_reference.check(prompts, engine.generate(prompts, greedy(new)), new)
 
 
 def test_default_model_preempted(
-    smollm2: Path, prompts: list[list[int]], default_reference: Reference
+    smollm2: Path, prompts: list[list[int]], default_reference: Any
 ) -> None:
     page = 32 * 2 * 3 * 64 * 30 * 4
     some = prompts[::3]
@@ -380,7 +326,7 @@ def test_default_model_preempted(
 
 @pytest.mark.parametrize("where", [*instruction_sets()[1:], "reference"])
 def test_default_model_on_every_backend(
-    smollm2: Path, prompts: list[list[int]], default_reference: Reference, where: str
+    smollm2: Path, prompts: list[list[int]], default_reference: Any, where: str
 ) -> None:
     backend = {"backend": "reference"} if where == "reference" else {"isa": where}
     some = prompts[1::3]
@@ -389,7 +335,7 @@ def test_default_model_on_every_backend(
 
 
 def test_default_model_logits(
-    smollm2: Path, default_reference: Reference, prompts: list[list[int]]
+    smollm2: Path, default_reference: Any, prompts: list[list[int]]
 ) -> None:
     tokens = text_tokens(smollm2, "evaluation", 150)
     expected = default_reference.logits(tokens)
@@ -398,7 +344,7 @@ def test_default_model_logits(
         assert difference(logits_of(runner, tokens, chunk), expected) < F32_LOGITS
 
 
-def test_default_model_in_bf16_and_int8(smollm2: Path, default_reference: Reference) -> None:
+def test_default_model_in_bf16_and_int8(smollm2: Path, default_reference: Any) -> None:
     """Logits near those of float32; perplexity of a part of the text as at pull time."""
     quality = read_quality(smollm2)
     assert quality is not None
