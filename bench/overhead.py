@@ -1,10 +1,11 @@
-"""What a step costs beside the model: scheduler, batch building, sampling, transport.
+"""What a step costs beside the model: scheduler, relay, batch building, sampling, transport.
 
     python -m headstart.bench.overhead [--sequences 64] [--vocabulary 49152]
 
 No model runs: logits are made once, as large as the real ones, and the real scheduler, page pool,
 radix cache, batch builder, sampler and messages (encoded, sent over ZeroMQ, received, decoded and
-handed to their streams) do what they do for sequences that decode. Medians over the steps.
+handed to their streams) do what they do for sequences that decode. The sequences are of four
+tenants below one system prompt, so RelayAttention plans nested prefixes. Medians over the steps.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import msgspec
 import torch
 import zmq
 
+from headstart.engine.attention_costs import load_costs
 from headstart.engine.batch import build_batch
 from headstart.engine.client import Stream
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.messages import Output, Stats, Step, ToServer
 from headstart.engine.radix_cache import RadixCache
+from headstart.engine.relay import Relay
 from headstart.engine.sampler import Sampler
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import Scheduler
@@ -32,6 +35,7 @@ from headstart.engine.sequence import Sequence
 from headstart.kernels.backend import AttentionShape, load_backend
 
 PROMPT, STEPS = 1748, 200
+SYSTEM, TENANT, TENANTS = 1024, 512, 4
 
 
 async def measure(sequences: int, vocabulary: int, temperature: float) -> dict[str, float]:
@@ -56,21 +60,32 @@ async def measure(sequences: int, vocabulary: int, temperature: float) -> dict[s
     params = SamplingParams(max_tokens=STEPS + 10, temperature=temperature, seed=1)
     generator = torch.Generator().manual_seed(1)
     streams = {}
+
+    def some(count: int) -> list[int]:
+        ids: list[int] = torch.randint(vocabulary, (count,), generator=generator).tolist()
+        return ids
+
+    system, tenants = some(SYSTEM), [some(TENANT) for _ in range(TENANTS)]
     for i in range(sequences):
-        ids = torch.randint(vocabulary, (PROMPT,), generator=generator, dtype=torch.int32)
-        scheduler.add(Sequence(i, array("i", ids.tolist()), PROMPT, params))
+        ids = system + tenants[i % TENANTS] + some(PROMPT - SYSTEM - TENANT)
+        scheduler.add(Sequence(i, array("i", ids), PROMPT, params))
         streams[i] = Stream(None, i)  # type: ignore[arg-type]
 
     times: dict[str, list[float]] = defaultdict(list)
     shape = AttentionShape(9, 3, 64)
-    for step in range(STEPS):
+    relay = Relay("on", backend.page_size, backend.range_step, lambda: load_costs(backend, shape))
+    _ = relay.costs
+    for _ in range(STEPS):
         marks = [time.perf_counter()]
         scheduled = scheduler.schedule()
         marks.append(time.perf_counter())
-        batch = build_batch(scheduled.scheduled, 32)
+        plan = relay.plan(scheduled.scheduled)
+        marks.append(time.perf_counter())
+        batch = build_batch(scheduled.scheduled, 32, plan.ranges if plan else ())
         backend.plan_attention(batch.num_rows, batch.kv_ranges, shape)
         marks.append(time.perf_counter())
-        sampled = sampler.sample(logits, [e.seq for e in scheduled.scheduled if e.samples])
+        sampling = [entry.seq for entry in scheduled.scheduled if entry.samples]
+        sampled = sampler.sample(logits[: len(sampling)], sampling)
         marks.append(time.perf_counter())
         new = scheduler.commit(scheduled, [s.token_id for s in sampled])
         marks.append(time.perf_counter())
@@ -81,8 +96,8 @@ async def measure(sequences: int, vocabulary: int, temperature: float) -> dict[s
         for output in message.outputs:
             streams[output.id].push(output)
         marks.append(time.perf_counter())
-        if step:  # the first one is the prefill
-            names = ("schedule", "batch and plan", "sample", "commit", "transport")
+        if scheduled.num_tokens == sequences:  # else a prompt is computed
+            names = ("schedule", "relay", "batch and plan", "sample", "commit", "transport")
             for name, begin, end in zip(names, marks, marks[1:], strict=False):
                 times[name].append((end - begin) * 1e3)
     sender.close(0)
@@ -95,7 +110,10 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=49152)
     args = parser.parse_args()
-    print(f"{args.sequences} sequences, {PROMPT} tokens each, vocabulary {args.vocabulary}\n")
+    print(
+        f"{args.sequences} sequences, {PROMPT} tokens each, vocabulary {args.vocabulary}, "
+        f"{SYSTEM} shared by all and {TENANT} by a quarter\n"
+    )
     for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
         parts = asyncio.run(measure(args.sequences, args.vocabulary, temperature))
         text = ", ".join(f"{part} {value:.3f}" for part, value in parts.items())

@@ -144,7 +144,7 @@ def measure_costs(
         fixed.append(max(short - slope * LENGTHS[0], 0.0))
         cold.append(slope)
         hot.append(min(max((again - fixed[-1]) / LENGTHS[1], slope / 10), slope))
-    coldness = []
+    coldness: list[float] = []
     for size in FOOTPRINTS:
         if coldness and time.perf_counter() > deadline + budget / 4:
             coldness.append(1.0)
@@ -226,7 +226,9 @@ class _Bench:
         return self._backend.plan_attention(count * rows, ranges, self._shape)
 
 
-def load_costs(backend: Backend, shape: AttentionShape, folder: Path | None) -> AttentionCosts:
+def load_costs(
+    backend: Backend, shape: AttentionShape, folder: Path | None = None
+) -> AttentionCosts:
     """The table kept in ``folder`` for this machine and shape, measured now if there is none.
 
     Nothing is kept where ``folder`` is None or cannot be written.
