@@ -86,9 +86,11 @@ def forecast(
     """Predict, and with ``measure`` run, decoding steps. Raises ConfigError where nothing fits."""
     backend, layers = runner.backend, runner.decoder.config.num_layers
     page_size = backend.page_size
-    longest = runner.decoder.config.max_position_embeddings
+    longest = runner.decoder.max_len
     if prefix + suffix > longest:
-        raise ConfigError(f"{prefix} + {suffix} tokens are more than the model's {longest}")
+        raise ConfigError(
+            f"{prefix} + {suffix} tokens are more than the model's {longest}, or --max-model-len"
+        )
     shared_pages = prefix // page_size
     own_pages = -(-(prefix + suffix) // page_size) - shared_pages
     needed = shared_pages + batch * own_pages if measure else batch
