@@ -331,4 +331,5 @@ def test_a_folder_in_place_of_the_file_only_warns(
     path.mkdir()
     assert load_costs(any_backend(), SHAPE, tmp_path).fixed[-1] == 2
     assert any("not kept in" in warning for warning in warnings(caplog))
+    assert "is not readable" in warnings(caplog)[0]
     assert kept(tmp_path) == path  # and nothing half-written beside it
