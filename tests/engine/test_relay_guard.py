@@ -15,8 +15,9 @@ from torch import Tensor
 
 from headstart.engine import engine as engine_module
 from headstart.engine import relay as relay_module
+from headstart.engine import relay_guard
 from headstart.engine.attention_costs import AttentionCosts
-from headstart.engine.batch import SharedRange
+from headstart.engine.batch import Batch, SharedRange
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
@@ -356,6 +357,41 @@ def test_not_a_number_in_a_step_is_found(
     refuses(engine, caplog, "by inf at check 2")
 
 
+@pytest.mark.parametrize("start", [True, False])
+def test_logits_that_the_next_run_overwrites_are_compared(
+    llama: Path, plain: list[list[int]], start: bool, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """A runner's logits are valid until its next call: here they lie in one buffer."""
+    engine = make_engine(llama, relay_check=1)
+    run, buffer = engine._runner.run, torch.empty(64, 320)
+
+    def run_into_buffer(batch: Batch) -> Tensor:
+        result = run(batch)
+        return result if len(result) > len(buffer) else buffer[: len(result)].copy_(result)
+
+    monkeypatch.setattr(engine._runner, "run", run_into_buffer)
+    if not start:
+        engine.warm_up()
+    fault_in_plans(engine, monkeypatch, cut_short)
+    if start:
+        engine.warm_up()
+    assert engine.generate(PROMPTS, GREEDY) == plain
+    refuses(engine, caplog, "at start-up" if start else "at check 2")
+
+
+def test_the_largest_difference_stays(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([1e-5, 9e-5, 2e-5])
+    monkeypatch.setattr(relay_guard, "difference", lambda *_: next(found, 0.0))
+    engine = make_engine(llama, relay_check=1)
+    engine.warm_up()
+    assert engine.stats.relay.largest_difference == 1e-5
+    engine.generate(PROMPTS, GREEDY)
+    assert engine.stats.relay.checks > 3
+    assert engine.stats.relay.largest_difference == 9e-5
+    assert engine.stats.relay.enabled  # all of them below the tolerance
+
+
 @pytest.mark.parametrize("every", [1, 2, 4])
 def test_every_so_many_sharing_steps_are_checked(
     llama: Path, plain: list[list[int]], every: int, caplog: pytest.LogCaptureFixture
@@ -386,7 +422,7 @@ def test_only_steps_that_share_are_counted(llama: Path) -> None:
 
 def test_a_step_without_logits_has_nothing_to_compare(llama: Path) -> None:
     """Two long prompts in small chunks: most of their rows are nobody's last."""
-    prompts = [PREFIX[:128] + [9 + i, *range(20, 220)] for i in range(2)]
+    prompts = [[*PREFIX[:128], 9 + i, *range(20, 220)] for i in range(2)]
     settings = {"max_batched_tokens": 80, "max_model_len": 400}
     expected = make_engine(llama, relay="off", **settings).generate(prompts, GREEDY)
     engine = make_engine(llama, relay_check=1, **settings)
