@@ -70,8 +70,8 @@ class Forecast:
             ):
                 label = f"{what}, {name}"
                 lines.append(f"{label:28}{a * 1e3:>9.2f} ms{b * 1e3:>9.2f} ms{a / b:>8.2f}")
-            rates = [f"{self.batch / side.total:>8.0f} /s " for side in (plain, relay)]
-            lines.append(f"{f'tokens, {name}':28}{rates[0]:>12}{rates[1]:>12}")
+            rates = [f"{self.batch / side.total:>9.0f} /s" for side in (plain, relay)]
+            lines.append(f"{f'tokens, {name}':28}{rates[0]}{rates[1]}")
         lines.append("")
         if self.pays_from is None:
             lines.append("reading this prefix once is predicted to pay at no batch size")
