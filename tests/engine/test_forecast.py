@@ -103,20 +103,39 @@ def test_such_steps_are_run_if_asked_for(
     assert ask(engine).measured is None
     assert {max(batch.positions.tolist()) for batch in batches} == {0}
     batches.clear()
-    measured = ask(engine, prefix=200, measure=True).measured
+    measured = ask(engine, prefix=200, suffix=30, measure=True).measured
     assert measured is not None
     for step in measured:
         assert 0 < step.attention < step.total < 1
         assert step.rest > 0
     long = [batch for batch in batches if max(batch.positions.tolist())]
-    assert {tuple(batch.positions.tolist()) for batch in long} == {(209,) * 4}
+    assert {tuple(batch.positions.tolist()) for batch in long} == {(229,) * 4}
     half = len(long) // 2
     assert [len(batch.kv_ranges) for batch in long] == [4] * half + [5] * half
     plain, relay = (set(batch.kv_ranges.pages.tolist()) for batch in (long[0], long[-1]))
-    assert plain == relay == set(range(6 + 4))  # the prefix's pages, and one of its own each
-    assert len(long[0].kv_ranges.pages) == 4 * 7
-    assert len(long[-1].kv_ranges.pages) == 4 + 4 * 3
+    assert plain == relay == set(range(6 + 4 * 2))  # the prefix's pages, and two of its own each
+    assert len(long[0].kv_ranges.pages) == 4 * 8
+    assert len(long[-1].kv_ranges.pages) == 4 + 4 * 4
     assert len(set(long[0].slots.tolist())) == 4
+
+
+def test_a_measured_step_is_attention_and_the_rest(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    runner = engine._runner
+    run = runner.run
+
+    def slow(batch: Batch) -> Tensor:
+        runner.decoder.attention_seconds += 1000.0  # more than this step can have taken
+        return run(batch)
+
+    monkeypatch.setattr(runner, "run", slow)
+    measured = ask(engine, measure=True).measured
+    assert measured is not None
+    for step in measured:
+        assert 1000 < step.attention < 1001
+        assert 0 < step.total < 1
 
 
 def test_as_long_as_the_model_and_no_longer(make_engine: Callable[..., Engine]) -> None:
