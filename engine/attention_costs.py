@@ -24,6 +24,7 @@ has: per_key is the throughput of all threads together.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -255,13 +256,15 @@ def load_costs(
     costs = measure_costs(backend, shape)
     logger.info("attention costs: measured in %.2f s", time.perf_counter() - begin)
     if path is not None:
+        partial = path.with_suffix(f".{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
             partial.write_bytes(msgspec.json.encode(_Kept(about, costs)) + b"\n")
             partial.replace(path)
         except OSError as error:
             logger.warning("attention costs: not kept in %s (%s)", path, error)
+            with contextlib.suppress(OSError):
+                partial.unlink()
     return costs
 
 

@@ -70,8 +70,8 @@ class Forecast:
             ):
                 label = f"{what}, {name}"
                 lines.append(f"{label:28}{a * 1e3:>9.2f} ms{b * 1e3:>9.2f} ms{a / b:>8.2f}")
-            rates = [f"{self.batch / side.total:>8.0f} /s " for side in (plain, relay)]
-            lines.append(f"{f'tokens, {name}':28}{rates[0]:>12}{rates[1]:>12}")
+            rates = [f"{self.batch / side.total:>9.0f} /s" for side in (plain, relay)]
+            lines.append(f"{f'tokens, {name}':28}{rates[0]}{rates[1]}")
         lines.append("")
         if self.pays_from is None:
             lines.append("reading this prefix once is predicted to pay at no batch size")
@@ -86,9 +86,11 @@ def forecast(
     """Predict, and with ``measure`` run, decoding steps. Raises ConfigError where nothing fits."""
     backend, layers = runner.backend, runner.decoder.config.num_layers
     page_size = backend.page_size
-    longest = runner.decoder.config.max_position_embeddings
+    longest = runner.decoder.max_len
     if prefix + suffix > longest:
-        raise ConfigError(f"{prefix} + {suffix} tokens are more than the model's {longest}")
+        raise ConfigError(
+            f"{prefix} + {suffix} tokens are more than the model's {longest}, or --max-model-len"
+        )
     shared_pages = prefix // page_size
     own_pages = -(-(prefix + suffix) // page_size) - shared_pages
     needed = shared_pages + batch * own_pages if measure else batch

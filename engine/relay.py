@@ -22,8 +22,10 @@ R_1, R_2, ... rows pays if
 
 by MARGIN at least: read apart, the first branch fetches the keys from memory, and the others find
 them in a cache, if they are still there. Runs are decided from the leaves of the tree up; one that
-does not pay hands its branches on to the run above it. Prefill rows are rows like others: 16
-prompts of 30 tokens after one prefix are 480 rows on it.
+does not pay hands its branches on to the run above it. There a branch that paid below may be a
+loss: it reads the keys at the price of its many rows. Where all from a run down would take less
+with nothing shared, nothing is. Prefill rows are rows like others: 16 prompts of 30 tokens after
+one prefix are 480 rows on it.
 """
 
 from __future__ import annotations
@@ -85,7 +87,10 @@ class _Readers:
 class _Run:
     """Keys ``[begin, end)`` that exactly ``members`` share; ``branches`` are the runs below."""
 
-    __slots__ = ("begin", "branches", "emitted", "end", "first_key", "members", "readers", "rows")
+    __slots__ = (
+        *("begin", "branches", "emitted", "end", "first_key", "members"),
+        *("plain_seconds", "readers", "rows", "seconds"),
+    )
 
     def __init__(self, begin: int, end: int, members: list[int], branches: list[_Run]) -> None:
         self.begin = begin
@@ -96,6 +101,17 @@ class _Run:
         self.emitted = False
         self.first_key = 0  # where its range begins, if it is emitted
         self.readers = _Readers(0.0, 0.0)  # of keys above this run
+        self.seconds = 0.0  # of reading these keys and those of the runs below
+        self.plain_seconds = 0.0  # the same with nothing shared
+
+    def share_nothing(self, readers: _Readers) -> None:
+        """Take back what was decided here and below; ``readers``: one for each member."""
+        self.readers, self.seconds = readers, self.plain_seconds
+        below = [self]
+        while below:
+            run = below.pop()
+            run.emitted = False
+            below += run.branches
 
 
 def shared_runs(scheduled: list[ScheduledSequence]) -> list[_Run]:
@@ -204,13 +220,24 @@ class Relay:
             saved = keys * (rate - cold) - fixed
             run.emitted = keys > 0 and (self.mode == "on" or saved > MARGIN * keys * rate)
             length = run.end - run.begin
-            plain_seconds += length * plain.rate(coldness)
+            run.plain_seconds = length * plain.rate(coldness)
             if run.emitted:
                 run.readers = _Readers(cold, hot)
-                seconds += fixed + (end - run.begin) * cold + (run.end - end) * rate
+                run.seconds = fixed + (end - run.begin) * cold + (run.end - end) * rate
             else:
                 run.readers = apart
-                seconds += length * rate
+                run.seconds = length * rate
+            for branch in run.branches:
+                run.seconds += branch.seconds
+                run.plain_seconds += branch.plain_seconds
+            above = run.begin % step  # keys of the run above that will not be in its range
+            gain = run.plain_seconds - run.seconds
+            gain += above * (plain.rate(coldness) - run.readers.rate(coldness))
+            if self.mode == "auto" and gain < 0:
+                run.share_nothing(plain)
+            if run.begin == 0:
+                seconds += run.seconds
+                plain_seconds += run.plain_seconds
             shared_pages += length // page_size * (len(run.members) - 1)
 
         pages = 0

@@ -55,13 +55,13 @@ class RelayGuard:
         """Check on a prompt of a few rows; the pool's first pages must be nobody's yet."""
         step, page_size = self._runner.backend.range_step, self._page_size
         shared = step // page_size
-        config = self._runner.decoder.config
+        decoder = self._runner.decoder
         needed = shared + len(ROWS)
-        if needed > self._runner.num_pages or step + page_size > config.max_position_embeddings:
+        if needed > self._runner.num_pages or step + max(ROWS) > decoder.max_len:
             logger.info("relay: off, since nothing long enough to share fits")
             self._relay.mode = "off"
             return
-        tokens = prompt_tokens(folder, step + sum(ROWS), config.vocab_size)
+        tokens = prompt_tokens(folder, step + sum(ROWS), decoder.config.vocab_size)
         pages = list(range(shared))
         first = self._sequence(tokens[:step], pages)
         self._runner.run(build_batch([ScheduledSequence(first, 0, step, False)], page_size))

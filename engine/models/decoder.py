@@ -43,6 +43,8 @@ class Decoder:
         self.shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
         self._backend = backend
         self._rope = rope
+        self.max_len = len(rope.cos)
+        """Tokens of the longest sequence: there are no rotations for positions from here on."""
         self.attention_seconds = 0.0
         """Total time inside ``attend``, for the cost model to be compared with."""
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from headstart.engine.errors import ModelError
-from headstart.engine.messages import Stats
+from headstart.engine.messages import RelayStats, Stats
 from headstart.server.app import create_app
 from headstart.server.openai.field_table import field_tables
 
@@ -56,6 +58,37 @@ async def test_metrics(client, engine, chat_body):
     ):
         assert line in text.splitlines()
     assert "headstart:inter_token_latency_seconds_bucket" in text
+
+
+async def test_metrics_of_relay(client, engine):
+    names = {
+        "enabled": ("relay_enabled", "gauge"),
+        "refused": ("relay_refused", "gauge"),
+        "steps": ("relay_steps_total", "counter"),
+        "ranges": ("relay_ranges_total", "counter"),
+        "seconds": ("relay_attention_seconds_total", "counter"),
+        "predicted_seconds": ("relay_predicted_attention_seconds_total", "counter"),
+        "predicted_plain_seconds": ("relay_predicted_plain_attention_seconds_total", "counter"),
+        "bytes_read": ("relay_kv_read_bytes_total", "counter"),
+        "bytes_distinct": ("relay_kv_distinct_bytes_total", "counter"),
+        "checks": ("relay_checks_total", "counter"),
+        "largest_difference": ("relay_check_largest_difference", "gauge"),
+    }
+    assert list(names) == [field.name for field in msgspec.structs.fields(RelayStats)]
+    values = (True, False, 3, 5, 0.5, 0.25, 0.75, 4096, 1024, 7, 0.125)
+    for numbers in (
+        values,
+        (False, True, *values[2:-1], math.inf),
+        msgspec.structs.astuple(RelayStats()),
+    ):
+        engine.stats = Stats(relay=RelayStats(*numbers))
+        lines = (await client.get("/metrics")).text.splitlines()
+        for (name, kind), number in zip(names.values(), numbers, strict=True):
+            text = "+Inf" if number == math.inf else str(float(number))
+            assert f"# TYPE headstart:{name} {kind}" in lines
+            assert f'headstart:{name}{{model_name="tiny"}} {text}' in lines
+        shown = {line.split("{")[0] for line in lines if line.startswith("headstart:relay_")}
+        assert shown == {f"headstart:{name}" for name, _ in names.values()}
 
 
 async def test_two_apps_do_not_know_each_other(engine, tokenizer):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,10 +14,12 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from headstart import __version__
 from headstart.engine.errors import ConfigError
+from headstart.engine.models.store import FORMAT
 from headstart.server import cli
 
 
@@ -50,6 +54,15 @@ def test_sizes(text, size):
         ["serve", "m", "--threads", "0"],
         ["serve", "m", "--threads", "²"],
         ["serve", "m", "--backend", "tpu"],
+        ["serve", "m", "--relay", "sometimes"],
+        ["serve", "m", "--relay"],
+        ["serve", "m", "--relay-check", "-1"],
+        ["serve", "m", "--relay-check", "1.5"],
+        ["serve", "m", "--relay-check", "never"],
+        ["plan", "m", "--prefix", "0"],
+        ["plan", "m", "--batch", "many"],
+        ["plan", "m", "--suffix", "-5"],
+        ["plan", "m", "--port", "8000"],
         ["pull"],
         ["dance"],
     ],
@@ -75,12 +88,16 @@ def test_every_flag_gets_where_it_belongs(tmp_path):
         *("--max-running", "8", "--threads", "2", "--no-prefix-caching"),
         *("--max-body-size", "1MiB", "--max-n", "2", "--max-prompts", "3"),
         *("--max-choices", "4", "--max-stop", "5"),
+        *("--relay", "on", "--relay-check", "100", "--cache-dir", "/somewhere/else"),
+        *("--log-level", "debug"),
     )
     config = cli.engine_config(args, tmp_path)
     assert (config.backend, config.isa, config.weights) == ("cpu", "avx2", "int8")
     assert (config.kv_memory, config.max_model_len) == (1024**3, 4096)
     assert (config.max_batched_tokens, config.max_running, config.threads) == (256, 8, 2)
     assert config.prefix_caching is False
+    assert (config.relay, config.relay_check) == ("on", 100)
+    assert (config.cache_dir, config.log_level) == ("/somewhere/else", "debug")
     assert config.model_path == str(tmp_path)
     settings = cli.server_settings(args)
     assert (settings.max_body_bytes, settings.max_n, settings.max_prompts) == (1024**2, 2, 3)
@@ -92,8 +109,24 @@ def test_defaults_are_those_of_the_config(tmp_path):
     from headstart.server.settings import ServerSettings
 
     args = parse("serve", "m")
-    assert cli.engine_config(args, tmp_path) == EngineConfig(model_path=str(tmp_path))
+    expected = EngineConfig(model_path=str(tmp_path), cache_dir=str(args.cache_dir))
+    assert cli.engine_config(args, tmp_path) == expected
     assert cli.server_settings(args) == ServerSettings()
+    # "plan" has the engine's flags, too, but its output is all there should be to read.
+    args = parse("plan")
+    assert args.model == "smollm2-135m"
+    assert (args.prefix, args.batch, args.suffix, args.measure) == (2048, 16, 128, False)
+    config = cli.engine_config(args, tmp_path)
+    assert msgspec.structs.replace(config, log_level="info") == expected
+    assert config.log_level == "warning"
+
+
+@pytest.mark.parametrize("mode", ["auto", "on", "off"])
+@pytest.mark.parametrize("every", ["0", "1", "5000"])
+def test_relay_flags(mode, every, tmp_path):
+    args = parse("serve", "m", "--relay", mode, "--relay-check", every)
+    config = cli.engine_config(args, tmp_path)
+    assert (config.relay, config.relay_check) == (mode, int(every))
 
 
 def test_model_names(tmp_path):
@@ -107,6 +140,81 @@ def test_cache_dir(monkeypatch):
     assert parse("pull", "m").cache_dir == Path("/somewhere")
     monkeypatch.delenv("HEADSTART_HOME")
     assert parse("pull", "m").cache_dir == Path.home() / ".cache" / "headstart"
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_model, tmp_path_factory):
+    """``plan(*flags)``: runs "headstart plan" with a tiny model that needs no conversion."""
+    home = tmp_path_factory.mktemp("home")
+    folder = home / "tiny"
+    shutil.copytree(tiny_model("llama"), folder)
+    (folder / "headstart.json").write_text(json.dumps({"format": FORMAT}))
+
+    def run(*flags: str) -> int:
+        size = ("--kv-memory", "8MiB", "--threads", "2", "--cache-dir", str(home))
+        return cli.main(["plan", str(folder), *size, *flags])
+
+    run.home = home
+    return run
+
+
+def test_plan_prints_a_table(plan, capsys):
+    flags = ("--prefix", "256", "--batch", "8", "--suffix", "16", "--weights", "f32")
+    assert plan(*flags, "--relay", "on") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{plan.home / 'tiny'}, weights f32, cpu ")
+    assert lines[2] == (
+        "8 sequences share 256 tokens and have 16 of their own each; 256 tokens are read once"
+    )
+    assert lines[4].split() == ["plain", "relay", "ratio"]
+    rows = ["attention, predicted", "step, predicted", "tokens, predicted"]
+    assert [line[:28].strip() for line in lines[5:8]] == rows
+    for line in lines[5:7]:
+        assert re.fullmatch(r"\s+\d+\.\d\d ms\s+\d+\.\d\d ms\s+\d+\.\d\d", line[28:])
+    assert re.fullmatch(r"\s+\d+ /s\s+\d+ /s", lines[7][28:])
+    assert lines[9].startswith("reading this prefix once ")
+    assert len(lines) == 10
+    # What was measured of this machine is kept beside the models.
+    [file] = (plan.home / "machine").iterdir()
+    before = file.read_bytes()
+    assert plan(*flags, "--relay", "off", "--measure") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith("; 0 tokens are read once")
+    rows += [row.replace("predicted", "measured") for row in rows]
+    assert [line[:28].strip() for line in lines[5:11]] == rows
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (
+            ("--prefix", "100000"),
+            r"100000 \+ 128 tokens are more than the model's 512, or --max-model-len",
+        ),
+        (
+            ("--prefix", "256", "--batch", "9999999", "--measure"),
+            "this needs KV memory for .* tokens, and there is room for 16384: "
+            "use a larger --kv-memory",
+        ),
+        (("--backend", "reference", "--weights", "int8"), "the reference backend computes in f32"),
+        (("--max-model-len", "513"), "--max-model-len 513 is beyond the model's 512 tokens"),
+    ],
+)
+def test_plan_of_what_cannot_be_is_one_line(plan, flags, reason, capsys):
+    assert plan("--weights", "f32", *flags) == 1
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert re.match(f"headstart: error: {reason}", error)
+    assert error.count("\n") == 1
+
+
+def test_plan_of_no_model_is_one_line(tmp_path, capsys):
+    missing = tmp_path / "missing"
+    assert cli.main(["plan", str(missing), "--cache-dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"headstart: error: {missing}: no such file or folder")
+    assert error.count("\n") == 1
 
 
 def test_port_taken_is_one_line(capsys):
