@@ -13,7 +13,7 @@
 // ranges begin. A row has one slot a split, side by side, in key order. Where a range ends inside
 // a split, the row's next range goes on from the state the first one left in that slot:
 //
-//   keys of row 5     0       512      1024  1280     1536   1600
+//   keys of row 5     0       1024     2048  2304     3072   3136
 //   splits            |---0----|---1----|----2---------|--3--|
 //   range a, shared   [ item   |  item  | item ]                     leaves slot 2 open
 //   range b, own                               [ item  | item]       its first item waits for a
@@ -32,7 +32,7 @@
 namespace headstart {
 
 inline constexpr int kBlockPages = 4;   // keys of one round of online softmax
-inline constexpr int kSplitPages = 16;  // pages of one item: enough pieces to balance, few enough to merge
+inline constexpr int kSplitPages = 32;  // pages of one item: enough pieces to balance, few enough to merge
 static_assert(kSplitPages % kBlockPages == 0);
 
 struct AttentionItem {
