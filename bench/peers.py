@@ -1,6 +1,6 @@
 """headstart beside OpenVINO GenAI on the same prompts: `python -m headstart.bench.peers`.
 
-Each repetition of each workload runs on one engine and then on the other (A B A B ...), so that
+Each repetition of each workload runs on one engine and then on the other (A B B A ...), so that
 drift of the machine meets both; the engine that is not measured waits and computes nothing.
 headstart is started by this command unless --url names a running server. OpenVINO GenAI runs in
 process, in an environment of its own (`make peers` creates it).

@@ -1,7 +1,7 @@
 """What RelayAttention gains from end to end: `python -m headstart.bench.relay`.
 
 Two headstart servers, one with `--relay auto` and one with `--relay off`, get the same bursts in
-turn (A B A B ...); the one that waits computes nothing. One burst for each length of the shared
+turn (A B B A ...); the one that waits computes nothing. One burst for each length of the shared
 system turn and each number of streams: the system turn is warm, the user turns are 24 words
 nobody shares, decoding is greedy. At prefix 0 every stream has a short system turn of its own.
 

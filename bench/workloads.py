@@ -128,15 +128,17 @@ async def alternate(
     time_limit: float,
     pause: float = 0.0,
 ) -> list[list[Burst]]:
-    """Repetitions of one workload, each on every target in turn (A B A B); bursts per target.
+    """Repetitions of one workload, each on every target in turn (A B B A); bursts per target.
 
+    Every other repetition goes the other way round, so that being first favours nobody.
     `pause`: seconds before each burst, in which the target that just ran can finish what it does
     when it is idle.
     """
     start = time.monotonic()
     bursts: list[list[Burst]] = [[] for _ in targets]
     for repetition in range(workload.repetitions):
-        for target, mine in zip(targets, bursts, strict=True):
+        pairs = list(zip(targets, bursts, strict=True))
+        for target, mine in reversed(pairs) if repetition % 2 else pairs:
             await asyncio.sleep(pause)
             mine.append(await run_once(target, workload, repetition, prompts, calibration))
         if time.monotonic() - start > time_limit:
