@@ -41,8 +41,8 @@ from headstart.engine.models.weights import FLOATS, Weights
 from headstart.kernels.backend import Backend, Linear, RopeTable, load_backend
 
 ALPHA = {"qkv": 0.6, "o": 0.5, "gate_up": 0.6, "down": 0.6, "head": 0.3}
-"""Searched on SmolLM2-135M, as means over four roundings (bench/README.md, Quality); the paper's single
-value is 0.5."""
+"""Searched on SmolLM2-135M, as means over four roundings (bench/README.md, Quality); the paper's
+single value is 0.5."""
 CALIBRATION_TOKENS = 2048
 FOLDER = "int8"
 QUALITY = "quality.json"
