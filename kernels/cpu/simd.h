@@ -210,8 +210,8 @@ struct BF16 {
 #else
     store(p, a);
     store(p + kLanes, b);
-    sum += a;
-    sum += b;
+    sum += load(p);  // as rounded: every instruction set adds up what it multiplies with
+    sum += load(p + kLanes);
 #endif
   }
 };
