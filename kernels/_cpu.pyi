@@ -14,7 +14,6 @@ class AttentionPlan:
     num_rows: int
     num_partials: int
     num_items: int
-    pages_read: int
     def __init__(
         self,
         num_rows: int,

@@ -141,7 +141,6 @@ NB_MODULE(_cpu, m) {
           })
       .def_ro("num_rows", &AttentionPlan::num_rows)
       .def_ro("num_partials", &AttentionPlan::num_partials)
-      .def_ro("pages_read", &AttentionPlan::pages_read)
       .def_prop_ro("num_items", [](const AttentionPlan& p) { return p.items.size(); });
   nb::class_<Bound>(m, "Kernels")
       .def(nb::init<const std::string&, int>())

@@ -127,7 +127,6 @@ void AttentionPlan::make_items(const std::vector<Tile>& tiles) {
   const int group = heads / kv_heads;
   for (const Tile& tile : tiles) {
     const int vectors = (tile.entry_end - tile.entry_begin) * group;
-    pages_read += tile.num_pages;
     for (int h = 0; h < kv_heads; ++h) {
       for (int s = 0; s < tile.splits; ++s) {
         const int begin = tile.split_begin(s), end = std::max(begin, tile.split_end(s));
@@ -137,7 +136,7 @@ void AttentionPlan::make_items(const std::vector<Tile>& tiles) {
           for (int t : tile.waits_for) waits.push_back(tiles[t].first_item + (h + 1) * tiles[t].splits - 1);
         }
         items.push_back({tile.entry_begin, tile.entry_end, h, tile.page_begin + begin, tile.page_begin + end,
-                         begin * page_size, s, first, last, last && tile.awaited, first ? tile.level : 0,
+                         begin * page_size, s, last, last && tile.awaited, first ? tile.level : 0,
                          wait_begin, int(waits.size()), int64_t(end - begin) * std::max(vectors, kCheapVectors)});
       }
     }

@@ -41,7 +41,7 @@ struct AttentionItem {
   int32_t page_begin, page_end;    // as indices into `pages`
   int32_t key_offset;              // position of page_begin's first key within its range
   int32_t split;                   // slot of entry e: entry_slot[e] + split
-  bool first, last;                // of its range's splits: entries may resume here, or leave open
+  bool last;                       // of its range's splits: entries may leave their slot open
   bool awaited;                    // another item resumes what this one leaves
   int32_t level;                   // 0, or one more than the items it waits for
   int32_t wait_begin, wait_end;    // the items it waits for, as indices into `waits`
@@ -57,7 +57,6 @@ struct AttentionPlan {
   std::vector<AttentionItem> items;         // in the order they are started: after what they wait for
   std::vector<int32_t> waits;
   int num_partials = 0;
-  int64_t pages_read = 0;  // pages all items together read, each for all KV heads
 
   // done[i] == run: item i of this run is finished. A plan is used by one thread team at a time.
   mutable std::unique_ptr<std::atomic<uint32_t>[]> done;
