@@ -20,7 +20,7 @@ import sys
 import tempfile
 from array import array
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 import msgspec
 import zmq
@@ -42,6 +42,7 @@ from headstart.engine.messages import (
     ToServer,
 )
 from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.segments import Span
 
 logger = logging.getLogger(__name__)
 
@@ -123,14 +124,21 @@ class EngineClient:
         self._watch = asyncio.create_task(self._keep_alive(receive))
 
     def add(
-        self, token_ids: Iterable[int], params: SamplingParams, *, namespace: bytes = b""
+        self,
+        token_ids: Iterable[int],
+        params: SamplingParams,
+        *,
+        salt: bytes = b"",
+        segments: Sequence[Span] = (),
+        adapter: str | None = None,
     ) -> Stream:
         """Start a request. Raises EngineDeadError when the engine is not ready."""
         if not self.ready:
             raise EngineDeadError("the engine is not running; it is being started")
         request_id = next(self._ids)
         stream = self._streams[request_id] = Stream(self, request_id)
-        self._send(Add(request_id, array("i", token_ids).tobytes(), params, namespace))
+        tokens = array("i", token_ids).tobytes()
+        self._send(Add(request_id, tokens, params, salt, list(segments), adapter))
         return stream
 
     def abort(self, request_id: int) -> None:

@@ -18,6 +18,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching:      keep KV of finished prompts in the radix cache
     relay:               read shared prefixes once a batch: "auto" where it pays, "on", or "off"
     relay_check:         compare with plain attention on every so many steps that share; 0: never
+    adapters:            LoRA adapters to load at start-up: name -> folder
+    max_adapters:        adapters loaded at a time
     cache_dir:           where measurements of this machine are kept; None: nowhere
     log_level:           of the engine process, a name of the logging module
     """
@@ -34,5 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: bool = True
     relay: str = "auto"
     relay_check: int = 0
+    adapters: dict[str, str] = {}
+    max_adapters: int = 32
     cache_dir: str | None = None
     log_level: str = "info"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -31,6 +32,7 @@ from headstart.engine.relay_guard import RelayGuard
 from headstart.engine.sampler import Sampler
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import NewToken, Scheduler
+from headstart.engine.segments import Segments, Span
 from headstart.engine.sequence import FinishReason, Sequence
 from headstart.kernels.backend import WEIGHT_FORMATS, instruction_sets, load_backend
 
@@ -188,14 +190,21 @@ class Engine:
         request_id: int,
         token_ids: array[int],
         params: SamplingParams,
-        namespace: bytes = b"",
+        *,
+        salt: bytes = b"",
+        segments: Iterable[Span] = (),
+        adapter: str | None = None,
     ) -> None:
-        """Queue a request. Raises RequestError if it can never run."""
+        """Queue a request. Raises RequestError if it can never run.
+
+        ``salt``: KV is shared only among requests of equal salt. ``segments``: spans of the prompt
+        whose tokens see each other whole. ``adapter``: the name of a loaded one.
+        """
         params.validate(self.model.vocab_size)
         if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
             raise self._foreign_token(token_ids)
         self._scheduler.add(
-            Sequence(request_id, token_ids, len(token_ids), params, namespace=namespace)
+            Sequence(request_id, token_ids, len(token_ids), params, namespace=salt)
         )
 
     def abort(self, request_ids: list[int]) -> None:

@@ -1,7 +1,8 @@
 """What the server process and the engine process say to each other (msgspec over ZeroMQ).
 
-server -> engine   Add, Abort, Shutdown
-engine -> server   Ready (once), Step (one per engine step, for all sequences), Rejected
+server -> engine   Add, Abort, LoadAdapter, UnloadAdapter, Shutdown
+engine -> server   Ready (once), Step (one per engine step, for all sequences), Rejected,
+                   AdapterLoaded, AdapterUnloaded
 """
 
 import msgspec
@@ -10,18 +11,39 @@ from headstart.engine.sampling_params import SamplingParams
 
 
 class Add(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Start a request. ``token_ids``: the prompt as little-endian int32. ``id`` is the client's."""
+    """Start a request. ``token_ids``: the prompt as little-endian int32. ``id`` is the client's.
+
+    ``salt``: KV is shared only among requests of equal salt. ``segments``: see segments.py.
+    ``adapter``: the name of a loaded one, or None for the model itself.
+    """
 
     id: int
     token_ids: bytes
     params: SamplingParams
-    namespace: bytes = b""
+    salt: bytes = b""
+    segments: list[tuple[int, int]] = []
+    adapter: str | None = None
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Stop these requests and free what they hold. Unknown ids are ignored."""
 
     ids: list[int]
+
+
+class LoadAdapter(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Load the LoRA adapter in folder ``path`` of the engine's machine, and call it ``name``."""
+
+    id: int
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Take no more requests for the adapter; those that run keep it to their end."""
+
+    id: int
+    name: str
 
 
 class Shutdown(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -84,6 +106,20 @@ class Stats(msgspec.Struct, array_like=True, frozen=True):
     relay: RelayStats = RelayStats()
 
 
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A loaded LoRA adapter. ``targets``: the matrices it changes, as q_proj.
+
+    ``segment_mask``: what its config declares, a name in segments.MASKS, or None.
+    """
+
+    name: str
+    path: str
+    rank: int
+    targets: list[str]
+    num_bytes: int
+    segment_mask: str | None = None
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the server needs to know of the model the engine has loaded."""
 
@@ -95,6 +131,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     weights: str
     version: str
+    segment_mask: str | None = None  # what its config declares
+    adapters: list[AdapterInfo] = []  # loaded at start-up
 
 
 class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -116,13 +154,26 @@ class Step(msgspec.Struct, tag=True, array_like=True, frozen=True):
     stats: Stats
 
 
+class AdapterLoaded(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Answers LoadAdapter."""
+
+    id: int
+    adapter: AdapterInfo
+
+
+class AdapterUnloaded(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Answers UnloadAdapter."""
+
+    id: int
+
+
 class Rejected(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """A request the engine could not accept, with the reason for the caller."""
+    """A request, or an adapter, that the engine could not accept, with the reason."""
 
     id: int
     message: str
     param: str | None = None
 
 
-ToEngine = Add | Abort | Shutdown
-ToServer = Ready | Failed | Step | Rejected
+ToEngine = Add | Abort | LoadAdapter | UnloadAdapter | Shutdown
+ToServer = Ready | Failed | Step | Rejected | AdapterLoaded | AdapterUnloaded

@@ -92,7 +92,14 @@ class Service:
         try:
             tokens = array("i")
             tokens.frombytes(message.token_ids)
-            engine.add(message.id, tokens, message.params, message.namespace)
+            engine.add(
+                message.id,
+                tokens,
+                message.params,
+                salt=message.salt,
+                segments=message.segments,
+                adapter=message.adapter,
+            )
         except RequestError as error:
             self._send(Rejected(message.id, str(error), error.param))
 

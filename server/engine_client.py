@@ -5,6 +5,7 @@ from typing import Protocol
 
 from headstart.engine.messages import ModelInfo, Output, Stats
 from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.segments import Span
 
 
 class Stream(Protocol):
@@ -43,9 +44,19 @@ class EngineClient(Protocol):
         """Start the engine and wait until it is ready; raises HeadstartError when it cannot."""
 
     def add(
-        self, token_ids: Sequence[int], params: SamplingParams, *, namespace: bytes = b""
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        salt: bytes = b"",
+        segments: Sequence[Span] = (),
+        adapter: str | None = None,
     ) -> Stream:
-        """Start a request; raises EngineDeadError when the engine is not ready."""
+        """Start a request; raises EngineDeadError when the engine is not ready.
+
+        ``segments``: spans of ``token_ids`` whose tokens see each other whole. ``adapter``: the
+        name of a loaded LoRA adapter.
+        """
 
     async def stop(self) -> None:
         """End the engine; running requests are dropped."""

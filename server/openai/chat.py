@@ -226,7 +226,7 @@ def routes(runtime: Runtime) -> APIRouter:
             [Prompt(token_ids, params)],
             n=body.n or 1,
             stops=body.stops(runtime.settings),
-            namespace=body.namespace,
+            salt=body.salt,
         )
         return Reply(choices, format, stream=bool(body.stream))
 

@@ -236,7 +236,7 @@ def routes(runtime: Runtime) -> APIRouter:
             include_usage=body.include_usage,
         )
         choices = start_choices(
-            runtime, prompts, n=body.n or 1, stops=stops, namespace=body.namespace
+            runtime, prompts, n=body.n or 1, stops=stops, salt=body.salt
         )
         return Reply(choices, format, stream=bool(body.stream))
 

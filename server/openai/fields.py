@@ -170,8 +170,8 @@ class GenerationBody(Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
-    def namespace(self) -> bytes:
-        """The part of the cache key this request chose; KV is shared only within it."""
+    def salt(self) -> bytes:
+        """What this request keeps its KV apart by; KV is shared only within it."""
         return self.cache_salt.encode() if self.cache_salt else b""
 
     def stops(self, settings: ServerSettings) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ def start_choices(
     *,
     n: int,
     stops: Sequence[str],
-    namespace: bytes,
+    salt: bytes,
 ) -> list[Choice]:
     """``n`` choices of each prompt, seeds counting up from the request's.
 
@@ -55,7 +55,7 @@ def start_choices(
                         index=i * n + j,
                         prompt=i,
                         num_prompt_tokens=len(prompt.token_ids),
-                        stream=runtime.engine.add(prompt.token_ids, params, namespace=namespace),
+                        stream=runtime.engine.add(prompt.token_ids, params, salt=salt),
                         assembler=assembler,
                         timer=ChoiceTimer(runtime.metrics),
                         echo=prompt.echo,
