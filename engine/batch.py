@@ -18,16 +18,34 @@ have their first 32 keys in common, a SharedRange of them makes three ranges of 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from headstart.engine.scheduler import ScheduledSequence
-from headstart.kernels.backend import KVRanges
+from headstart.kernels.backend import IntArray, KVRanges
+
+if TYPE_CHECKING:
+    from headstart.engine.adapters import Adapter
+
+
+class AdapterRows(NamedTuple):
+    """The rows of a batch that one adapter changes, int32 in ascending order."""
+
+    adapter: Adapter
+    rows: IntArray
+
+    def narrowed(self, rows: npt.NDArray[np.int64]) -> AdapterRows:
+        """Those that are among ``rows``, ascending, by their place there."""
+        places = np.searchsorted(rows, self.rows)
+        kept = rows[np.minimum(places, len(rows) - 1)] == self.rows
+        return AdapterRows(self.adapter, places[kept].astype(np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +61,38 @@ class Batch:
     slots: Tensor
     kv_ranges: KVRanges
     logit_rows: Tensor | None
+    adapters: list[AdapterRows]
 
     @property
     def num_rows(self) -> int:
         return len(self.token_ids)
+
+    def tiles(self, most: int) -> Iterator[tuple[slice, Batch]]:
+        """The batch in runs of at most ``most`` rows, of about equal length.
+
+        A run by itself is no batch one could compute: its rows may see keys of later rows.
+        """
+        rows = self.num_rows
+        if rows <= most:
+            yield slice(0, rows), self
+            return
+        count = -(-rows // most)
+        for i in range(count):
+            first, last = i * rows // count, (i + 1) * rows // count
+            yield slice(first, last), self._between(first, last)
+
+    def _between(self, first: int, last: int) -> Batch:
+        logit_rows = self.logit_rows
+        if logit_rows is not None:
+            logit_rows = logit_rows[(logit_rows >= first) & (logit_rows < last)] - first
+        return Batch(
+            token_ids=self.token_ids[first:last],
+            positions=self.positions[first:last],
+            slots=self.slots[first:last],
+            kv_ranges=_ranges_of_rows(self.kv_ranges, first, last),
+            logit_rows=logit_rows,
+            adapters=[entry.narrowed(np.arange(first, last)) for entry in self.adapters],
+        )
 
     def with_all_logits(self) -> Batch:
         """The same batch, with the logits of every row wanted."""
@@ -77,6 +123,7 @@ def build_batch(
     page_start, pages, first_key = array("i", [0]), array("i"), array("i")
     row_start, rows, visible = array("i", [0]), array("i"), array("i")
     logit_rows: list[int] = []
+    adapters: dict[Adapter, array[int]] = {}
     own_keys = [0] * len(scheduled)  # where each one's own range begins
     if shared:
         first_row = array("i", [0])
@@ -106,13 +153,19 @@ def build_batch(
         else:
             token_ids.extend(seq.token_ids[start:end])
             positions.extend(range(start, end))
-            visible.extend(range(start + 1 - own, end + 1 - own))
+            if seq.segments:
+                visible.extend(limit - own for limit in seq.segments.visible(start, end))
+            else:
+                visible.extend(range(start + 1 - own, end + 1 - own))
             for position in range(start - start % page_size, end, page_size):
                 first = used[position // page_size] * page_size
                 slots.extend(
                     range(first + max(start - position, 0), first + min(end - position, page_size))
                 )
         row_start.append(shared_rows + len(token_ids))
+        if seq.adapter is not None:
+            changed = adapters.setdefault(seq.adapter, array("i"))
+            changed.extend(range(len(token_ids) - num_tokens, len(token_ids)))
         if samples:
             logit_rows.append(len(token_ids) - 1)
     num_rows = len(token_ids)
@@ -132,4 +185,30 @@ def build_batch(
         logit_rows=(
             None if len(logit_rows) == num_rows else torch.tensor(logit_rows, dtype=torch.int64)
         ),
+        adapters=[
+            AdapterRows(adapter, np.frombuffer(changed, dtype=np.int32))
+            for adapter, changed in adapters.items()
+        ],
     )
+
+
+def _ranges_of_rows(ranges: KVRanges, first: int, last: int) -> KVRanges:
+    """What ``ranges`` are to rows ``[first, last)`` alone, which become rows 0, 1, ..."""
+    here = (ranges.rows >= first) & (ranges.rows < last)
+    counts = np.add.reduceat(np.append(here, False), ranges.row_start[:-1], dtype=np.int32)
+    counts[ranges.row_start[1:] == ranges.row_start[:-1]] = 0  # reduceat's value of nothing
+    kept = np.flatnonzero(counts)
+    pages = [ranges.pages[ranges.page_start[i] : ranges.page_start[i + 1]] for i in kept]
+    return KVRanges(
+        page_start=_starts([len(run) for run in pages]),
+        pages=np.concatenate([ranges.pages[:0], *pages]),
+        first_key=ranges.first_key[kept],
+        row_start=_starts(counts[kept]),
+        rows=ranges.rows[here] - np.int32(first),
+        visible=ranges.visible[here],
+    )
+
+
+def _starts(counts: npt.ArrayLike) -> IntArray:
+    """Where runs of these lengths begin, one after the other, and where the last one ends."""
+    return np.cumsum(np.append(np.zeros(1, np.int32), counts), dtype=np.int32)

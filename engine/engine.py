@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from headstart import __version__
+from headstart.engine.adapters import Adapter, load_adapter
 from headstart.engine.attention_costs import load_costs
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
@@ -22,10 +23,17 @@ from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.forecast import Forecast, forecast
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.memory import plan_memory
-from headstart.engine.messages import ModelInfo, Output, RelayStats, Stats, TokenLogprobs
+from headstart.engine.messages import (
+    AdapterInfo,
+    ModelInfo,
+    Output,
+    RelayStats,
+    Stats,
+    TokenLogprobs,
+)
 from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder, warm_up
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.quantize import read_quality
+from headstart.engine.models.quantize import read_quality, read_smoothing
 from headstart.engine.radix_cache import RadixCache
 from headstart.engine.relay import MODES, Relay, RelayPlan
 from headstart.engine.relay_guard import RelayGuard
@@ -131,6 +139,9 @@ class Engine:
         self._folder = folder
         self._sampler = Sampler(model.vocab_size, backend.argmax)
         self._pages_ahead = MEMORY_AHEAD * plan.num_pages // plan.kv
+        self._adapters: dict[str, Adapter] = {}
+        self._max_adapters = config.max_adapters
+        self._smoothed = weights == "int8"
         self._prepared = 0
         self._steps = 0
         self._step_seconds = 0.0
@@ -143,6 +154,8 @@ class Engine:
             backend=f"{name} {isa}" if name == "cpu" else name,
             weights=weights,
             version=__version__,
+            segment_mask=model.segment_mask,
+            adapters=[self.load_adapter(*entry) for entry in config.adapters.items()],
         )
 
     def warm_up(self) -> None:
@@ -203,9 +216,42 @@ class Engine:
         params.validate(self.model.vocab_size)
         if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
             raise self._foreign_token(token_ids)
-        self._scheduler.add(
-            Sequence(request_id, token_ids, len(token_ids), params, namespace=salt)
+        self._scheduler.add(Sequence(request_id, token_ids, len(token_ids), params, namespace=salt))
+
+    def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Load the LoRA adapter in folder ``path``, for requests that ask for ``name``.
+
+        Raises RequestError if the name is taken or there are too many, ModelError naming what is
+        wrong with the adapter.
+        """
+        if name in self._adapters:
+            raise RequestError(f"an adapter called {name!r} is loaded already", "lora_name")
+        if len(self._adapters) >= self._max_adapters:
+            raise RequestError(
+                f"{len(self._adapters)} adapters are loaded, and --max-loras allows no more: "
+                "unload one first",
+                "lora_name",
+            )
+        config = self._runner.decoder.config
+        smoothing = read_smoothing(config, self._folder) if self._smoothed else None
+        adapter = load_adapter(name, Path(path), config, self._runner.backend, smoothing)
+        self._adapters[name] = adapter
+        info = adapter.info
+        logger.info(
+            "adapter %s: rank %d, %s, %.1f MiB, segment mask %s",
+            *(name, info.rank, " ".join(info.targets), info.num_bytes / 2**20, info.segment_mask),
         )
+        return info
+
+    def unload_adapter(self, name: str) -> None:
+        """Take no more requests for it; those that run keep it. Raises RequestError."""
+        self._adapter(name)
+        del self._adapters[name]
+
+    def _adapter(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            raise RequestError(f"there is no adapter called {name!r}", "model")
+        return self._adapters[name]
 
     def abort(self, request_ids: list[int]) -> None:
         """End these requests and free what they hold; unknown ids are ignored."""
@@ -292,6 +338,12 @@ class Engine:
         size = self.model.vocab_size
         wrong = next(t for t in token_ids if not 0 <= t < size)
         return RequestError(f"token id {wrong} is not in the vocabulary of {size}", "prompt")
+
+
+def _namespace(salt: bytes, segments: Segments, adapter: Adapter | None) -> bytes:
+    """The cache key's part that is not tokens; no two different ones are the same bytes."""
+    digest = b"" if adapter is None else adapter.digest
+    return bytes([bool(segments), len(digest)]) + digest + salt
 
 
 def _output(token: NewToken, logprobs: TokenLogprobs | None) -> Output:

@@ -17,6 +17,10 @@ the one that arrived first always advances, and with it everything finishes. A w
 admitted only if all its tokens would fit beside those of the running ones and a page to grow for
 each, or if nothing runs: admission does not lead straight to preemption.
 
+A segment (segments.py) is computed whole: a chunk may begin inside one, where the cache has its
+beginning, but never ends inside one. One that is longer than the budget runs all the same, once it
+is the first prompt of a step; rows of those that decode are in that step like in any other.
+
 Shared prefixes are computed once. A sequence that gets a chunk first jumps ahead to what the
 cache holds by now, and one whose next page is being computed by a chunk scheduled earlier in the
 same step waits a step for it.
@@ -72,10 +76,11 @@ class NewToken(NamedTuple):
 class _Step:
     """What one call of ``schedule`` has decided so far."""
 
-    __slots__ = ("budget", "in_flight", "preempted", "scheduled")
+    __slots__ = ("budget", "in_flight", "preempted", "prefills", "scheduled")
 
     def __init__(self, budget: int) -> None:
-        self.budget = budget
+        self.budget = budget  # below 0 after a segment that is longer
+        self.prefills = False  # whether part of a prompt is in it
         self.scheduled: dict[Sequence, ScheduledSequence] = {}
         # (node, tokens of the page after it) that this step computes.
         self.in_flight: set[tuple[Node, bytes]] = set()
@@ -193,7 +198,7 @@ class Scheduler:
             elif start < len(seq.pages) * page_size or self._take_pages(step, seq, 1):
                 self._put(step, seq, start, 1)
         for seq in prefilling:
-            if not step.budget:
+            if step.budget <= 0:
                 break
             if seq.status is Status.RUNNING:
                 self._continue_prefill(step, seq)
@@ -211,7 +216,8 @@ class Scheduler:
         if seq.node is not None:
             page_end = seq.node.depth + self._page_size
             if end >= page_end:
-                step.in_flight.add((seq.node, seq.token_ids[seq.node.depth : page_end].tobytes()))
+                keys = seq.cache_keys(self._page_size)
+                step.in_flight.add((seq.node, keys[seq.node.depth : page_end].tobytes()))
 
     def _take_pages(self, step: _Step, seq: Sequence, n: int) -> bool:
         """Give ``seq`` ``n`` more pages, at others' cost if need be; False: it was preempted."""
@@ -228,24 +234,23 @@ class Scheduler:
             self._jump_ahead(seq, self._match(seq.node, seq))
             if self._is_in_flight(step, seq, seq.node):
                 return
-        num_tokens = self._chunk(seq, step.budget)
-        held = len(seq.pages)
-        # Rather a shorter chunk than somebody else's pages.
-        room = (held + self._available) * self._page_size - seq.num_computed_tokens
-        if room > 0:
-            num_tokens = min(num_tokens, room)
-            wanted = self._pool.pages_for(seq.num_computed_tokens + num_tokens) - held
-        else:
-            num_tokens = min(num_tokens, self._page_size)
-            wanted = 1
-        if self._take_pages(step, seq, wanted):
-            self._put(step, seq, seq.num_computed_tokens, num_tokens)
+        start, held = seq.num_computed_tokens, len(seq.pages)
+        num_tokens = self._next_chunk(step, seq, start)
+        if not num_tokens:
+            return
+        room = (held + self._available) * self._page_size - start
+        if num_tokens > room:
+            # Rather a shorter chunk than somebody else's pages.
+            num_tokens = self._chunk(seq, start, room) or self._shortest_chunk(seq, start)
+        if self._take_pages(step, seq, self._pool.pages_for(start + num_tokens) - held):
+            step.prefills = True
+            self._put(step, seq, start, num_tokens)
 
     def _admit(self, step: _Step) -> None:
         reserved = sum(self._pages_to_come(seq) for seq in self._running)
         # A copy of the head: admitting changes the list, and those passed over are bounded.
         for seq in self._waiting[: self._max_running]:
-            if not step.budget or len(self._running) >= self._max_running:
+            if step.budget <= 0 or len(self._running) >= self._max_running:
                 return
             if self._prefix_caching:
                 node, pages = self._match(self._cache.root(seq.namespace), seq)
@@ -253,40 +258,62 @@ class Scheduler:
                     continue
                 self._cache.lock(node)  # before anything is evicted to make room
                 seq.node, seq.pages = node, pages
-            if self._running and self._pages_to_come(seq) + reserved > self._available:
+            num_tokens = self._next_chunk(step, seq, len(seq.pages) * self._page_size)
+            short = self._pages_to_come(seq) + reserved > self._available
+            if not num_tokens or (self._running and short):
                 if seq.node is not None:
                     self._cache.unlock(seq.node)
                     seq.node, seq.pages = None, []
                 return
             self._waiting.remove(seq)
-            self._start(step, seq)
+            self._start(step, seq, num_tokens)
             reserved += self._pages_to_come(seq)
 
-    def _start(self, step: _Step, seq: Sequence) -> None:
+    def _start(self, step: _Step, seq: Sequence, num_tokens: int) -> None:
         """Run a sequence that holds its lock and ``pages`` of the cache, without references."""
         self._pool.retain(seq.pages)
-        seq.num_computed_tokens = len(seq.pages) * self._page_size
+        start = seq.num_computed_tokens = len(seq.pages) * self._page_size
         seq.status = Status.RUNNING
         insort(self._running, seq, key=_by_arrival)
         if not seq.num_preemptions:
             self.prompt_tokens += seq.num_prompt_tokens
-            self._count_cached(seq, seq.num_computed_tokens)
-        num_tokens = self._chunk(seq, step.budget)
-        end = seq.num_computed_tokens + num_tokens
-        seq.pages += self._allocate(self._pool.pages_for(end) - len(seq.pages))
-        self._put(step, seq, seq.num_computed_tokens, num_tokens)
+            self._count_cached(seq, start)
+        seq.pages += self._allocate(self._pool.pages_for(start + num_tokens) - len(seq.pages))
+        step.prefills |= num_tokens > 1
+        self._put(step, seq, start, num_tokens)
 
-    def _chunk(self, seq: Sequence, budget: int) -> int:
-        """How many pending tokens to compute: up to a page's end, unless it is the last chunk."""
-        start = seq.num_computed_tokens
-        if len(seq.token_ids) - start <= budget:
+    def _next_chunk(self, step: _Step, seq: Sequence, start: int) -> int:
+        """How many tokens of ``seq`` this step may compute; 0: a segment has to wait for its turn.
+
+        One that does not fit into what is left of the budget may go beyond it, but then it is the
+        only prompt: the one that runs next, and so never passed over.
+        """
+        num_tokens = self._chunk(seq, start, step.budget)
+        if step.prefills or num_tokens >= self._page_size:
+            return num_tokens
+        # Nothing, or less than a page (begin of text), and then a segment: both together.
+        end = seq.segments.end_of(start + num_tokens + 1)
+        return end - start if end - start > num_tokens + 1 else num_tokens
+
+    def _chunk(self, seq: Sequence, start: int, most: int) -> int:
+        """At most how many of ``most`` tokens make a chunk; 0 where a segment is longer.
+
+        It ends where a page does, if it is not the last chunk.
+        """
+        if len(seq.token_ids) - start <= most:
             return len(seq.token_ids) - start
-        aligned = (start + budget) // self._page_size * self._page_size - start
-        return aligned if aligned > 0 else budget
+        end = (start + most) // self._page_size * self._page_size
+        return max(seq.segments.start_of(end if end > start else start + most) - start, 0)
+
+    def _shortest_chunk(self, seq: Sequence, start: int) -> int:
+        """The rest of the segment that ``start`` lies in, or tokens for one page."""
+        end = seq.segments.end_of(start + 1)
+        return end - start if end > start + 1 else self._chunk(seq, start, self._page_size)
 
     def _match(self, start: Node, seq: Sequence) -> Match:
         # The last token is always computed: its logits are wanted.
-        return self._cache.match(start, seq.token_ids, len(seq.token_ids) - 1)
+        keys = seq.cache_keys(self._page_size)
+        return self._cache.match(start, keys, len(seq.token_ids) - 1)
 
     def _jump_ahead(self, seq: Sequence, match: Match) -> None:
         """Take the cache's pages for tokens that others have computed meanwhile."""
@@ -315,11 +342,10 @@ class Scheduler:
         that ends there, so comparing node and page compares the whole prefix.
         """
         page_end = node.depth + self._page_size
-        return (
-            bool(step.in_flight)
-            and page_end < len(seq.token_ids)
-            and (node, seq.token_ids[node.depth : page_end].tobytes()) in step.in_flight
-        )
+        if not step.in_flight or page_end >= len(seq.token_ids):
+            return False
+        keys = seq.cache_keys(self._page_size)
+        return (node, keys[node.depth : page_end].tobytes()) in step.in_flight
 
     def _pages_to_come(self, seq: Sequence) -> int:
         """Pages for the tokens it has, and one to grow."""
@@ -392,7 +418,7 @@ class Scheduler:
         first = node.depth // self._page_size
         last = seq.num_computed_tokens // self._page_size
         own = seq.pages[first:last]
-        end, held = self._cache.insert(node, seq.token_ids, own)
+        end, held = self._cache.insert(node, seq.cache_keys(self._page_size), own)
         if held != own:
             # Somebody computed the same tokens at the same time; one copy is enough.
             self._pool.retain(held)
@@ -440,6 +466,9 @@ class Scheduler:
             _prove(seq.status is Status.RUNNING, seq, "runs, but its status differs")
             _prove(computed < seq.num_tokens, seq, "has nothing to compute")
             _prove(len(seq.pages) * self._page_size >= computed, seq, "has too few pages")
+            whole = seq.segments.end_of(computed) == computed
+            cached = seq.node is not None and seq.node.depth == computed
+            _prove(whole or cached, seq, "has computed a segment in part")
             owners.update(seq.pages)
             _prove((seq.node is not None) is self._prefix_caching, seq, "has no lock, or a stray")
             if seq.node is not None:
@@ -449,7 +478,8 @@ class Scheduler:
                 key = b"".join(node.key for node in path)
                 _prove(seq.node.namespace == seq.namespace, seq, "is in another's namespace")
                 _prove(seq.pages[: len(pages)] == pages, seq, "uses other pages than its node")
-                _prove(seq.token_ids[: seq.node.depth].tobytes() == key, seq, "has other tokens")
+                keys = seq.cache_keys(self._page_size)[: seq.node.depth]
+                _prove(keys.tobytes() == key, seq, "has other tokens")
                 _prove(seq.node.depth <= computed, seq, "has tokens in the cache before computing")
         for seq in self._waiting:
             idle = seq.status is Status.WAITING and not seq.num_computed_tokens

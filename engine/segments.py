@@ -140,3 +140,7 @@ class Segments:
                 page = array("i")
                 page.frombytes(digest.digest(page_bytes))
             keys.extend(page)
+
+
+CAUSAL = Segments()
+"""No segments: each token sees itself and those before it."""

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.segments import CAUSAL, Segments
 
 if TYPE_CHECKING:
+    from headstart.engine.adapters import Adapter
     from headstart.engine.radix_cache import Node
 
 
@@ -38,8 +40,8 @@ class Sequence:
                              ^ num_computed_tokens: KV present in pages
         pages      [ 7 ][ 3 ][ 9 ]                    page i holds positions [i*page, (i+1)*page)
 
-    ``namespace`` is the part of the cache key that is not tokens (model, adapter, segment
-    structure, tenant salt): KV is shared only between sequences of equal namespace.
+    ``namespace`` is the part of the cache key that is not tokens (adapter, whether there are
+    segments, tenant salt): KV is shared only between sequences of equal namespace.
     ``seed`` is that of the params, or a random one drawn here: a sequence that is preempted and
     computed again keeps its draws. ``arrival`` is the scheduler's, in order of ``add``.
     """
@@ -49,6 +51,8 @@ class Sequence:
     num_prompt_tokens: int
     params: SamplingParams
     namespace: bytes = b""
+    segments: Segments = CAUSAL
+    adapter: Adapter | None = None
     status: Status = Status.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -58,6 +62,7 @@ class Sequence:
     arrival: int = 0
     num_preemptions: int = 0
     seed: int = field(init=False)
+    _keys: array[int] = field(init=False, default_factory=lambda: array("i"))
 
     def __post_init__(self) -> None:
         seed = self.params.seed
@@ -75,3 +80,11 @@ class Sequence:
     def num_pending_tokens(self) -> int:
         """Tokens whose KV is not computed yet; 1 for a sequence that decodes."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    def cache_keys(self, page_size: int) -> array[int]:
+        """What the cache compares, an int a token, of every full page at least: the tokens, but
+        where segments are (``Segments.extend_keys``)."""
+        if not self.segments:
+            return self.token_ids
+        self.segments.extend_keys(self._keys, self.token_ids, page_size)
+        return self._keys

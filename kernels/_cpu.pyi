@@ -3,6 +3,7 @@
 from headstart.kernels.backend import IntArray
 
 BLOCK_PAGES: int
+LORA_PANEL: int
 SUM_LANES: int
 
 def supported() -> list[str]:
@@ -28,6 +29,22 @@ class AttentionPlan:
         rows: IntArray,
         visible: IntArray,
     ) -> None: ...
+
+class LoraAdapter:
+    """One adapter's packed low-rank terms (cpu/lora_plan.h); tensors are the caller's to keep."""
+
+    def __init__(self) -> None: ...
+    def add_layer(self) -> None:
+        """The next dense layer; parts added now are its."""
+
+    def add_part(self, first: int, outputs: int, rank: int, down: int, up: int, /) -> None: ...
+
+class LoraPlan:
+    """Which rows of a batch get the terms of which adapter (cpu/lora_plan.h)."""
+
+    def __init__(self) -> None: ...
+    def add(self, adapter: LoraAdapter, rows: IntArray, /) -> None:
+        """These rows get the terms of this adapter; a row is in one group only."""
 
 class Kernels:
     """The kernels of one instruction set on a fixed number of threads (cpu/kernels.h)."""
@@ -108,6 +125,20 @@ class Kernels:
         weight_sums: int,
         bias: int,
         out: int,
+        /,
+    ) -> None: ...
+    def lora(
+        self,
+        plan: LoraPlan,
+        layer: int,
+        weight_type: int,
+        in_features: int,
+        out_features: int,
+        x_type: int,
+        x: int,
+        x_scales: int,
+        y_type: int,
+        y: int,
         /,
     ) -> None: ...
     def argmax(self, logits: int, rows: int, size: int, out: int, /) -> None: ...

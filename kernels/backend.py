@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,6 +69,17 @@ class RopeTable:
 
     cos: Tensor
     sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPart:
+    """A low-rank term of some outputs of a dense layer: outputs ``[first, first + n)`` get
+    ``up @ (down @ x)``. down: float32 ``[rank, in]``; up: float32 ``[n, rank]``, scaling included.
+    """
+
+    first: int
+    down: Tensor
+    up: Tensor
 
 
 class Linear(Protocol):
@@ -140,6 +152,18 @@ class Backend(Protocol):
         """``x W^T + bias``, ``[rows, out]``."""
         ...
 
+    def lora_adapter(self, layers: Sequence[Sequence[LoraPart]]) -> Any:
+        """An adapter: the low-rank terms of each dense layer, numbered as the caller will."""
+        ...
+
+    def plan_lora(self, adapters: Sequence[Any], rows: Sequence[IntArray]) -> Any:
+        """Made once a batch: ``rows[i]`` get the terms of ``adapters[i]``; a row is in one."""
+        ...
+
+    def add_lora(self, x: Any, y: Tensor, plan: Any, layer: int) -> None:
+        """Add the terms of dense layer ``layer`` to ``y``, which is what ``linear`` made of x."""
+        ...
+
     def rope_and_store(
         self,
         qkv: Tensor,
@@ -152,8 +176,11 @@ class Backend(Protocol):
         shape: AttentionShape,
         kv: Any,
         layer: int,
+        tile: int = 0,
     ) -> Any:
         """Norm (where given) and rotate q and k; write k and v into their slots; return q.
+
+        What it returns is valid until its next call for the same ``tile``.
 
         ``positions``, ``slots``: int32 ``[rows]``; slot = page * page_size + offset.
         Rotation acts on halves of a head. Softmax scale is 1/sqrt(head_dim).

@@ -15,13 +15,21 @@ same algebra serves chunked prefill, RelayAttention (arXiv 2402.14808, eq. 4-6),
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable, processor_name
+from headstart.kernels.backend import (
+    AttentionShape,
+    IntArray,
+    KVRanges,
+    LoraPart,
+    RopeTable,
+    processor_name,
+)
 
 
 def attend(
@@ -76,6 +84,10 @@ class ReferencePlan:
     num_rows: int
     ranges: KVRanges
     shape: AttentionShape
+
+
+ReferenceLoraPlan = list[tuple[list[list[LoraPart]], Tensor]]
+"""Adapters, each with the rows it changes, int64."""
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -136,6 +148,21 @@ class ReferenceBackend:
     def linear(self, x: Tensor, weight: ReferenceLinear) -> Tensor:
         return torch.nn.functional.linear(x, weight.weight, weight.bias)
 
+    def lora_adapter(self, layers: Sequence[Sequence[LoraPart]]) -> list[list[LoraPart]]:
+        return [list(parts) for parts in layers]
+
+    def plan_lora(
+        self, adapters: Sequence[list[list[LoraPart]]], rows: Sequence[IntArray]
+    ) -> ReferenceLoraPlan:
+        indices = (torch.from_numpy(some.astype(np.int64)) for some in rows)
+        return list(zip(adapters, indices, strict=True))
+
+    def add_lora(self, x: Tensor, y: Tensor, plan: ReferenceLoraPlan, layer: int) -> None:
+        for adapter, rows in plan:
+            for part in adapter[layer]:
+                columns = slice(part.first, part.first + len(part.up))
+                y[rows, columns] += x[rows] @ part.down.T @ part.up.T
+
     def rope_and_store(
         self,
         qkv: Tensor,
@@ -148,6 +175,7 @@ class ReferenceBackend:
         shape: AttentionShape,
         kv: Tensor,
         layer: int,
+        tile: int = 0,
     ) -> Tensor:
         heads = qkv.view(len(qkv), -1, shape.head_dim)
         q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)

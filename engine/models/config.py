@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from headstart.engine.errors import ModelError
+from headstart.engine.segments import MASKS
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -91,6 +92,7 @@ class ModelConfig:
     ``max_position_embeddings`` is the longest sequence the engine may compute. It is smaller than
     the model's own value when the model attends through a sliding window: within one window,
     sliding and full attention are the same. ``context_limit`` then says so in a sentence to log.
+    ``segment_mask``: the mask the model was tuned for, if its config says so (segments.py).
     """
 
     architecture: str
@@ -114,6 +116,7 @@ class ModelConfig:
     sliding_window: int | None
     rope: RopeConfig
     context_limit: str | None = None
+    segment_mask: str | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -177,6 +180,7 @@ class ModelConfig:
             sliding_window=window,
             rope=rope,
             context_limit=context_limit,
+            segment_mask=_segment_mask(read),
         )
 
 
@@ -322,6 +326,13 @@ def _sliding_window(read: _Reader, num_layers: int, architecture: str) -> int | 
         elif "sliding_attention" not in layer_types:
             return None
     return read.positive("sliding_window")
+
+
+def _segment_mask(read: _Reader) -> str | None:
+    mask = read.get("segment_mask")
+    if mask is not None and mask not in MASKS:
+        read.fail(f"segment_mask must be one of {', '.join(MASKS)}; got {mask!r}")
+    return None if mask is None else str(mask)
 
 
 def _eos_token_ids(read: _Reader, generation: dict[str, Any]) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ diag(1/s) costs nothing at run time, because what produces x takes it in:
     o                                    the rows of v (one s for the query heads of a KV head)
 
 The ranges of x come from a bundled text. FOLDER gets int8/model.safetensors (everything but the
-embedding, which stays bf16, in the shape parameters.py describes) and int8/quality.json.
+embedding, which stays bf16, in the shape parameters.py describes), int8/smoothing.safetensors (the
+factors s, for LoRA adapters: adapters.py) and int8/quality.json.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ single value is 0.5."""
 CALIBRATION_TOKENS = 2048
 FOLDER = "int8"
 QUALITY = "quality.json"
+SMOOTHING = "smoothing.safetensors"
 Ranges = dict[int, Tensor]
 
 
@@ -81,34 +83,37 @@ def _input_ranges(weight: Tensor) -> Tensor:
 
 def smooth_layer(
     layer: LayerParameters, config: ModelConfig, recorded: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> None:
-    """Move activation ranges into the weights of ``layer``, in place.
+) -> dict[str, Tensor]:
+    """Move activation ranges into the weights of ``layer``, in place; returns the factors.
 
-    recorded: largest |x| of the inputs of qkv, o, gate_up and down.
+    recorded: largest |x| of the inputs of qkv, o, gate_up and down. The factors are of those
+    inputs, float32 ``[in]`` each, under those names.
     """
     qkv_in, o_in, gate_up_in, down_in = recorded
     for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
         matrix.weight = matrix.weight.float().clone()
         matrix.bias = None if matrix.bias is None else matrix.bias.clone()
 
-    factor = smoothing(qkv_in, _input_ranges(layer.qkv.weight), ALPHA["qkv"])
-    layer.input_norm = layer.input_norm / factor
-    layer.qkv.weight *= factor
-    factor = smoothing(gate_up_in, _input_ranges(layer.gate_up.weight), ALPHA["gate_up"])
-    layer.post_norm = layer.post_norm / factor
-    layer.gate_up.weight *= factor
+    qkv = smoothing(qkv_in, _input_ranges(layer.qkv.weight), ALPHA["qkv"])
+    layer.input_norm = layer.input_norm / qkv
+    layer.qkv.weight *= qkv
+    gate_up = smoothing(gate_up_in, _input_ranges(layer.gate_up.weight), ALPHA["gate_up"])
+    layer.post_norm = layer.post_norm / gate_up
+    layer.gate_up.weight *= gate_up
 
-    factor = smoothing(down_in, _input_ranges(layer.down.weight), ALPHA["down"])
-    layer.down.weight *= factor
-    _divide_rows(layer.gate_up, config.intermediate_size, factor)
+    down = smoothing(down_in, _input_ranges(layer.down.weight), ALPHA["down"])
+    layer.down.weight *= down
+    _divide_rows(layer.gate_up, config.intermediate_size, down)
 
     # One factor per value channel: all query heads of a KV head read the same values.
     groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
     weight_ranges = _input_ranges(layer.o.weight).view(groups).amax(dim=1)
-    factor = smoothing(o_in.view(groups).amax(dim=1), weight_ranges, ALPHA["o"])
-    layer.o.weight *= factor[:, None, :].expand(groups).reshape(-1)
-    values = (config.num_heads + config.num_kv_heads) * config.head_dim
-    _divide_rows(layer.qkv, values, factor.reshape(-1))
+    values = smoothing(o_in.view(groups).amax(dim=1), weight_ranges, ALPHA["o"])
+    o = values[:, None, :].expand(groups).reshape(-1)
+    layer.o.weight *= o
+    first_value = (config.num_heads + config.num_kv_heads) * config.head_dim
+    _divide_rows(layer.qkv, first_value, values.reshape(-1))
+    return {"qkv": qkv, "o": o, "gate_up": gate_up, "down": down}
 
 
 def _divide_rows(matrix: Matrix, start: int, factor: Tensor) -> None:
@@ -161,8 +166,10 @@ def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -
     target.mkdir(exist_ok=True)
     parameters = read_float(config, folder)
     tensors: dict[str, Tensor] = {"embedding": parameters.embedding.bfloat16().contiguous()}
+    factors: dict[str, Tensor] = {}
     for index, layer in enumerate(parameters.layers):
-        smooth_layer(layer, config, ranges[index])  # type: ignore[arg-type]
+        smoothed = smooth_layer(layer, config, ranges[index])  # type: ignore[arg-type]
+        factors |= {f"layers.{index}.{name}": factor for name, factor in smoothed.items()}
         for name, value in _layer_tensors(layer):
             tensors[f"layers.{index}.{name}"] = value
         advance()
@@ -170,9 +177,10 @@ def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -
     tensors["final_norm"] = parameters.final_norm / factor
     head = quantize_matrix(Matrix(parameters.head.weight.float() * factor))
     tensors |= _matrix_tensors("head", head)
-    partial = target / "model.safetensors.partial"
-    save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
-    os.replace(partial, target / "model.safetensors")
+    for name, some in (("model.safetensors", tensors), (SMOOTHING, factors)):
+        partial = target / f"{name}.partial"
+        save_file({key: tensor.contiguous() for key, tensor in some.items()}, partial)
+        os.replace(partial, target / name)
     del tensors, parameters, head
 
     text = text_tokens(folder, "evaluation")
@@ -194,6 +202,26 @@ def read_quality(folder: Path) -> dict[str, float] | None:
         return {name: float(quality[name]) for name in ("tokens", "f32", "bf16", "int8")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{path} is damaged: pull the model again") from error
+
+
+def read_smoothing(config: ModelConfig, folder: Path) -> list[dict[str, Tensor]]:
+    """The factors of each layer's inputs, as ``smooth_layer`` returns them."""
+    path = folder / FOLDER / SMOOTHING
+    if not path.exists():
+        raise ModelError(f"{path} is missing: pull the model again, or use --weights bf16")
+    weights = Weights.open_file(path)
+    sizes = {
+        "qkv": config.hidden_size,
+        "o": config.num_heads * config.head_dim,
+        "gate_up": config.hidden_size,
+        "down": config.intermediate_size,
+    }
+    layers = [
+        {name: weights.take(f"layers.{i}.{name}", (size,)) for name, size in sizes.items()}
+        for i in range(config.num_layers)
+    ]
+    weights.finish()
+    return layers
 
 
 def read_int8(config: ModelConfig, folder: Path) -> Parameters:

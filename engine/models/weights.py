@@ -56,6 +56,11 @@ class Weights:
         files = {path: _open_file(path) for path in weight_files(folder)}
         return cls(files, dtypes)
 
+    @classmethod
+    def open_file(cls, path: Path, dtypes: tuple[str, ...] = FLOATS) -> Weights:
+        """The same of one safetensors file, whatever its name."""
+        return cls({path: _open_file(path)}, dtypes)
+
     @overload
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor: ...
     @overload

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,14 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import _cpu
-from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable, processor_name
+from headstart.kernels.backend import (
+    AttentionShape,
+    IntArray,
+    KVRanges,
+    LoraPart,
+    RopeTable,
+    processor_name,
+)
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _LOG2E = 1.4426950408889634
@@ -67,6 +75,14 @@ class KVPool(NamedTuple):
     page_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class PackedLora:
+    """An adapter's low-rank terms (lora_plan.h); the tensors are kept for their addresses."""
+
+    adapter: _cpu.LoraAdapter
+    tensors: list[Tensor]
+
+
 class Query(NamedTuple):
     data: Tensor
     ptr: int
@@ -78,6 +94,17 @@ def pack_int8(weight: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(weight, (0, -in_features % 4, 0, -out_features % _PANEL))
     rows, columns = padded.shape
     return padded.view(rows // _PANEL, _PANEL, columns // 4, 4).permute(0, 2, 1, 3).contiguous()
+
+
+def pack_lora(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[out, in]`` to panels ``[out / 16][words of in][16]``, zero-padded (lora_plan.h)."""
+    word = 4 // dtype.itemsize
+    padded = torch.nn.functional.pad(
+        weight, (0, -weight.shape[1] % word, 0, -weight.shape[0] % _cpu.LORA_PANEL)
+    )
+    rows, columns = padded.shape
+    panels = padded.to(dtype).view(rows // _cpu.LORA_PANEL, _cpu.LORA_PANEL, columns // word, word)
+    return panels.permute(0, 2, 1, 3).contiguous()
 
 
 class CpuBackend:
@@ -239,6 +266,38 @@ class CpuBackend:
         )
         return out
 
+    def lora_adapter(self, layers: Sequence[Sequence[LoraPart]]) -> PackedLora:
+        packed = PackedLora(_cpu.LoraAdapter(), [])
+        for parts in layers:
+            packed.adapter.add_layer()
+            for part in parts:
+                down, up = (pack_lora(w, self.kv_dtype) for w in (part.down, part.up))
+                packed.tensors.extend((down, up))
+                packed.adapter.add_part(
+                    part.first, len(part.up), len(part.down), down.data_ptr(), up.data_ptr()
+                )
+        return packed
+
+    def plan_lora(self, adapters: Sequence[PackedLora], rows: Sequence[IntArray]) -> _cpu.LoraPlan:
+        plan = _cpu.LoraPlan()
+        for packed, some in zip(adapters, rows, strict=True):
+            plan.add(packed.adapter, some)
+        return plan
+
+    def add_lora(self, x: Rows, y: Tensor, plan: _cpu.LoraPlan, layer: int) -> None:
+        self._kernels.lora(
+            plan,
+            layer,
+            _TYPES[self.kv_dtype],
+            x.data.shape[1],
+            y.shape[1],
+            _TYPES[x.data.dtype],
+            x.data_ptr,
+            x.scales_ptr,
+            _TYPES[y.dtype],
+            y.data_ptr(),
+        )
+
     def rope_and_store(
         self,
         qkv: Tensor,
@@ -251,9 +310,10 @@ class CpuBackend:
         shape: AttentionShape,
         kv: KVPool,
         layer: int,
+        tile: int = 0,
     ) -> Query:
         rows = len(qkv)
-        q, q_ptr = self._buffer("q", rows, shape.heads * shape.head_dim, self.kv_dtype)
+        q, q_ptr = self._buffer(f"q{tile}", rows, shape.heads * shape.head_dim, self.kv_dtype)
         self._kernels.rope(
             rows,
             shape.heads,

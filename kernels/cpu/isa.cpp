@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "kernels.h"
 #include "linear.h"
+#include "lora.h"
 #include "rows.h"
 
 #define HEADSTART_STRING_(x) #x
@@ -13,6 +14,6 @@
 namespace headstart::HEADSTART_ISA {
 
 extern const Kernels kTable;
-const Kernels kTable = {HEADSTART_STRING(HEADSTART_ISA), norm, silu, rope, attend, linear, argmax};
+const Kernels kTable = {HEADSTART_STRING(HEADSTART_ISA), norm, silu, rope, attend, linear, lora, argmax};
 
 }  // namespace headstart::HEADSTART_ISA

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "lora_plan.h"
 #include "plan.h"
 
 namespace headstart {
@@ -18,6 +19,12 @@ struct RowsOut {
   Type type;
   void* data;
   float* scales;  // only for kU8
+};
+
+struct RowsIn {
+  Type type;
+  const void* data;
+  const float* scales;  // only for kU8
 };
 
 struct NormArgs {
@@ -79,6 +86,16 @@ struct LinearArgs {
   float* out;             // [rows, out_features]
 };
 
+struct LoraArgs {
+  const LoraPlan* plan;
+  int layer;         // which dense layer, by the adapters' numbers
+  Type weight_type;  // kF32 or kBF16: what the adapters are packed as
+  int in_features, out_features;
+  RowsIn x;          // [rows, in_features]
+  Type y_type;       // kF32 or kBF16
+  void* y;           // [rows, out_features], added to
+};
+
 struct Kernels {
   const char* name;
   void (*norm)(const NormArgs&, int threads);
@@ -86,6 +103,7 @@ struct Kernels {
   void (*rope)(const RopeArgs&, int threads);
   void (*attend)(const AttendArgs&, int threads);
   void (*linear)(const LinearArgs&, int threads);
+  void (*lora)(const LoraArgs&, int threads);
   void (*argmax)(const float* logits, int rows, int size, int32_t* out, int threads);
 };
 

@@ -106,6 +106,12 @@ class Bound {
                       at<float>(weight_scales), at<int32_t>(weight_sums), at<float>(bias), at<float>(out)},
                      threads_);
   }
+  void lora(const LoraPlan& plan, int layer, int weight_type, int in_features, int out_features, int x_type, uintptr_t x,
+            uintptr_t x_scales, int y_type, uintptr_t y) const {
+    kernels_->lora({&plan, layer, Type(weight_type), in_features, out_features, {Type(x_type), at(x), at<float>(x_scales)},
+                    Type(y_type), at(y)},
+                   threads_);
+  }
   void argmax(uintptr_t logits, int rows, int size, uintptr_t out) const {
     kernels_->argmax(at<float>(logits), rows, size, at<int32_t>(out), threads_);
   }
@@ -124,6 +130,7 @@ using Indices = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device
 NB_MODULE(_cpu, m) {
   using namespace headstart;
   m.attr("BLOCK_PAGES") = kBlockPages;
+  m.attr("LORA_PANEL") = kLoraPanel;
   m.attr("SUM_LANES") = kSumLanes;
   m.def("supported", &supported, "Instruction sets this machine can run, best first.");
   nb::class_<AttentionPlan>(m, "AttentionPlan")
@@ -142,6 +149,23 @@ NB_MODULE(_cpu, m) {
       .def_ro("num_rows", &AttentionPlan::num_rows)
       .def_ro("num_partials", &AttentionPlan::num_partials)
       .def_prop_ro("num_items", [](const AttentionPlan& p) { return p.items.size(); });
+  nb::class_<LoraAdapter>(m, "LoraAdapter")
+      .def(nb::init<>())
+      .def("add_layer", [](LoraAdapter& self) { self.layers.emplace_back(); }, "The next dense layer; parts added now are its.")
+      .def("add_part", [](LoraAdapter& self, int first, int outputs, int rank, uintptr_t down, uintptr_t up) {
+        self.layers.back().push_back({first, outputs, rank, at(down), at(up)});
+      });
+  nb::class_<LoraPlan>(m, "LoraPlan")
+      .def(nb::init<>())
+      .def(
+          "add",
+          [](LoraPlan& self, const LoraAdapter& adapter, Indices rows) {
+            if (self.row_start.empty()) self.row_start.push_back(0);
+            self.adapters.push_back(&adapter);
+            self.rows.insert(self.rows.end(), rows.data(), rows.data() + rows.size());
+            self.row_start.push_back(int32_t(self.rows.size()));
+          },
+          nb::keep_alive<1, 2>(), "These rows get the terms of this adapter; a row is in one group only.");
   nb::class_<Bound>(m, "Kernels")
       .def(nb::init<const std::string&, int>())
       .def_prop_ro("name", &Bound::name)
@@ -150,5 +174,6 @@ NB_MODULE(_cpu, m) {
       .def("rope", &Bound::rope)
       .def("attend", &Bound::attend)
       .def("linear", &Bound::linear)
+      .def("lora", &Bound::lora)
       .def("argmax", &Bound::argmax);
 }

@@ -1,0 +1,267 @@
+"""Adapters: LoRA weights beside the model's, in the format of PEFT.
+
+    y = W x + scaling * B (A x)         A [rank, in], B [out, rank]         (arXiv 2106.09685)
+
+scaling is alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732). A folder holds
+adapter_config.json and adapter_model.safetensors. What would change the result and is not computed
+here (DoRA, trained biases or embeddings, ...) is refused by name.
+
+A model's matrices are stacked (parameters.py), and so are the terms. Those of one adapter:
+
+    qkv      outputs  [ q q q q q q q | k k | v v ]      one LoraPart for each matrix it changes
+    gate_up  outputs  [ gate gate     | up up     ]
+
+The int8 model computes with smoothed inputs, x / s, and scaled v and up rows (quantize.py): A takes
+in s, and B of v and up its share, so that the sums stay the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from headstart.engine.errors import ModelError
+from headstart.engine.messages import AdapterInfo
+from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.decoder import DOWN, GATE_UP, MATRICES, QKV, O
+from headstart.engine.models.weights import Weights
+from headstart.engine.segments import MASKS
+from headstart.kernels.backend import Backend, LoraPart
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+MAX_RANK = 256
+PREFIX = "base_model.model.model.layers."
+
+HARMLESS = frozenset(
+    "alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config "  # noqa: SIM905
+    "ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
+    "init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout "
+    "lora_ga_config megatron_config megatron_core peft_type peft_version qalora_group_size r "
+    "rank_pattern revision runtime_config segment_mask target_modules task_type use_rslora".split()
+)
+"""Settings that are read here, or that change nothing once an adapter is trained."""
+
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin that change the model's own weights, which the adapter's file does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A matrix adapters may change: which dense layer of the decoder, and which of its outputs."""
+
+    module: str
+    matrix: int
+    first: int
+    out_features: int
+    in_features: int
+
+    @property
+    def name(self) -> str:
+        return self.module.split(".")[1]
+
+
+def targets(config: ModelConfig) -> list[Target]:
+    """The matrices of a decoder layer under PEFT's names."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    return [
+        Target("self_attn.q_proj", QKV, 0, q, hidden),
+        Target("self_attn.k_proj", QKV, q, kv, hidden),
+        Target("self_attn.v_proj", QKV, q + kv, kv, hidden),
+        Target("self_attn.o_proj", O, 0, hidden, q),
+        Target("mlp.gate_proj", GATE_UP, 0, inner, hidden),
+        Target("mlp.up_proj", GATE_UP, inner, inner, hidden),
+        Target("mlp.down_proj", DOWN, 0, hidden, inner),
+    ]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Adapter:
+    """A loaded adapter. ``weights``: the backend's ``lora_adapter``.
+
+    ``digest`` is of the files: KV made with other weights of the same name is not found.
+    """
+
+    info: AdapterInfo
+    digest: bytes
+    weights: Any
+
+
+def load_adapter(
+    name: str,
+    folder: Path,
+    config: ModelConfig,
+    backend: Backend,
+    smoothing: list[dict[str, Tensor]] | None,
+) -> Adapter:
+    """Read the adapter in ``folder`` for a model of this shape.
+
+    ``smoothing``: what each layer's inputs are divided by (``quantize.read_smoothing``), or None.
+    Raises ModelError naming the setting, file or tensor that is missing, wrong or not supported.
+    """
+    settings = _read_settings(folder)
+    if not (folder / WEIGHTS).exists():
+        other = (
+            " (adapter_model.bin is not read: convert it)" * (folder / "adapter_model.bin").exists()
+        )
+        raise ModelError(f"{folder}: holds no {WEIGHTS}{other}")
+    weights = Weights.open_file(folder / WEIGHTS)
+    every = targets(config)
+    found = _modules(weights.names(), every, config.num_layers, folder)
+    layers: list[list[LoraPart]] = []
+    num_bytes, largest = 0, 0
+    for layer in range(config.num_layers):
+        parts: list[list[LoraPart]] = [[] for _ in range(MATRICES)]
+        for target in every:
+            if (layer, target.name) not in found:
+                continue
+            module = f"{layer}.{target.module}"
+            down, up = _read_pair(weights, module, target, settings, folder)
+            rank = len(down)
+            if smoothing is not None:
+                _follow_smoothing(down, up, target, smoothing[layer], config)
+            parts[target.matrix].append(LoraPart(target.first, down, up))
+            num_bytes += down.numel() + up.numel()
+            largest = max(largest, rank)
+        layers += parts
+    weights.finish()
+    info = AdapterInfo(
+        name=name,
+        path=str(folder),
+        rank=largest,
+        targets=[t.name for t in every if any(target == t.name for _, target in found)],
+        num_bytes=num_bytes * 4,
+        segment_mask=settings.get("segment_mask"),
+    )
+    digest = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16)
+    digest.update((folder / WEIGHTS).read_bytes())
+    return Adapter(info, digest.digest(), backend.lora_adapter(layers))
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """adapter_config.json, checked."""
+    path = folder / CONFIG
+    try:
+        settings = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{path}: not a JSON object")
+
+    def refuse(why: str) -> None:
+        raise ModelError(f"{path}: {why}")
+
+    if settings.get("peft_type") != "LORA":
+        refuse(f"peft_type is {settings.get('peft_type')!r}; only 'LORA' is supported")
+    if settings.get("use_dora"):
+        refuse("use_dora (DoRA) is not supported: merge the adapter into the model's weights")
+    if settings.get("bias", "none") != "none" or settings.get("lora_bias"):
+        refuse("trained biases are not supported: bias must be 'none' and lora_bias false")
+    if settings.get("fan_in_fan_out"):
+        refuse("fan_in_fan_out is not supported: no matrix of these models is stored transposed")
+    begin = settings.get("init_lora_weights")
+    if isinstance(begin, str) and begin.lower().startswith(BASE_CHANGING):
+        refuse(
+            f"init_lora_weights is {begin!r}, which changes the model's own weights: "
+            "convert the adapter to a plain one when saving it (path_initial_model_for_weight_"
+            "conversion)"
+        )
+    for key, value in settings.items():
+        if key not in HARMLESS and value not in (None, False, [], {}, ""):
+            refuse(f"{key} is {value!r}, which is not supported".replace("\n", " ")[:300])
+    _check_number(path, "lora_alpha", settings.get("lora_alpha", 8))
+    _check_number(path, "r", settings.get("r"), whole=True)
+    for key in ("alpha_pattern", "rank_pattern"):
+        pattern = settings.get(key) or {}
+        if not isinstance(pattern, dict):
+            refuse(f"{key} must be an object, got {pattern!r}")
+        for name, value in pattern.items():
+            if not re.fullmatch(r"[\w.]+", name):
+                refuse(f"{key} has {name!r}: names of modules are supported, patterns are not")
+            _check_number(path, f"{key}[{name!r}]", value, whole=key == "rank_pattern")
+    mask = settings.get("segment_mask")
+    if mask is not None and mask not in MASKS:
+        refuse(f"segment_mask must be one of {', '.join(MASKS)}; got {mask!r}")
+    return settings
+
+
+def _check_number(path: Path, name: str, value: object, *, whole: bool = False) -> None:
+    kind = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e6:
+        what = "a whole number above 0" if whole else "a positive number"
+        raise ModelError(f"{path}: {name} must be {what}, got {value!r}")
+
+
+def _modules(
+    names: list[str], every: list[Target], num_layers: int, folder: Path
+) -> set[tuple[int, str]]:
+    """(layer, target) of each matrix the file changes; any other tensor is an error."""
+    known = {target.module: target.name for target in every}
+    found = set()
+    for name in names:
+        match = re.fullmatch(re.escape(PREFIX) + r"(\d{1,6})\.([a-z_.]+)\.lora_[AB]\.weight", name)
+        if match is None or match[2] not in known:
+            raise ModelError(
+                f"{folder / WEIGHTS}: tensor {name[:200]!r} is not supported; adapters may change "
+                f"{', '.join(sorted(known))} of model.layers"
+            )
+        if int(match[1]) >= num_layers:
+            raise ModelError(
+                f"{folder / WEIGHTS}: tensor {name} is of layer {match[1]}; "
+                f"the model has {num_layers}: the adapter is of another model"
+            )
+        found.add((int(match[1]), known[match[2]]))
+    if not found:
+        raise ModelError(f"{folder / WEIGHTS}: holds no tensors")
+    return found
+
+
+def _read_pair(
+    weights: Weights, module: str, target: Target, settings: Mapping[str, Any], folder: Path
+) -> tuple[Tensor, Tensor]:
+    """A ``[rank, in]`` and scaling * B ``[out, rank]`` of one matrix, float32 copies."""
+    names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
+    rank = int(_by_pattern(settings.get("rank_pattern"), module, settings["r"]))
+    if rank > MAX_RANK:
+        raise ModelError(
+            f"{folder / CONFIG}: {module} has rank {rank}; ranks to {MAX_RANK} are supported"
+        )
+    down = weights.take(names[0], (rank, target.in_features)).float().clone()
+    up = weights.take(names[1], (target.out_features, rank)).float().clone()
+    for name, tensor in zip(names, (down, up), strict=True):
+        if not tensor.isfinite().all():
+            raise ModelError(f"{folder / WEIGHTS}: tensor {name} holds NaN or infinity")
+    alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
+    up *= alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    return down, up
+
+
+def _follow_smoothing(
+    down: Tensor, up: Tensor, target: Target, factors: dict[str, Tensor], config: ModelConfig
+) -> None:
+    """Make A and B, in place, what they have to be in a smoothed layer."""
+    down *= factors[("qkv", "o", "gate_up", "down")[target.matrix]]
+    if target.name == "v_proj":
+        heads = factors["o"].view(config.num_kv_heads, -1, config.head_dim)
+        up /= heads[:, 0].reshape(-1, 1)
+    elif target.name == "up_proj":
+        up /= factors["down"][:, None]
+
+
+def _by_pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
+    """The value of the first name in ``pattern`` that ends the module's, as PEFT finds it."""
+    for key, value in (pattern or {}).items():
+        if f".model.layers.{module}".endswith(f".{key}"):
+            return value
+    return default
