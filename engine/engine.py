@@ -216,7 +216,18 @@ class Engine:
         params.validate(self.model.vocab_size)
         if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
             raise self._foreign_token(token_ids)
-        self._scheduler.add(Sequence(request_id, token_ids, len(token_ids), params, namespace=salt))
+        chosen = None if adapter is None else self._adapter(adapter)
+        mask = Segments.of(segments, len(token_ids))
+        seq = Sequence(
+            request_id,
+            token_ids,
+            len(token_ids),
+            params,
+            namespace=_namespace(salt, mask, chosen),
+            segments=mask,
+            adapter=chosen,
+        )
+        self._scheduler.add(seq)
 
     def load_adapter(self, name: str, path: str) -> AdapterInfo:
         """Load the LoRA adapter in folder ``path``, for requests that ask for ``name``.
