@@ -33,6 +33,7 @@ from headstart.engine.messages import (
 )
 from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder, warm_up
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.quantize import read_quality, read_smoothing
 from headstart.engine.radix_cache import RadixCache
 from headstart.engine.relay import MODES, Relay, RelayPlan
@@ -193,6 +194,11 @@ class Engine:
         self._runner.prepare_pages(first, last)
         self._prepared = last
         return True
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model, for measurements."""
+        return self._runner.decoder
 
     @property
     def has_work(self) -> bool:

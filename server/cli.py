@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from headstart import __version__
-from headstart.engine.config import EngineConfig
+from headstart.engine.config import EngineConfig, default_home
 from headstart.engine.errors import ConfigError, HeadstartError
 from headstart.server.settings import ServerSettings
 
@@ -82,8 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
-    home = os.environ.get("HEADSTART_HOME") or Path.home() / ".cache" / "headstart"
-    parser.add_argument("--cache-dir", type=Path, default=Path(home), help="where models are kept")
+    parser.add_argument(
+        "--cache-dir", type=Path, default=default_home(), help="where models are kept"
+    )
 
 
 def _add_http_flags(parser: argparse.ArgumentParser) -> None:
