@@ -115,7 +115,8 @@ class Tokenizer:
     ) -> tuple[list[int], list[int | None]]:
         """The same ids, and for each cut, a place in ``text``, how many tokens are before it.
 
-        None for a cut within a token.
+        A token with nothing but space on one side of a cut is on the other side; None for a cut
+        within any other token.
         """
         token_ids = self.encode_rendered(text, placeholders)
         places = self._beside_control(text, token_ids)
@@ -151,9 +152,8 @@ class Tokenizer:
             inner = cuts[bisect_left(cuts, start) : bisect_left(cuts, start + len(piece))]
             if not inner or start not in places:
                 continue
-            encoding = encoder.encode(
-                piece.translate(back) if back else piece, add_special_tokens=False
-            )
+            plain = piece.translate(back) if back else piece
+            encoding = encoder.encode(plain, add_special_tokens=False)
             ids, spans, first = encoding.ids, encoding.offsets, places[start]
             if ids != token_ids[first : first + len(ids)]:
                 continue
@@ -163,7 +163,10 @@ class Tokenizer:
                 at += len(text[done:cut].translate(back))
                 done = cut
                 i = bisect_left(starts, at)
-                if i == 0 or spans[i - 1][1] <= at:
+                across = spans[i - 1] if i and spans[i - 1][1] > at else (at, at)
+                if not plain[across[0] : at].strip():
+                    places[cut] = first + i - (across[1] > at)
+                elif not plain[at : across[1]].strip():
                     places[cut] = first + i
 
     def _pieces(self, text: str) -> Iterator[tuple[int, str, str | None]]:

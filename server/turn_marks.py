@@ -202,6 +202,11 @@ class TurnMarks:
         # What parts a turn from the one before may be missing here.
         return self._filled(self.heads[kind] | later | {s.lstrip() for s in later}, message)
 
+    def starts_other(self, text: str) -> bool:
+        """Whether a user's or assistant's turn begins in what should be a system turn."""
+        starts = {start.strip() for kind in "UA" for start in self.prefixes[kind]} - {""}
+        return any(start in text for start in starts)
+
     def ends(self, kind: str, message: Message) -> set[str]:
         """What may stand between this message's text and the end of its turn."""
         return self._filled(self.suffixes[kind], message)
@@ -232,6 +237,8 @@ def learn(
     shapes = _shapes(chat, signs)
     # The second time with what a chat of two users has taught.
     words = ["UA", "UAU", "UU", "UAU"]
+    if any(message["role"] == "system" for message in chat[1:]):
+        words += ["US", "SS", "UAS"]
     if "T" in shapes:
         # A template may not write calls, but results.
         words += ["UCT", "UCTA"] if "C" in shapes else []
@@ -371,8 +378,7 @@ def _opening(marks: TurnMarks, head: str) -> str | None:
 def _is_system_turn(opening: str, marks: TurnMarks, ends: set[str]) -> bool:
     """Whether ``opening`` is what stands around a system message, with other text in its place
     (Qwen2.5) or without any (Llama 3.1); and no user or assistant turn."""
-    others = {start.strip() for kind in "UA" for start in marks.prefixes[kind]} - {""}
-    return not any(other in opening for other in others) and any(
+    return not marks.starts_other(opening) and any(
         body.startswith(head.rstrip()) or (end.strip() and body and head.startswith(body))
         for end in ends
         if opening.endswith(end)

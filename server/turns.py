@@ -107,9 +107,9 @@ def _locate(
 ) -> Located:
     """Where the messages' texts are; raises RequestError."""
     signs = dict(zip("SUTA", marks.signs.edges, strict=False))
-    not_empty = [m for m in chat if m["role"] == "assistant" or m["content"].strip()]
-    # A template may look at the end of an assistant's text; one may leave out a message without
-    # text (Phi-3.5).
+    # A template may look at the end of an assistant's text; one may leave out a system message
+    # without any (Phi-3.5).
+    not_empty = [m for m in chat if m["role"] != "system" or m["content"].strip()]
     for messages, marked in ((chat, "SUTA"), (chat, "SUT"), (not_empty, "SUTA")):
         signed = render(
             [
@@ -234,7 +234,9 @@ def _extent(
         ):
             extents.add((start, at + len(right)))
     if len(extents) != 1:
-        raise refusal(f"the chat template changes what a {chat[i]['role']} message says")
+        raise refusal(
+            f"the chat template changes, drops or repeats the text of a {chat[i]['role']} message"
+        )
     return extents.pop()
 
 
@@ -273,12 +275,12 @@ class _Cutter:
             if opening:
                 self._turns.append(TextTurn("system", at, at + len(opening)))
             at, head = at + len(opening), head.removeprefix(opening)
-        if not self._slots[0].num_messages and head not in self._first_starts(first):
+        if self._slots[0].num_messages:
+            return at
+        known = head in self._marks.first_starts(first.kind, first.message)
+        if not known or (first.kind == "S" and self._marks.starts_other(head)):
             raise refusal("the chat template begins this chat in a way of its own")
         return at
-
-    def _first_starts(self, item: Item) -> set[str]:
-        return self._marks.first_starts(item.kind, item.message)
 
     def _end(self, i: int) -> int | None:
         """Where the turn of item ``i`` ends; None if the next item is in the same turn."""
@@ -293,7 +295,9 @@ class _Cutter:
         end = _parting(gap, ends, self._marks.starts(then.kind, then.message))
         if end is not None:
             return item.end + end
-        if item.kind != then.kind or any(end.strip() and end in gap for end in ends):
+        # One turn, if what ends such turns is known and comes later.
+        ends = {end for end in ends if end.strip()}
+        if item.kind != then.kind or not ends or any(end in gap for end in ends):
             raise self._unknown(item.kind)
         return None
 
