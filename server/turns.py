@@ -353,6 +353,8 @@ class _Cutter:
     def _add(self, start: int, end: int, items: Sequence[Item]) -> None:
         while self.text.startswith(self._marks.signs.bos, start):
             start += 1
+        if start == end:  # a system message that says nothing, with nothing around it
+            return
         edges = [start, *(edge for item in items for edge in (item.start, item.end)), end]
         own = "".join(self.text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
         role = ROLES[items[-1].kind]
