@@ -797,6 +797,11 @@ EVERY = ALL.replace("MESSAGE", MARKED)
             "<|im_start|>user\n1 + 1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n" + EVERY,
             "begins",
         ),
+        (
+            "<|im_start|>system\nBe nice.<|im_end|>\n"
+            "<|im_start|>user\n1 + 1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n" + EVERY,
+            "begins",
+        ),
         # Something between turns, only in longer chats.
         (
             ALL.replace(
@@ -852,6 +857,67 @@ def test_a_system_turn_that_stays_beside_the_chats_own():
         turn_ml("system", "# Instructions\nBe nice.", "developer"),
         turn_ml("user", "hello"),
     ]
+
+
+NEEDS_USER = (
+    "{% if not messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{{ raise_exception('where is the user?') }}{% endif %}"
+)
+
+
+def test_a_template_may_refuse_a_system_message_alone():
+    assert cut(odd(NEEDS_USER + EVERY), SYSTEM_FIRST[:2]) == [
+        turn_ml("system", "Be nice."),
+        turn_ml("user", "hello there"),
+    ]
+    joins = odd(
+        NEEDS_USER + "{% for message in messages if message.role != 'system' %}"
+        "<|im_start|>{{ message.role }}\n"
+        "{% if loop.first and messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}"
+        "{{ message.content }}<|im_end|>\n{% endfor %}"
+    )
+    assert cut(joins, SYSTEM_FIRST[:2]) == [turn_ml("user", "Be nice.\nhello there")]
+
+
+def test_what_parts_turns_may_be_missing_before_the_first():
+    chat = odd(
+        "{% for message in messages %}{{ '\n\n' if not loop.first }}"
+        "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>{% endfor %}"
+    )
+    assert cut(chat, SYSTEM_FIRST) == [
+        ("system", "<|im_start|>system\nBe nice.<|im_end|>"),
+        ("user", "\n\n<|im_start|>user\nhello there<|im_end|>"),
+        ("assistant", "\n\n<|im_start|>assistant\nhi<|im_end|>"),
+        ("user", "\n\n<|im_start|>user\nthe fox?<|im_end|>"),
+    ]
+    assert cut(chat, USER_FIRST[:1]) == [("user", "<|im_start|>user\nhello there<|im_end|>")]
+
+
+def test_the_last_answer_may_end_otherwise():
+    last = "{{ '<|eos|>' if loop.last and message.role == 'assistant' else '<|im_end|>' }}"
+    chat = odd(EVERY.replace("<|im_end|>", last), [*CHATML, "<|eos|>"])
+    assert cut(chat, USER_FIRST) == [
+        turn_ml("user", "hello there"),
+        turn_ml("assistant", "hi"),
+        turn_ml("user", "the fox?"),
+    ]
+
+
+def test_a_template_may_look_for_the_call_of_a_result():
+    look = (
+        "{% if message.role == 'tool' and message.tool_call_id not in"
+        " loop.previtem.tool_calls | map(attribute='id') %}"
+        "{{ raise_exception('who asked for that?') }}{% endif %}"
+    )
+    chat = odd(
+        ALL.replace(
+            "MESSAGE",
+            look
+            + MARKED
+            + "{% if message.tool_calls %}{{ message.tool_calls[0].function.name }}{% endif %}",
+        )
+    )
+    assert cut(chat, [*CALLS[:2], result("hot")])[-1] == turn_ml("tool", "hot")
 
 
 def test_a_prompt_of_the_templates_own_in_the_users_turn():
