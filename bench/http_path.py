@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from headstart.engine.messages import ModelInfo, Output, Stats
 from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.segments import Span
 from headstart.server.app import create_app
 from headstart.server.tokenizer import Tokenizer
 
@@ -77,7 +78,13 @@ class SteadyEngine:
             self._streams = [stream for stream in self._streams if stream.tick()]
 
     def add(
-        self, token_ids: Sequence[int], params: SamplingParams, *, namespace: bytes = b""
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        salt: bytes = b"",
+        segments: Sequence[Span] = (),
+        adapter: str | None = None,
     ) -> SteadyStream:
         stream = SteadyStream(params.max_tokens, self._token_ids)
         self._streams.append(stream)

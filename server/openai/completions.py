@@ -235,9 +235,7 @@ def routes(runtime: Runtime) -> APIRouter:
             logprobs=body.logprobs is not None,
             include_usage=body.include_usage,
         )
-        choices = start_choices(
-            runtime, prompts, n=body.n or 1, stops=stops, salt=body.salt
-        )
+        choices = start_choices(runtime, prompts, n=body.n or 1, stops=stops, salt=body.salt)
         return Reply(choices, format, stream=bool(body.stream))
 
     return router

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from headstart.engine.errors import EngineDeadError
 from headstart.engine.messages import ModelInfo, Output, Stats, TokenLogprobs
 from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.segments import Span
 from headstart.server.app import create_app
 from headstart.server.settings import ServerSettings
 from headstart.server.tokenizer import Tokenizer
@@ -77,7 +78,9 @@ class FakeStream:
 class Added:
     token_ids: list[int]
     params: SamplingParams
-    namespace: bytes
+    salt: bytes
+    segments: list[Span]
+    adapter: str | None
     stream: FakeStream
 
 
@@ -118,7 +121,13 @@ class FakeEngine:
         self.stopped += 1
 
     def add(
-        self, token_ids: Sequence[int], params: SamplingParams, *, namespace: bytes = b""
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        salt: bytes = b"",
+        segments: Sequence[Span] = (),
+        adapter: str | None = None,
     ) -> FakeStream:
         if not self.ready:
             raise EngineDeadError("the engine has died")
@@ -128,7 +137,7 @@ class FakeEngine:
         if self.fail_after is not None:
             count, stream.error = self.fail_after
             del stream.outputs[count:]
-        self.added.append(Added(list(token_ids), params, namespace, stream))
+        self.added.append(Added(list(token_ids), params, salt, list(segments), adapter, stream))
         return stream
 
     def _outputs(self, params: SamplingParams) -> list[Output]:

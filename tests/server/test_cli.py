@@ -259,7 +259,7 @@ class Engine:
     async def start(self):
         if sys.argv[3] == "fail":
             raise ModelError("the file is truncated")
-    def add(self, token_ids, params, *, namespace=b""): return Stream()
+    def add(self, token_ids, params, **where): return Stream()
     async def stop(self): print("stopped", flush=True)
 
 listener = cli.bind("127.0.0.1", 0)
