@@ -22,7 +22,7 @@ from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.forecast import Forecast, forecast
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.memory import plan_memory
-from headstart.engine.messages import ModelInfo, Output, RelayStats, Stats, TokenLogprobs
+from headstart.engine.messages import AdapterInfo, ModelInfo, Output, RelayStats, Stats, TokenLogprobs
 from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder, warm_up
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.quantize import read_quality
@@ -206,6 +206,14 @@ class Engine:
         self._scheduler.add(
             Sequence(request_id, token_ids, len(token_ids), params, namespace=salt)
         )
+
+    def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Stub."""
+        raise RequestError("this engine loads no adapters")
+
+    def unload_adapter(self, name: str) -> None:
+        """Stub."""
+        raise RequestError(f"there is no adapter {name!r}")
 
     def abort(self, request_ids: list[int]) -> None:
         """End these requests and free what they hold; unknown ids are ignored."""

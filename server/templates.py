@@ -12,6 +12,7 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from headstart.engine.errors import ModelError, RequestError
+from headstart.engine.segments import Turn
 from headstart.server.tokenizer import Tokenizer
 
 Message = dict[str, str]
@@ -53,6 +54,15 @@ class ChatTemplate:
         else:
             return self._tokenizer.encode_rendered(rendered, hidden)
         raise RequestError(f"the model's chat template refuses the messages: {reason}", "messages")
+
+    def encode_turns(self, messages: Sequence[Message]) -> tuple[list[int], list[Turn]]:
+        """Stub, right for templates whose messages do not depend on each other."""
+        token_ids = self.encode(messages)
+        answer = len(self.encode([]))
+        ends = [len(self.encode(messages[: i + 1])) - answer for i in range(len(messages))]
+        starts = [0, *ends[:-1]]
+        roles = [message["role"] for message in messages]
+        return token_ids, [Turn(*turn) for turn in zip(roles, starts, ends, strict=True)]
 
     def _render(self, messages: Sequence[Message]) -> str:
         rendered, _ = render_jinja_template(
