@@ -18,6 +18,9 @@ import tokenizers
 
 from headstart.engine.errors import ModelError, RequestError
 
+Place = tuple[int, int]
+"""First character, and the one after the last."""
+
 # Where placeholders for special tokens in user text are taken from: two planes of code points
 # that Unicode leaves to private use.
 _PRIVATE_USE = (0xF0000, 0x10FFFE)
@@ -42,6 +45,7 @@ class Tokenizer:
         self.chat_template = chat_template
         backend.no_truncation()
         backend.no_padding()
+        _keep_spaces_in_places(backend)
         control = {
             token.content: token_id
             for token_id, token in backend.get_added_tokens_decoder().items()
@@ -77,6 +81,16 @@ class Tokenizer:
         # Computes no offsets, and lets go of the GIL.
         encoding = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding[0].ids
+
+    def encode_placed(self, text: str) -> tuple[list[int], list[Place | None]]:
+        """Ids of ``text`` with the tokenizer's own special tokens, and where each comes from.
+
+        Tokens that are parts of one character have the same place; those the tokenizer adds have
+        none.
+        """
+        [encoding] = self.backend.encode_batch([text], add_special_tokens=True)
+        sources = zip(encoding.sequence_ids, encoding.offsets, strict=True)
+        return encoding.ids, [None if source is None else place for source, place in sources]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -231,6 +245,19 @@ def private_characters(texts: Iterable[str], count: int) -> list[str]:
     if len(found) < count:
         raise RequestError("the messages use too many private-use characters", "messages")
     return found
+
+
+def _keep_spaces_in_places(backend: tokenizers.Tokenizer) -> None:
+    """Have the place of a token hold the space before a word, which many are told to leave out."""
+    processor = backend.post_processor
+    if processor is None:
+        return
+    settings = json.loads(processor.__getstate__())
+    for part in (settings, *settings.get("processors", ())):
+        if "trim_offsets" in part:
+            part["trim_offsets"] = False
+    processor.__setstate__(json.dumps(settings).encode())
+    backend.post_processor = processor
 
 
 def _encode_plain(plain: tokenizers.Tokenizer, text: str) -> list[int]:
