@@ -174,9 +174,12 @@ def load_adapter(
 
 def _read_settings(path: Path) -> Settings:
     try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+        text = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", error)
+        raise ModelError(f"{path}: cannot be read: {reason}") from error
+    try:
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict):
