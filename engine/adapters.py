@@ -22,10 +22,10 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -42,10 +42,11 @@ logger = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MAX_RANK = 256
-PREFIX = "base_model.model.model.layers."
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of modules."""
 
 HARMLESS = frozenset(
-    "alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config "  # noqa: SIM905
+    "alpha_pattern auto_mapping base_model_name_or_path bias corda_config "  # noqa: SIM905
     "ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
     "init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout "
     "lora_ga_config megatron_config megatron_core peft_type peft_version qalora_group_size r "
@@ -87,11 +88,35 @@ def targets(config: ModelConfig) -> list[Target]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """adapter_config.json: ``r`` and ``alpha``, and others for modules whose name ends so.
+
+    ``use_rslora`` and ``segment_mask`` are the adapter's as a whole.
+    """
+
+    r: int
+    alpha: float
+    rank_pattern: list[tuple[re.Pattern[str], int]]
+    alpha_pattern: list[tuple[re.Pattern[str], float]]
+    use_rslora: bool
+    segment_mask: str | None
+
+    def rank(self, module: str) -> int:
+        """Of ``module``, as "model.layers.0.mlp.up_proj": the first that fits, as in PEFT."""
+        return next((r for name, r in self.rank_pattern if name.fullmatch(module)), self.r)
+
+    def scaling(self, module: str) -> float:
+        fitting = (alpha for name, alpha in self.alpha_pattern if name.fullmatch(module))
+        rank = self.rank(module)
+        return next(fitting, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Adapter:
     """A loaded adapter. ``weights``: the backend's ``lora_adapter``.
 
-    ``digest`` is of the files: KV made with other weights of the same name is not found.
+    ``digest`` is of all numbers in them: KV made with others under the same name is not found.
     """
 
     info: AdapterInfo
@@ -111,7 +136,7 @@ def load_adapter(
     ``smoothing``: what each layer's inputs are divided by (``quantize.read_smoothing``), or None.
     Raises ModelError naming the setting, file or tensor that is missing, wrong or not supported.
     """
-    settings = _read_settings(folder)
+    settings = _read_settings(folder / CONFIG)
     if not (folder / WEIGHTS).exists():
         other = (
             " (adapter_model.bin is not read: convert it)" * (folder / "adapter_model.bin").exists()
@@ -122,18 +147,21 @@ def load_adapter(
     found = _modules(weights.names(), every, config.num_layers, folder)
     layers: list[list[LoraPart]] = []
     largest = 0
+    digest = hashlib.blake2b(digest_size=16)
     for layer in range(config.num_layers):
         parts: list[list[LoraPart]] = [[] for _ in range(MATRICES)]
         for target in every:
             if (layer, target.name) not in found:
                 continue
-            module = f"{layer}.{target.module}"
+            module = f"model.layers.{layer}.{target.module}"
             down, up = _read_pair(weights, module, target, settings, folder)
-            rank = len(down)
             if smoothing is not None:
                 _follow_smoothing(down, up, target, smoothing[layer], config)
             parts[target.matrix].append(LoraPart(target.first, down, up))
-            largest = max(largest, rank)
+            largest = max(largest, len(down))
+            digest.update(f"{module} {len(down)} ".encode())
+            digest.update(down.numpy().data)
+            digest.update(up.numpy().data)
         layers += parts
     weights.finish()
     info = AdapterInfo(
@@ -142,10 +170,8 @@ def load_adapter(
         rank=largest,
         targets=[t.name for t in every if any(target == t.name for _, target in found)],
         num_bytes=(folder / WEIGHTS).stat().st_size,
-        segment_mask=settings.get("segment_mask"),
+        segment_mask=settings.segment_mask,
     )
-    digest = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16)
-    digest.update((folder / WEIGHTS).read_bytes())
     return Adapter(info, digest.digest(), backend.lora_adapter(layers))
 
 
@@ -196,23 +222,44 @@ class Adapters:
         return self._by_name[name]
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, checked."""
-    path = folder / CONFIG
+def _read_settings(path: Path) -> Settings:
     try:
-        settings = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+        text = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", error)
+        raise ModelError(f"{path}: cannot be read: {reason}") from error
+    try:
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {str(error).splitlines()[0]}") from error
-    if not isinstance(settings, dict):
+    if not isinstance(found, dict):
         raise ModelError(f"{path}: not a JSON object")
+    _refuse_other_methods(path, found)
+    rslora, mask = found.get("use_rslora"), found.get("segment_mask")
+    if rslora not in (None, False, True):
+        raise ModelError(f"{path}: use_rslora must be true or false, got {rslora!r:.100}")
+    if mask is not None and mask not in MASKS:
+        raise ModelError(
+            f"{path}: segment_mask must be one of {', '.join(MASKS)}; got {mask!r:.100}"
+        )
+    return Settings(
+        r=_number(path, "r", found.get("r"), int),
+        alpha=_number(path, "lora_alpha", found.get("lora_alpha", 8), float),
+        rank_pattern=_pattern(path, "rank_pattern", found.get("rank_pattern"), int),
+        alpha_pattern=_pattern(path, "alpha_pattern", found.get("alpha_pattern"), float),
+        use_rslora=bool(rslora),
+        segment_mask=mask,
+    )
+
+
+def _refuse_other_methods(path: Path, settings: dict[str, Any]) -> None:
+    """Raise ModelError for what would change the result and is not computed here."""
 
     def refuse(why: str) -> None:
         raise ModelError(f"{path}: {why}")
 
     if settings.get("peft_type") != "LORA":
-        refuse(f"peft_type is {settings.get('peft_type')!r}; only 'LORA' is supported")
+        refuse(f"peft_type is {settings.get('peft_type')!r:.100}; only 'LORA' is supported")
     if settings.get("use_dora"):
         refuse("use_dora (DoRA) is not supported: merge the adapter into the model's weights")
     if settings.get("bias", "none") != "none" or settings.get("lora_bias"):
@@ -222,34 +269,47 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     begin = settings.get("init_lora_weights")
     if isinstance(begin, str) and begin.lower().startswith(BASE_CHANGING):
         refuse(
-            f"init_lora_weights is {begin!r}, which changes the model's own weights: "
-            "convert the adapter to a plain one when saving it (path_initial_model_for_weight_"
-            "conversion)"
+            f"init_lora_weights is {begin!r:.100}, which changes the "
+            "model's own weights: convert the adapter to a plain one when saving it "
+            "(path_initial_model_for_weight_conversion)"
         )
     for key, value in settings.items():
         if key not in HARMLESS and value not in (None, False, [], {}, ""):
-            refuse(f"{key} is {value!r}, which is not supported".replace("\n", " ")[:300])
-    _check_number(path, "lora_alpha", settings.get("lora_alpha", 8))
-    _check_number(path, "r", settings.get("r"), whole=True)
-    for key in ("alpha_pattern", "rank_pattern"):
-        pattern = settings.get(key) or {}
-        if not isinstance(pattern, dict):
-            refuse(f"{key} must be an object, got {pattern!r}")
-        for name, value in pattern.items():
-            if not re.fullmatch(r"[\w.]+", name):
-                refuse(f"{key} has {name!r}: names of modules are supported, patterns are not")
-            _check_number(path, f"{key}[{name!r}]", value, whole=key == "rank_pattern")
-    mask = settings.get("segment_mask")
-    if mask is not None and mask not in MASKS:
-        refuse(f"segment_mask must be one of {', '.join(MASKS)}; got {mask!r}")
-    return settings
+            refuse(f"{key!r:.100} is {value!r:.100}, which is not supported")
 
 
-def _check_number(path: Path, name: str, value: object, *, whole: bool = False) -> None:
-    kind = int if whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e6:
-        what = "a whole number above 0" if whole else "a positive number"
-        raise ModelError(f"{path}: {name} must be {what}, got {value!r}")
+Number = TypeVar("Number", int, float)
+
+
+def _number(path: Path, name: str, value: object, kind: type[Number]) -> Number:
+    number = isinstance(value, int if kind is int else (int, float))
+    if isinstance(value, int | float) and number and value is not True and 0 < value < 1e6:
+        return kind(value)
+    what = "a whole number" if kind is int else "a number"
+    raise ModelError(f"{path}: {name} must be {what} above 0 and below 1e6, got {value!r:.100}")
+
+
+def _pattern(
+    path: Path, key: str, pattern: object, kind: type[Number]
+) -> list[tuple[re.Pattern[str], Number]]:
+    """Numbers by the end of modules' names, such as "q_proj" or "layers.0.mlp.up_proj".
+
+    PEFT takes the names for regular expressions. Of these only the dot is supported, which so
+    stands for any character.
+    """
+    if pattern is None:
+        return []
+    if not isinstance(pattern, dict):
+        raise ModelError(f"{path}: {key} must be an object, got {pattern!r:.100}")
+    numbers = []
+    for name, value in pattern.items():
+        if not re.fullmatch(r"[\w.]+", name):
+            raise ModelError(
+                f"{path}: {key} has {name!r:.100}: names of modules are supported, patterns are not"
+            )
+        number = _number(path, f"{key}[{name!r:.100}]", value, kind)
+        numbers.append((re.compile(rf"(.*\.)?{name}"), number))
+    return numbers
 
 
 def _modules(
@@ -259,10 +319,14 @@ def _modules(
     known = {target.module: target.name for target in every}
     found = set()
     for name in names:
-        match = re.fullmatch(re.escape(PREFIX) + r"(\d{1,6})\.([a-z_.]+)\.lora_[AB]\.weight", name)
+        match = re.fullmatch(
+            re.escape(f"{PREFIX}model.layers.")
+            + r"(0|[1-9][0-9]{0,5})\.([a-z_.]+)\.lora_[AB]\.weight",
+            name,
+        )
         if match is None or match[2] not in known:
             raise ModelError(
-                f"{folder / WEIGHTS}: tensor {name[:200]!r} is not supported; adapters may change "
+                f"{folder / WEIGHTS}: tensor {name!r:.200} is not supported; adapters may change "
                 f"{', '.join(sorted(known))} of model.layers"
             )
         if int(match[1]) >= num_layers:
@@ -277,22 +341,22 @@ def _modules(
 
 
 def _read_pair(
-    weights: Weights, module: str, target: Target, settings: Mapping[str, Any], folder: Path
+    weights: Weights, module: str, target: Target, settings: Settings, folder: Path
 ) -> tuple[Tensor, Tensor]:
     """A ``[rank, in]`` and scaling * B ``[out, rank]`` of one matrix, float32 copies."""
-    names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
-    rank = int(_by_pattern(settings.get("rank_pattern"), module, settings["r"]))
+    rank = settings.rank(module)
     if rank > MAX_RANK:
         raise ModelError(
             f"{folder / CONFIG}: {module} has rank {rank}; ranks to {MAX_RANK} are supported"
         )
+    names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
     down = weights.take(names[0], (rank, target.in_features)).float().clone()
-    up = weights.take(names[1], (target.out_features, rank)).float().clone()
+    up = weights.take(names[1], (target.out_features, rank)).float() * settings.scaling(module)
     for name, tensor in zip(names, (down, up), strict=True):
         if not tensor.isfinite().all():
-            raise ModelError(f"{folder / WEIGHTS}: tensor {name} holds NaN or infinity")
-    alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
-    up *= alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+            raise ModelError(
+                f"{folder / WEIGHTS}: tensor {name} holds NaN or infinity, or does once scaled"
+            )
     return down, up
 
 
@@ -306,11 +370,3 @@ def _follow_smoothing(
         up /= heads[:, 0].reshape(-1, 1)
     elif target.name == "up_proj":
         up /= factors["down"][:, None]
-
-
-def _by_pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
-    """The value of the first name in ``pattern`` that ends the module's, as PEFT finds it."""
-    for key, value in (pattern or {}).items():
-        if f".model.layers.{module}".endswith(f".{key}"):
-            return value
-    return default

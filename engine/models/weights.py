@@ -32,16 +32,19 @@ MAX_NAMED = 5
 
 
 class Weights:
-    """The tensors of one folder, handed out once each by ``take``."""
+    """The tensors of ``source``, a folder or a file, handed out once each by ``take``."""
 
-    def __init__(self, files: dict[Path, Any], dtypes: tuple[str, ...] = FLOATS) -> None:
+    def __init__(
+        self, source: Path, files: dict[Path, Any], dtypes: tuple[str, ...] = FLOATS
+    ) -> None:
+        self._source = source
         self._dtypes = dtypes
         self._owner: dict[str, tuple[Path, Any]] = {}
         for path, file in files.items():
             for name in file.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
                 if name in self._owner:
                     raise ModelError(
-                        f"tensor {name} is in both {self._owner[name][0].name} and {path.name}"
+                        f"tensor {name} is in both {self._owner[name][0]} and {path.name}"
                     )
                 self._owner[name] = (path, file)
         self._taken: set[str] = set()
@@ -54,12 +57,12 @@ class Weights:
         Raises ModelError naming the file that is missing, truncated or not safetensors.
         """
         files = {path: _open_file(path) for path in weight_files(folder)}
-        return cls(files, dtypes)
+        return cls(folder, files, dtypes)
 
     @classmethod
     def open_file(cls, path: Path, dtypes: tuple[str, ...] = FLOATS) -> Weights:
         """The same of one safetensors file, whatever its name."""
-        return cls({path: _open_file(path)}, dtypes)
+        return cls(path, {path: _open_file(path)}, dtypes)
 
     @overload
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor: ...
@@ -79,14 +82,14 @@ class Weights:
         if name not in self._owner:
             if optional:
                 return None
-            raise ModelError(f"tensor {name} is missing from the weights")
+            raise ModelError(f"tensor {name} is missing from {self._source}")
         path, file = self._owner[name]
         try:
             view = file.get_slice(name)
             stored, dtype = tuple(view.get_shape()), view.get_dtype()
             if stored != shape:
                 raise ModelError(
-                    f"tensor {name} in {path.name} has shape {_show(stored)}, "
+                    f"tensor {name} in {path} has shape {_show(stored)}, "
                     f"the config asks for {_show(shape)}"
                 )
             _check_dtype(name, path, dtype, self._dtypes)
@@ -114,7 +117,7 @@ class Weights:
         if extra:
             more = f" and {len(extra) - MAX_NAMED} more" if len(extra) > MAX_NAMED else ""
             raise ModelError(
-                f"the weights hold tensors this architecture does not use: "
+                f"{self._source}: holds tensors this architecture does not use: "
                 f"{', '.join(extra[:MAX_NAMED])}{more}"
             )
 
@@ -152,8 +155,7 @@ def check_headers(folder: Path) -> None:
 def _check_dtype(name: str, path: Path, dtype: str, supported: tuple[str, ...]) -> None:
     if dtype not in supported and not name.endswith(HARMLESS_SUFFIX):
         raise ModelError(
-            f"tensor {name} in {path.name} is stored as {dtype}; "
-            f"supported are {', '.join(supported)}"
+            f"tensor {name} in {path} is stored as {dtype}; supported are {', '.join(supported)}"
         )
 
 

@@ -83,6 +83,13 @@ class PackedLora:
     tensors: list[Tensor]
 
 
+class LoraPlan(NamedTuple):
+    """Which rows get the terms of which adapter, and those adapters, which it points into."""
+
+    plan: _cpu.LoraPlan
+    adapters: Sequence[PackedLora]
+
+
 class Query(NamedTuple):
     data: Tensor
     ptr: int
@@ -278,15 +285,15 @@ class CpuBackend:
                 )
         return packed
 
-    def plan_lora(self, adapters: Sequence[PackedLora], rows: Sequence[IntArray]) -> _cpu.LoraPlan:
+    def plan_lora(self, adapters: Sequence[PackedLora], rows: Sequence[IntArray]) -> LoraPlan:
         plan = _cpu.LoraPlan()
         for packed, some in zip(adapters, rows, strict=True):
             plan.add(packed.adapter, some)
-        return plan
+        return LoraPlan(plan, adapters)
 
-    def add_lora(self, x: Rows, y: Tensor, plan: _cpu.LoraPlan, layer: int) -> None:
+    def add_lora(self, x: Rows, y: Tensor, plan: LoraPlan, layer: int) -> None:
         self._kernels.lora(
-            plan,
+            plan.plan,
             layer,
             _TYPES[self.kv_dtype],
             x.data.shape[1],

@@ -30,6 +30,7 @@ from headstart.engine.models.quantize import (
     quantize_matrix,
     read_int8,
     read_quality,
+    read_smoothing,
     smooth_layer,
     smoothing,
 )
@@ -207,6 +208,50 @@ def test_damaged_weights_are_named(quantised: Path) -> None:
     damaged(stray=torch.zeros(1))
     with pytest.raises(ModelError, match="stray"):
         read_all(quantised)
+
+
+def test_the_smoothing_is_kept(folder: Path) -> None:
+    """The int8 weights without it are the model's own, within half a step of rounding."""
+    quantize(folder)
+    config = ModelConfig.from_folder(folder)
+    factors = read_smoothing(config, folder)
+    originals, rounded = read_float(config, folder).layers, read_int8(config, folder).layers
+    # Rows that are not divided themselves: q of qkv, gate of gate_up, all of the other two.
+    rows = {"qkv": config.num_heads * config.head_dim, "gate_up": config.intermediate_size}
+    for kept, original, layer in zip(factors, originals, rounded, strict=True):
+        assert kept.keys() == {"qkv", "o", "gate_up", "down"}
+        for name, factor in kept.items():
+            assert factor.dtype is torch.float32
+            assert factor.max() > 1.2 * factor.min()
+            matrix, weight = getattr(layer, name), getattr(original, name).weight
+            error = (matrix.weight * matrix.scale[:, None] / factor - weight).abs()
+            within = error <= 0.501 * matrix.scale[:, None] / factor
+            assert within[: rows.get(name)].all()
+
+
+def test_missing_and_damaged_smoothing_is_named(quantised: Path) -> None:
+    config = ModelConfig.from_folder(quantised)
+    path = quantised / "int8" / "smoothing.safetensors"
+    good, tensors = path.read_bytes(), load_file(path)
+    name = "layers.1.down"
+    for size in (0, 5, 300, len(good) - 1):
+        path.write_bytes(good[:size])
+        with pytest.raises(ModelError, match=r"smoothing\.safetensors: truncated"):
+            read_smoothing(config, quantised)
+    for changes, said in (
+        ({name: tensors[name][:-1]}, rf"{name} in .*smoothing\.safetensors has shape \[95\]"),
+        ({name: None}, rf"{name} is missing from .*smoothing\.safetensors"),
+        ({name: tensors[name].int()}, rf"{name} in .*smoothing\.safetensors is stored as I32"),
+        ({"layers.2.down": torch.ones(96)}, r"smoothing\.safetensors: holds .* layers\.2\.down"),
+    ):
+        changed = {**tensors, **changes}
+        path.unlink()
+        save_file({k: t.contiguous() for k, t in changed.items() if t is not None}, path)
+        with pytest.raises(ModelError, match=said):
+            read_smoothing(config, quantised)
+    path.unlink()
+    with pytest.raises(ModelError, match=r"smoothing\.safetensors is missing: pull the model ag"):
+        read_smoothing(config, quantised)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"int8": "many"}', "null"])

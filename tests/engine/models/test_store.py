@@ -76,6 +76,8 @@ def test_gguf_file(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> None:
         "headstart.json",
         "int8",
     }
+    int8 = {path.name for path in (folder / "int8").iterdir()}
+    assert int8 == {"model.safetensors", "smoothing.safetensors", "quality.json"}
     assert visible(tmp_path / "cache") == [folder.name]
     original = tiny_model("llama")
     theirs = load_file(original / "model.safetensors")
@@ -132,7 +134,7 @@ class TestStaleness:
         assert (folder / "model.safetensors").stat().st_ino != before
         assert visible(tmp_path / "cache") == [folder.name]
 
-    @pytest.mark.parametrize("marker", ['{"format": 0}', "", "[]", None])
+    @pytest.mark.parametrize("marker", [f'{{"format": {store.FORMAT - 1}}}', "", "[]", None])
     def test_other_format_or_no_marker(
         self, gguf_path: Path, tmp_path: Path, marker: str | None
     ) -> None:
