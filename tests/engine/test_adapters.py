@@ -377,7 +377,7 @@ def test_salt_and_segments_count_beside_the_adapter(llama: Judge) -> None:
 def test_a_salt_cannot_pass_for_an_adapter(llama: Judge) -> None:
     engine = make_engine(llama.model, llama.paths)
     assert cached_tokens(engine, Request(PROMPT, "all")) == 0
-    digest = engine._adapters["all"].digest
+    digest = engine._adapters.get("all").digest
     for salt in (digest, bytes([0, len(digest)]) + digest, bytes([len(digest)]) + digest):
         engine.add(0, array("i", PROMPT), greedy(1), salt=salt)
         assert finish(engine, {})[0] == 0
