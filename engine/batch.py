@@ -195,8 +195,7 @@ def build_batch(
 def _ranges_of_rows(ranges: KVRanges, first: int, last: int) -> KVRanges:
     """What ``ranges`` are to rows ``[first, last)`` alone, which become rows 0, 1, ..."""
     here = (ranges.rows >= first) & (ranges.rows < last)
-    counts = np.add.reduceat(np.append(here, False), ranges.row_start[:-1], dtype=np.int32)
-    counts[ranges.row_start[1:] == ranges.row_start[:-1]] = 0  # reduceat's value of nothing
+    counts = np.diff(_starts(here)[ranges.row_start])
     kept = np.flatnonzero(counts)
     pages = [ranges.pages[ranges.page_start[i] : ranges.page_start[i + 1]] for i in kept]
     return KVRanges(

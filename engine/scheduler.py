@@ -258,7 +258,9 @@ class Scheduler:
         room = (held + self._available) * self._page_size - start
         if num_tokens > room:
             # Rather a shorter chunk than somebody else's pages.
-            num_tokens = self._chunk(seq, start, room) or self._shortest_chunk(seq, start)
+            num_tokens = self._chunk(seq, start, room) or self._shortest_chunk(
+                seq, start, num_tokens
+            )
         if self._take_pages(step, seq, self._pool.pages_for(start + num_tokens) - held):
             step.prefills = True
             self._put(step, seq, start, num_tokens)
@@ -315,17 +317,23 @@ class Scheduler:
     def _chunk(self, seq: Sequence, start: int, most: int) -> int:
         """At most how many of ``most`` tokens make a chunk; 0 where a segment is longer.
 
-        It ends where a page does, if it is not the last chunk.
+        It ends where a page does, or a segment, if it is not the last chunk.
         """
-        if len(seq.token_ids) - start <= most:
+        limit = start + most
+        if len(seq.token_ids) <= limit:
             return len(seq.token_ids) - start
-        end = (start + most) // self._page_size * self._page_size
-        return max(seq.segments.start_of(end if end > start else start + most) - start, 0)
+        end = limit // self._page_size * self._page_size
+        if end <= start:
+            end = limit
+        whole = seq.segments.end_of(end)
+        return max((whole if whole <= limit else seq.segments.start_of(end)) - start, 0)
 
-    def _shortest_chunk(self, seq: Sequence, start: int) -> int:
-        """The rest of the segment that ``start`` lies in, or tokens for one page."""
+    def _shortest_chunk(self, seq: Sequence, start: int, most: int) -> int:
+        """The rest of the segment that ``start`` lies in, or of ``most`` tokens one page's."""
         end = seq.segments.end_of(start + 1)
-        return end - start if end > start + 1 else self._chunk(seq, start, self._page_size)
+        if end > start + 1:
+            return end - start
+        return self._chunk(seq, start, min(most, self._page_size))
 
     def _match(self, start: Node, seq: Sequence) -> Match:
         # The last token is always computed: its logits are wanted.

@@ -3,11 +3,11 @@
 import itertools
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -16,29 +16,40 @@ from headstart.engine.kv_pool import PagePool
 from headstart.engine.radix_cache import RadixCache
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import NewToken, Scheduler, SchedulerOutput
+from headstart.engine.segments import Segments, Span
 from headstart.engine.sequence import FinishReason, Sequence, Status
 
 EOS = 2
 
 
 def make_sequence(
-    id_: int, prompt: list[int], max_tokens: int = 1, namespace: bytes = b"", **params: Any
+    id_: int,
+    prompt: list[int],
+    max_tokens: int = 1,
+    namespace: bytes = b"",
+    spans: Iterable[Span] = (),
+    **params: Any,
 ) -> Sequence:
+    segments = Segments.of(spans, len(prompt))
     return Sequence(
         id=id_,
         token_ids=array("i", prompt),
         num_prompt_tokens=len(prompt),
         params=SamplingParams(max_tokens=max_tokens, **params),
-        namespace=namespace,
+        namespace=namespace + bytes([bool(segments)]),
+        segments=segments,
     )
 
 
-def prefix_hashes(seq: Sequence) -> list[int]:
-    """For each position a number for the namespace and all tokens up to it."""
-    hashes = itertools.accumulate(
-        seq.token_ids, lambda h, token: hash((h, token)), initial=hash(seq.namespace)
+def kv_contents(seq: Sequence) -> list[int]:
+    """For each position a number for all that its KV depends on: the namespace, the tokens its
+    row sees, and what each of their rows sees."""
+    seen = seq.segments.visible(0, seq.num_tokens)
+    rows = zip(seq.token_ids, seen, strict=True)
+    hashes = list(
+        itertools.accumulate(rows, lambda h, row: hash((h, row)), initial=hash(seq.namespace))
     )
-    return list(hashes)[1:]
+    return [hash((i, hashes[visible])) for i, visible in enumerate(seen)]
 
 
 class Engine:
@@ -57,40 +68,76 @@ class Engine:
         self.slots: dict[tuple[int, int], int] = {}
         self.num_computed = 0
 
+    def schedule(self) -> SchedulerOutput:
+        """The next step, with what must hold for every one."""
+        running = list(self.scheduler._running)
+        output = self.scheduler.schedule()
+        assert output.scheduled or not self.scheduler.has_work
+        chunks = {entry.seq: entry for entry in output.scheduled}
+        decoding = [seq for seq in running if seq.num_pending_tokens == 1]
+        for seq in decoding:
+            assert seq.status is Status.WAITING or chunks[seq].num_tokens == 1, "must decode"
+        # The first of those that run is passed over only for what the step computes for it; so is
+        # the first of the prompts.
+        alive = [seq for seq in running if seq.status is Status.RUNNING]
+        for first in (alive[:1], [seq for seq in alive if seq not in decoding][:1]):
+            for seq in first:
+                assert seq in chunks or self.computes_for(output, seq), "starves"
+        if output.num_tokens > self.scheduler._max_batched_tokens:
+            self.check_long(output)
+        return output
+
+    def computes_for(self, output: SchedulerOutput, seq: Sequence) -> bool:
+        wanted = set(kv_contents(seq)[seq.num_computed_tokens :])
+        return any(
+            wanted & set(kv_contents(other)[start : start + num_tokens])
+            for other, start, num_tokens, _ in output.scheduled
+        )
+
+    def check_long(self, output: SchedulerOutput) -> None:
+        """Beyond the budget: one prompt, and in it a segment that begins within a page."""
+        [(seq, start, num_tokens, _)] = [e for e in output.scheduled if e.num_tokens > 1]
+        [begin] = [first for first, end in seq.segments.spans if end == start + num_tokens]
+        assert begin < start + self.pool.page_size
+
     def compute(self, output: SchedulerOutput) -> None:
         """Write the chunks' slots, then read everything up to their ends."""
         size = self.pool.page_size
-        prefixes = {entry.seq: prefix_hashes(entry.seq) for entry in output.scheduled}
+        contents = {entry.seq: kv_contents(entry.seq) for entry in output.scheduled}
         for seq, start, num_tokens, samples in output.scheduled:
             assert seq.status is Status.RUNNING
             assert num_tokens > 0
             assert start == seq.num_computed_tokens
             assert samples is (start + num_tokens == seq.num_tokens)
             assert len(seq.pages) == -(-(start + num_tokens) // size)
+            end = start + num_tokens
+            assert max(seq.segments.visible(start, end)) == end, "a segment is cut"
             for i in range(start, start + num_tokens):
                 page = seq.pages[i // size]
                 assert self.pool._references[page] == 1, "writes to a page others use"
-                self.slots[page, i % size] = prefixes[seq][i]
+                self.slots[page, i % size] = contents[seq][i]
         for seq, start, num_tokens, _ in output.scheduled:
             for i in range(start + num_tokens):
-                assert self.slots[seq.pages[i // size], i % size] == prefixes[seq][i]
+                assert self.slots[seq.pages[i // size], i % size] == contents[seq][i]
         self.num_computed += output.num_tokens
 
     def step(self, sample: Callable[[Sequence], int | None] = lambda seq: 1) -> list[NewToken]:
-        output = self.scheduler.schedule()
-        assert output.scheduled or not self.scheduler.has_work
+        output = self.schedule()
         self.compute(output)
         tokens = [sample(entry.seq) for entry in output.scheduled if entry.samples]
         new = self.scheduler.commit(output, tokens)
         self.scheduler.check()
         return new
 
-    def drain(self, limit: int) -> None:
+    def finish(self, limit: int) -> None:
         for _ in range(limit):
             if not self.scheduler.has_work:
                 break
             self.step()
         assert not self.scheduler.has_work, f"not done within {limit} steps"
+
+    def drain(self, limit: int) -> None:
+        self.finish(limit)
         self.cache.clear()
         assert self.pool.num_used == 0
         self.pool.check({})
@@ -271,6 +318,14 @@ def test_admission_counts_what_the_step_has_promised_already() -> None:
     assert scheduled(engine.scheduler.schedule()) == [(0, 0, 2)]
 
 
+def test_a_page_at_others_cost_is_not_more_than_the_budget() -> None:
+    engine = Engine(num_pages=10, page_size=4, max_batched_tokens=3)
+    for seq in (make_sequence(0, [3] * 28), make_sequence(1, [4] * 2, max_tokens=30)):
+        engine.scheduler.add(seq)
+    engine.drain(60)
+    assert engine.scheduler.preemptions == 1
+
+
 def test_preemption_happens_and_nothing_is_lost() -> None:
     engine = Engine(num_pages=10, page_size=1, max_running=4)
     sequences = [make_sequence(i, [3 + i], max_tokens=9) for i in range(4)]
@@ -293,6 +348,197 @@ def test_admission_leaves_room_to_grow() -> None:
     engine.scheduler.add(make_sequence(1, [5] * 12))
     engine.drain(40)
     assert engine.scheduler.preemptions == 0
+
+
+# ------------------------------------------------------------------------------- segments
+
+
+def test_a_chunk_ends_where_a_segment_ends_or_begins() -> None:
+    engine = Engine(max_batched_tokens=16)
+    spans = [(2, 15), (15, 31), (33, 36), (41, 50)]
+    engine.scheduler.add(make_sequence(0, list(range(60)), spans=spans))
+    chunks = []
+    while engine.scheduler.has_work:
+        output = engine.schedule()
+        chunks += [(start, num_tokens) for _, start, num_tokens in scheduled(output)]
+        engine.compute(output)
+        engine.scheduler.commit(output, [1] * sum(e.samples for e in output.scheduled))
+    # Up to a segment's end, twice; before a segment, since 47 and 44 are in it; the rest.
+    assert chunks == [(0, 15), (15, 16), (31, 10), (41, 15), (56, 4)]
+
+
+def test_a_segment_that_fits_beside_other_prompts_runs_with_them() -> None:
+    engine = Engine(max_batched_tokens=16)
+    engine.scheduler.add(make_sequence(0, [3] * 3))
+    # 12 would be a page's end, but in the segment; the 13 tokens that are left of the budget do.
+    engine.scheduler.add(make_sequence(1, list(range(20)), spans=[(0, 13)]))
+    assert scheduled(engine.schedule()) == [(0, 0, 3), (1, 0, 13)]
+
+
+def test_a_segment_longer_than_the_budget_runs_whole() -> None:
+    """With the begin of text before it; what follows is an ordinary chunk."""
+    engine = Engine(max_batched_tokens=8)
+    engine.scheduler.add(make_sequence(0, list(range(40)), spans=[(1, 26)]))
+    output = engine.schedule()
+    assert scheduled(output) == [(0, 0, 26)]
+    engine.compute(output)
+    engine.scheduler.commit(output, [])
+    assert scheduled(engine.schedule()) == [(0, 26, 6)]
+
+
+def test_a_long_segment_waits_for_its_turn_and_holds_up_others_for_one_step() -> None:
+    engine = Engine(max_batched_tokens=8)
+    engine.scheduler.add(make_sequence(0, [3] * 14, max_tokens=9))
+    engine.scheduler.add(make_sequence(1, list(range(33)), spans=[(0, 30)]))
+    engine.scheduler.add(make_sequence(2, [5] * 3))
+    steps = []
+    for _ in range(4):
+        output = engine.schedule()
+        steps.append(scheduled(output))
+        engine.compute(output)
+        engine.scheduler.commit(output, [1] * sum(e.samples for e in output.scheduled))
+        engine.scheduler.check()
+    assert steps == [
+        [(0, 0, 8)],
+        [(0, 8, 6)],  # 2 are left: not enough for the segment, and nobody overtakes it
+        [(0, 14, 1), (1, 0, 30)],
+        [(0, 15, 1), (1, 30, 3), (2, 0, 3)],
+    ]
+    engine.drain(10)
+
+
+def test_a_long_segment_is_not_passed_over_while_others_come() -> None:
+    engine = Engine(max_batched_tokens=8, max_running=4)
+    long = make_sequence(9, list(range(10, 60)), spans=[(6, 45)])
+    engine.scheduler.add(make_sequence(0, [3] * 7))
+    engine.scheduler.add(long)
+    for i in range(1, 4):
+        engine.scheduler.add(make_sequence(i, [3 + i] * 7))
+        engine.step()
+    # A token beside the first prompt, then all before the segment, then the segment.
+    assert long.num_computed_tokens == 45
+    engine.drain(20)
+
+
+def test_those_that_decode_get_a_token_in_every_step_of_long_segments() -> None:
+    engine = Engine(num_pages=200, max_batched_tokens=8)
+    decoding = [make_sequence(i, [3 + i] * 2, max_tokens=50) for i in range(3)]
+    for seq in decoding:
+        engine.scheduler.add(seq)
+    engine.step()
+    spans = [(0, 40), (40, 45), (50, 90)]
+    long = [make_sequence(3 + i, [20 + i] * 100, max_tokens=2, spans=spans) for i in range(3)]
+    for seq in long:
+        engine.scheduler.add(seq)
+    steps = 0
+    while any(seq.status is not Status.FINISHED for seq in long):
+        engine.step()
+        steps += 1
+        assert [seq.num_output_tokens for seq in decoding] == [1 + steps] * 3
+    assert steps < 3 * 8
+    engine.drain(60)
+
+
+def test_a_chunk_begins_in_a_segment_whose_beginning_is_cached() -> None:
+    engine = Engine(max_batched_tokens=16)
+    prompts = [[*range(10, 29), last, *range(30, 50)] for last in (8, 9)]
+    engine.scheduler.add(make_sequence(0, prompts[0], spans=[(2, 19)]))
+    engine.finish(9)
+    # The fifth page is another one, behind the segment.
+    engine.scheduler.add(make_sequence(1, prompts[1], spans=[(2, 19)]))
+    assert scheduled(engine.schedule()) == [(1, 16, 16)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spans", "cached"),
+    [
+        ({}, [(2, 14), (20, 30)], 36),  # all the same
+        ({}, [], 0),
+        ({}, [(2, 14), (20, 29)], 20),  # where the page begins, too
+        ({}, [(2, 14), (19, 30)], 16),
+        ({}, [(2, 14)], 20),
+        ({}, [(2, 14), (20, 24), (24, 30)], 20),
+        ({}, [(3, 14), (20, 30)], 0),
+        ({13: 9}, [(2, 14), (20, 30)], 0),
+        ({14: 9}, [(2, 14), (20, 30)], 12),  # behind the segment, in its last page
+        ({29: 9}, [(2, 14), (20, 30)], 20),  # the last token of a segment of three pages
+        ({31: 9}, [(2, 14), (20, 30)], 28),
+    ],
+)
+def test_hits_end_before_the_first_page_whose_segments_differ(
+    tokens: dict[int, int], spans: list[Span], cached: int
+) -> None:
+    engine = Engine()
+    prompt = list(range(100, 138))
+    engine.scheduler.add(make_sequence(0, prompt, spans=[(2, 14), (20, 30)]))
+    engine.finish(9)
+    other = [tokens.get(i, token) for i, token in enumerate(prompt)]
+    second = make_sequence(1, other, spans=spans)
+    engine.scheduler.add(second)
+    engine.drain(9)
+    assert second.num_cached_tokens == cached
+
+
+def test_equal_cold_segments_are_computed_once() -> None:
+    engine = Engine(max_batched_tokens=8)
+    sequences = [make_sequence(i, [*range(10, 43), 50 + i, 60], spans=[(1, 33)]) for i in range(4)]
+    for seq in sequences:
+        engine.scheduler.add(seq)
+    engine.drain(12)
+    assert engine.num_computed == 35 + 3 * 3
+    assert [seq.num_cached_tokens for seq in sequences] == [0, 32, 32, 32]
+
+
+def test_a_segment_takes_the_pages_of_the_youngest() -> None:
+    engine = Engine(num_pages=15, page_size=2, max_batched_tokens=3)
+    old = make_sequence(0, list(range(24)), spans=[(16, 24)])
+    young = make_sequence(1, [4], max_tokens=20)
+    for seq in (old, young):
+        engine.scheduler.add(seq)
+    while old.num_computed_tokens < 16:
+        engine.step()
+    assert not engine.scheduler.preemptions
+    output = engine.schedule()
+    assert (scheduled(output), output.preempted) == ([(0, 16, 8)], 1)
+    engine.compute(output)
+    engine.scheduler.commit(output, [1])
+    engine.drain(60)
+    assert young.num_output_tokens == 20
+
+
+LAYOUTS = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 12)), max_size=6)
+"""Segments by their distance from the one before and their length."""
+
+
+def laid_out(layout: list[Span], num_tokens: int, end: int = 0) -> list[Span]:
+    """As many of these segments as begin before ``num_tokens``, from ``end`` on."""
+    spans = []
+    for gap, length in layout:
+        if end + gap < num_tokens:
+            spans.append((end + gap, min(end + gap + length, num_tokens)))
+            end = spans[-1][1]
+    return spans
+
+
+@given(
+    layout=LAYOUTS,
+    lengths=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    budget=st.integers(2, 5),
+    page_size=st.integers(1, 4),
+    spare=st.integers(0, 6),
+)
+def test_pages_run_short_while_a_prompt_is_computed(
+    layout: list[Span], lengths: list[int], budget: int, page_size: int, spare: int
+) -> None:
+    """Young sequences grow beside an old one that takes many steps for its prompt."""
+    engine = Engine(36 // page_size + spare, page_size, max_batched_tokens=budget)
+    old = make_sequence(0, list(range(36)), spans=laid_out(layout, 36))
+    young = [make_sequence(1 + i, [50 + i] * n, max_tokens=30) for i, n in enumerate(lengths)]
+    for seq in (old, *young):
+        engine.scheduler.add(seq)
+    engine.drain(300)
+    assert old.num_preemptions == 0
+    assert [seq.num_output_tokens for seq in young] == [30] * len(young)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +629,7 @@ def test_a_step_of_64_decoding_sequences_is_cheap() -> None:
 
 
 class Use(RuleBasedStateMachine):
-    """Random requests with shared prefixes, tiny pools, aborts at any moment."""
+    """Random requests with shared prefixes and segments, tiny pools, aborts at any moment."""
 
     @initialize(
         page_size=st.integers(1, 4),
@@ -406,14 +652,32 @@ class Use(RuleBasedStateMachine):
         self.sequences: list[Sequence] = []
 
     @rule(
+        data=st.data(),
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=16),
+        layout=LAYOUTS,
         copies=st.integers(1, 3),
         max_tokens=st.integers(1, 12),
         namespace=st.sampled_from([b"a", b"a", b"b"]),
     )
-    def add(self, prompt: list[int], copies: int, max_tokens: int, namespace: bytes) -> None:
+    def add(
+        self,
+        data: st.DataObject,
+        prompt: list[int],
+        layout: list[Span],
+        copies: int,
+        max_tokens: int,
+        namespace: bytes,
+    ) -> None:
+        spans: list[Span] = []
+        if self.sequences and data.draw(st.booleans()):
+            # What a sequence has come to, some of it or all, and more: with its segments.
+            known = data.draw(st.sampled_from(self.sequences))
+            kept = data.draw(st.integers(0, min(known.num_tokens, 16)))
+            prompt = [*known.token_ids[:kept], *prompt][:16]
+            spans = [span for span in known.segments.spans if span[1] <= kept]
+        spans += laid_out(layout, len(prompt), spans[-1][1] if spans else 0)
         for _ in range(copies):
-            seq = make_sequence(len(self.sequences), prompt, max_tokens, namespace)
+            seq = make_sequence(len(self.sequences), prompt, max_tokens, namespace, spans)
             longest = min(len(prompt) + max_tokens, 24) - 1
             if self.engine.pool.pages_for(longest) > self.engine.pool.num_pages:
                 with pytest.raises(RequestError):
@@ -443,7 +707,7 @@ class Use(RuleBasedStateMachine):
         if not while_computing:
             scheduler.abort(ids)
         else:
-            output = scheduler.schedule()
+            output = self.engine.schedule()
             self.engine.compute(output)
             scheduler.abort(ids)
             scheduler.check()
