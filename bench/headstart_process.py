@@ -1,7 +1,6 @@
 """A headstart server for the time of a benchmark: started on a free port, stopped with SIGTERM."""
 
 import asyncio
-import os
 import socket
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from typing import IO
 import aiohttp
 
 from headstart.bench.http_client import BenchError
+from headstart.engine.config import default_home
 
 START_LIMIT = 600.0  # seconds, the first download and conversion of the model included
 STOP_LIMIT = 30.0
@@ -20,8 +20,7 @@ STOP_LIMIT = 30.0
 
 def default_gguf() -> Path:
     """Where `headstart pull smollm2-135m` keeps the file it downloaded."""
-    home = Path(os.environ.get("HEADSTART_HOME") or Path.home() / ".cache" / "headstart")
-    return home / "downloads" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return default_home() / "downloads" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _free_port() -> int:

@@ -19,8 +19,10 @@ import tokenizers
 import uvicorn
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from headstart.engine.messages import ModelInfo, Output, Stats
+from headstart.engine.errors import RequestError
+from headstart.engine.messages import AdapterInfo, ModelInfo, Output, Stats
 from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.segments import Span
 from headstart.server.app import create_app
 from headstart.server.tokenizer import Tokenizer
 
@@ -57,6 +59,7 @@ class SteadyEngine:
         self.ready = True
         self.stats = Stats()
         self.restarts = 0
+        self.adapters: dict[str, AdapterInfo] = {}
         self.model: ModelInfo | None = ModelInfo(
             max_model_len=10**6,
             vocab_size=10**6,
@@ -77,11 +80,23 @@ class SteadyEngine:
             self._streams = [stream for stream in self._streams if stream.tick()]
 
     def add(
-        self, token_ids: Sequence[int], params: SamplingParams, *, namespace: bytes = b""
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        salt: bytes = b"",
+        segments: Sequence[Span] = (),
+        adapter: str | None = None,
     ) -> SteadyStream:
         stream = SteadyStream(params.max_tokens, self._token_ids)
         self._streams.append(stream)
         return stream
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        raise RequestError("this engine computes nothing")
+
+    async def unload_adapter(self, name: str) -> None:
+        raise RequestError("this engine computes nothing")
 
     async def stop(self) -> None:
         self._streams = []

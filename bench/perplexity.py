@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
+from headstart.engine.config import default_home
 from headstart.engine.engine import INT8_TOLERANCE
 from headstart.engine.model_runner import ModelRunner, load_decoder
 from headstart.engine.models.config import ModelConfig
@@ -26,8 +26,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
-    home = Path(os.environ.get("HEADSTART_HOME", Path.home() / ".cache" / "headstart"))
-    folder = resolve(args.model, home)
+    folder = resolve(args.model, default_home())
     config = ModelConfig.from_folder(folder)
     text = text_tokens(folder, "evaluation")
     print(f"{args.model}: {len(text)} tokens in windows of {WINDOW}")

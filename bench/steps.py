@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from headstart.engine.batch import Batch, build_batch
+from headstart.engine.config import default_home
 from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.store import resolve
@@ -218,14 +219,13 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64 * 8192, help="KV tokens to allocate")
     parser.add_argument("--json", type=Path, help="write everything as one JSON line")
     args = parser.parse_args()
-    home = Path(os.environ.get("HEADSTART_HOME", Path.home() / ".cache" / "headstart"))
     with progress("measuring the machine"):
         peaks = measure_peaks(args.threads)
     print(
         f"{args.threads} threads: memory {peaks['read_gb_s']:.0f} GB/s, "
         f"bf16 {peaks['bf16_gflop_s']:.0f} GFLOP/s, int8 {peaks['int8_gop_s']:.0f} Gop/s\n"
     )
-    bench = Bench(resolve(args.model, home), args.weights, args.threads, args.max_tokens)
+    bench = Bench(resolve(args.model, default_home()), args.weights, args.threads, args.max_tokens)
     decode, prefill = [], []
     for count in BATCHES:
         for context in CONTEXTS:

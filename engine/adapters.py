@@ -19,21 +19,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from headstart.engine.errors import ModelError
+from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.messages import AdapterInfo
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import DOWN, GATE_UP, MATRICES, QKV, O
 from headstart.engine.models.weights import Weights
 from headstart.engine.segments import MASKS
 from headstart.kernels.backend import Backend, LoraPart
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -142,7 +146,7 @@ def load_adapter(
     every = targets(config)
     found = _modules(weights.names(), every, config.num_layers, folder)
     layers: list[list[LoraPart]] = []
-    num_bytes, largest = 0, 0
+    largest = 0
     digest = hashlib.blake2b(digest_size=16)
     for layer in range(config.num_layers):
         parts: list[list[LoraPart]] = [[] for _ in range(MATRICES)]
@@ -154,7 +158,6 @@ def load_adapter(
             if smoothing is not None:
                 _follow_smoothing(down, up, target, smoothing[layer], config)
             parts[target.matrix].append(LoraPart(target.first, down, up))
-            num_bytes += down.numel() + up.numel()
             largest = max(largest, len(down))
             digest.update(f"{module} {len(down)} ".encode())
             digest.update(down.numpy().data)
@@ -166,10 +169,57 @@ def load_adapter(
         path=str(folder),
         rank=largest,
         targets=[t.name for t in every if any(target == t.name for _, target in found)],
-        num_bytes=num_bytes * 4,
+        num_bytes=(folder / WEIGHTS).stat().st_size,
         segment_mask=settings.segment_mask,
     )
     return Adapter(info, digest.digest(), backend.lora_adapter(layers))
+
+
+class Adapters:
+    """The loaded ones, by name; at most ``most``. ``smoothing`` is asked for when one is loaded."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        smoothing: Callable[[], list[dict[str, Tensor]] | None],
+        most: int,
+    ) -> None:
+        self._config = config
+        self._backend = backend
+        self._smoothing = smoothing
+        self._most = most
+        self._by_name: dict[str, Adapter] = {}
+
+    def load(self, name: str, path: str) -> AdapterInfo:
+        """Raises RequestError if the name is taken or there is no room, ModelError for the rest."""
+        if name in self._by_name:
+            raise RequestError(f"an adapter called {name!r} is loaded already", "lora_name")
+        if len(self._by_name) >= self._most:
+            raise RequestError(
+                f"{len(self._by_name)} adapters are loaded, and --max-loras allows no more: "
+                "unload one first",
+                "lora_name",
+            )
+        adapter = load_adapter(name, Path(path), self._config, self._backend, self._smoothing())
+        self._by_name[name] = adapter
+        info = adapter.info
+        logger.info(
+            "adapter %s: rank %d of %s, segment mask %s, from %s",
+            *(name, info.rank, " ".join(info.targets), info.segment_mask, path),
+        )
+        return info
+
+    def unload(self, name: str) -> None:
+        """Sequences that use it keep it. Raises RequestError for an unknown name."""
+        self.get(name)
+        del self._by_name[name]
+
+    def get(self, name: str) -> Adapter:
+        """Raises RequestError for an unknown name."""
+        if name not in self._by_name:
+            raise RequestError(f"there is no adapter called {name!r}", "model")
+        return self._by_name[name]
 
 
 def _read_settings(path: Path) -> Settings:
@@ -232,8 +282,8 @@ Number = TypeVar("Number", int, float)
 
 
 def _number(path: Path, name: str, value: object, kind: type[Number]) -> Number:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if (whole or (kind is float and isinstance(value, float))) and 0 < value < 1e6:
+    number = isinstance(value, int if kind is int else (int, float))
+    if isinstance(value, int | float) and number and value is not True and 0 < value < 1e6:
         return kind(value)
     what = "a whole number" if kind is int else "a number"
     raise ModelError(f"{path}: {name} must be {what} above 0 and below 1e6, got {value!r:.100}")

@@ -1,6 +1,14 @@
 """EngineConfig: every setting of the engine process; the server process passes it on as JSON."""
 
+import os
+from pathlib import Path
+
 import msgspec
+
+
+def default_home() -> Path:
+    """Where models and measurements of this machine are kept if nobody says otherwise."""
+    return Path(os.environ.get("HEADSTART_HOME") or Path.home() / ".cache" / "headstart")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
+from torch import Tensor
 
 from headstart import __version__
-from headstart.engine.adapters import Adapter, load_adapter
+from headstart.engine.adapters import Adapter, Adapters
 from headstart.engine.attention_costs import load_costs
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
@@ -22,6 +23,7 @@ from headstart.engine.cores import usable_cores
 from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.forecast import Forecast, forecast
 from headstart.engine.kv_pool import PagePool
+from headstart.engine.long_chunk import LongChunk
 from headstart.engine.memory import plan_memory
 from headstart.engine.messages import (
     AdapterInfo,
@@ -33,15 +35,16 @@ from headstart.engine.messages import (
 )
 from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder, warm_up
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.quantize import read_quality, read_smoothing
 from headstart.engine.radix_cache import RadixCache
 from headstart.engine.relay import MODES, Relay, RelayPlan
 from headstart.engine.relay_guard import RelayGuard
 from headstart.engine.sampler import Sampler
 from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import NewToken, Scheduler
+from headstart.engine.scheduler import NewToken, Scheduler, SchedulerOutput
 from headstart.engine.segments import Segments, Span
-from headstart.engine.sequence import FinishReason, Sequence
+from headstart.engine.sequence import FinishReason, Sequence, Status
 from headstart.kernels.backend import WEIGHT_FORMATS, instruction_sets, load_backend
 
 logger = logging.getLogger(__name__)
@@ -139,9 +142,14 @@ class Engine:
         self._folder = folder
         self._sampler = Sampler(model.vocab_size, backend.argmax)
         self._pages_ahead = MEMORY_AHEAD * plan.num_pages // plan.kv
-        self._adapters: dict[str, Adapter] = {}
-        self._max_adapters = config.max_adapters
-        self._smoothed = weights == "int8"
+        self._long: LongChunk | None = None
+        self._max_batched_tokens = config.max_batched_tokens
+        self._adapters = Adapters(
+            model,
+            backend,
+            lambda: read_smoothing(model, folder) if weights == "int8" else None,
+            config.max_adapters,
+        )
         self._prepared = 0
         self._steps = 0
         self._step_seconds = 0.0
@@ -195,6 +203,11 @@ class Engine:
         return True
 
     @property
+    def decoder(self) -> Decoder:
+        """The model, for measurements."""
+        return self._runner.decoder
+
+    @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
@@ -216,7 +229,7 @@ class Engine:
         params.validate(self.model.vocab_size)
         if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
             raise self._foreign_token(token_ids)
-        chosen = None if adapter is None else self._adapter(adapter)
+        chosen = None if adapter is None else self._adapters.get(adapter)
         mask = Segments.of(segments, len(token_ids))
         seq = Sequence(
             request_id,
@@ -235,34 +248,11 @@ class Engine:
         Raises RequestError if the name is taken or there are too many, ModelError naming what is
         wrong with the adapter.
         """
-        if name in self._adapters:
-            raise RequestError(f"an adapter called {name!r} is loaded already", "lora_name")
-        if len(self._adapters) >= self._max_adapters:
-            raise RequestError(
-                f"{len(self._adapters)} adapters are loaded, and --max-loras allows no more: "
-                "unload one first",
-                "lora_name",
-            )
-        config = self._runner.decoder.config
-        smoothing = read_smoothing(config, self._folder) if self._smoothed else None
-        adapter = load_adapter(name, Path(path), config, self._runner.backend, smoothing)
-        self._adapters[name] = adapter
-        info = adapter.info
-        logger.info(
-            "adapter %s: rank %d, %s, %.1f MiB, segment mask %s",
-            *(name, info.rank, " ".join(info.targets), info.num_bytes / 2**20, info.segment_mask),
-        )
-        return info
+        return self._adapters.load(name, path)
 
     def unload_adapter(self, name: str) -> None:
         """Take no more requests for it; those that run keep it. Raises RequestError."""
-        self._adapter(name)
-        del self._adapters[name]
-
-    def _adapter(self, name: str) -> Adapter:
-        if name not in self._adapters:
-            raise RequestError(f"there is no adapter called {name!r}", "model")
-        return self._adapters[name]
+        self._adapters.unload(name)
 
     def abort(self, request_ids: list[int]) -> None:
         """End these requests and free what they hold; unknown ids are ignored."""
@@ -272,6 +262,16 @@ class Engine:
         """Compute one step for whatever the scheduler chose; new tokens of all sequences."""
         begin = time.perf_counter()
         scheduled = self._scheduler.schedule()
+        if scheduled.long_chunk is not None:
+            self._long = LongChunk(scheduled.long_chunk, self._runner, self._page_size)
+        outputs = self._compute(scheduled) if scheduled.scheduled else []
+        if self._long is not None:
+            outputs += self._compute_beside(self._long)
+        self._steps += 1
+        self._step_seconds += time.perf_counter() - begin
+        return outputs
+
+    def _compute(self, scheduled: SchedulerOutput) -> list[Output]:
         relay = self._relay.plan(scheduled.scheduled)
         batch = build_batch(scheduled.scheduled, self._page_size, relay.ranges if relay else ())
         before = self._runner.decoder.attention_seconds
@@ -280,14 +280,26 @@ class Engine:
             self._count(relay, self._runner.decoder.attention_seconds - before)
             if self._guard.is_due(relay):
                 logits = self._guard.check(scheduled.scheduled, logits)
+        return self._sample(scheduled, logits)
+
+    def _compute_beside(self, chunk: LongChunk) -> list[Output]:
+        """Compute as much of a long chunk as is a step's work, and commit it if that is all."""
+        if chunk.entry.seq.status is not Status.RUNNING:  # aborted
+            self._long = None
+            return []
+        logits = chunk.advance(self._max_batched_tokens)
+        if logits is None:
+            return []
+        self._long = None
+        return self._sample(SchedulerOutput([chunk.entry], 0), logits)
+
+    def _sample(self, scheduled: SchedulerOutput, logits: Tensor) -> list[Output]:
         sampling = [entry.seq for entry in scheduled.scheduled if entry.samples]
         sampled = self._sampler.sample(logits, sampling)
         new = self._scheduler.commit(scheduled, [s.token_id for s in sampled])
         logprobs = {
             seq.id: s.logprobs for seq, s in zip(sampling, sampled, strict=True) if s.logprobs
         }
-        self._steps += 1
-        self._step_seconds += time.perf_counter() - begin
         return [_output(token, logprobs.get(token.seq.id)) for token in new]
 
     def _count(self, plan: RelayPlan, seconds: float) -> None:

@@ -109,7 +109,8 @@ class Stats(msgspec.Struct, array_like=True, frozen=True):
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A loaded LoRA adapter. ``targets``: the matrices it changes, as q_proj.
 
-    ``segment_mask``: what its config declares, a name in segments.MASKS, or None.
+    ``num_bytes``: of its file. ``segment_mask``: what its config declares, a name in
+    segments.MASKS, or None.
     """
 
     name: str

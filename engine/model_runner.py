@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -56,6 +57,10 @@ class ModelRunner:
     def run(self, batch: Batch) -> Tensor:
         """Logits ``[logit rows, vocab]``, float32, valid until the next call."""
         return self.decoder.forward(batch, self.kv)
+
+    def run_beside(self, batch: Batch) -> Generator[None, None, Tensor]:
+        """The same in pieces (``Decoder.forward_beside``): others may run between them."""
+        return self.decoder.forward_beside(batch, self.kv)
 
 
 def attention_shape(config: ModelConfig) -> AttentionShape:

@@ -18,8 +18,13 @@ admitted only if all its tokens would fit beside those of the running ones and a
 each, or if nothing runs: admission does not lead straight to preemption.
 
 A segment (segments.py) is computed whole: a chunk may begin inside one, where the cache has its
-beginning, but never ends inside one. One that is longer than the budget runs all the same, once it
-is the first prompt of a step; rows of those that decode are in that step like in any other.
+beginning, but never ends inside one. One that is longer than the budget is a *long chunk*, once it
+is the first prompt in a step. It is computed beside the steps that follow, some layers of it with
+each, and until it is committed those steps hold nothing but the rows of sequences that decode:
+
+    step           n          n + 1       n + 2       n + 3
+    rows           d d d      d d d d     d d d       d d d  p p p p ...
+    long chunk     layers 0..9   10..19      20..29                          committed
 
 Shared prefixes are computed once. A sequence that gets a chunk first jumps ahead to what the
 cache holds by now, and one whose next page is being computed by a chunk scheduled earlier in the
@@ -55,10 +60,14 @@ class ScheduledSequence(NamedTuple):
 
 
 class SchedulerOutput(NamedTuple):
-    """One step. ``preempted``: how many sequences lost their pages to make it fit."""
+    """One step. ``preempted``: how many sequences lost their pages to make it fit.
+
+    ``long_chunk``: begins with this step, and is committed by itself when it has been computed.
+    """
 
     scheduled: list[ScheduledSequence]
     preempted: int
+    long_chunk: ScheduledSequence | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -76,11 +85,12 @@ class NewToken(NamedTuple):
 class _Step:
     """What one call of ``schedule`` has decided so far."""
 
-    __slots__ = ("budget", "in_flight", "preempted", "prefills", "scheduled")
+    __slots__ = ("budget", "in_flight", "long_chunk", "preempted", "prefills", "scheduled")
 
     def __init__(self, budget: int) -> None:
-        self.budget = budget  # below 0 after a segment that is longer
+        self.budget = budget  # below 0 after a segment that is longer than what was left
         self.prefills = False  # whether part of a prompt is in it
+        self.long_chunk: ScheduledSequence | None = None
         self.scheduled: dict[Sequence, ScheduledSequence] = {}
         # (node, tokens of the page after it) that this step computes.
         self.in_flight: set[tuple[Node, bytes]] = set()
@@ -121,6 +131,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._by_id: dict[int, Sequence] = {}
+        self._long: Sequence | None = None  # whose long chunk is being computed
         self._num_arrived = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -185,18 +196,21 @@ class Scheduler:
     # ---------------------------------------------------------------- schedule
 
     def schedule(self) -> SchedulerOutput:
-        """Decide the next step; never empty while there is work."""
+        """Decide the next step; never empty while there is work, but for a long chunk."""
         step = _Step(self._max_batched_tokens)
         page_size = self._page_size
         prefilling = []
         for seq in self._running.copy():
-            if seq.status is not Status.RUNNING:  # preempted by an older one just now
+            # Not running: preempted by an older one just now.
+            if seq.status is not Status.RUNNING or seq is self._long:
                 continue
             start = seq.num_computed_tokens
             if len(seq.token_ids) - start > 1:
                 prefilling.append(seq)
             elif start < len(seq.pages) * page_size or self._take_pages(step, seq, 1):
                 self._put(step, seq, start, 1)
+        if self._long is not None:
+            step.budget = 0
         for seq in prefilling:
             if step.budget <= 0:
                 break
@@ -206,13 +220,16 @@ class Scheduler:
         if self._waiting and not step.preempted:
             self._admit(step)
         self.preemptions += step.preempted
-        return SchedulerOutput(list(step.scheduled.values()), step.preempted)
+        return SchedulerOutput(list(step.scheduled.values()), step.preempted, step.long_chunk)
 
     def _put(self, step: _Step, seq: Sequence, start: int, num_tokens: int) -> None:
         end = start + num_tokens
+        entry = ScheduledSequence(seq, start, num_tokens, end == len(seq.token_ids))
+        if num_tokens > self._max_batched_tokens:
+            step.budget, step.long_chunk, self._long = 0, entry, seq
+            return
         step.budget -= num_tokens
-        samples = end == len(seq.token_ids)
-        step.scheduled[seq] = ScheduledSequence(seq, start, num_tokens, samples)
+        step.scheduled[seq] = entry
         if seq.node is not None:
             page_end = seq.node.depth + self._page_size
             if end >= page_end:
@@ -222,7 +239,7 @@ class Scheduler:
     def _take_pages(self, step: _Step, seq: Sequence, n: int) -> bool:
         """Give ``seq`` ``n`` more pages, at others' cost if need be; False: it was preempted."""
         while self._available < n:
-            victim = self._running[-1]
+            victim = next(s for s in reversed(self._running) if s is not self._long)
             self._preempt(step, victim)
             if victim is seq:
                 return False
@@ -375,6 +392,8 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         """Take ``seq`` out of the running ones, with its pages and its lock."""
         self._running.remove(seq)
+        if seq is self._long:
+            self._long = None
         # Reversed, so that the next to take pages gets the first of these first.
         self._pool.release(reversed(seq.pages))
         seq.pages = []
@@ -393,6 +412,8 @@ class Scheduler:
         sampled = iter(token_ids)
         new_tokens = []
         for seq, start, num_tokens, samples in output.scheduled:
+            if seq is self._long:
+                self._long = None
             token_id = next(sampled) if samples else None
             if seq.status is not Status.RUNNING:  # aborted while the step ran
                 continue

@@ -22,13 +22,18 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.errors import HeadstartError, RequestError
 from headstart.engine.messages import (
     Abort,
+    AdapterLoaded,
+    AdapterUnloaded,
     Add,
     Failed,
+    LoadAdapter,
     Ready,
     Rejected,
     Shutdown,
     Step,
     ToEngine,
+    ToServer,
+    UnloadAdapter,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +73,7 @@ class Service:
     def fail(self, message: str) -> None:
         self._send(Failed(message))
 
-    def _send(self, message: Ready | Failed | Step | Rejected) -> None:
+    def _send(self, message: ToServer) -> None:
         self._socket.send(self._encoder.encode(message))
 
     def _receive(self, engine: Engine, wait: bool) -> bool:
@@ -84,6 +89,8 @@ class Service:
                 case Abort(ids):
                     engine.abort(ids)
                     self._send(Step([], engine.stats))
+                case LoadAdapter() | UnloadAdapter():
+                    self._send(_change_adapters(engine, message))
                 case Shutdown():
                     return False
         return True
@@ -102,6 +109,21 @@ class Service:
             )
         except RequestError as error:
             self._send(Rejected(message.id, str(error), error.param))
+
+
+def _change_adapters(
+    engine: Engine, message: LoadAdapter | UnloadAdapter
+) -> AdapterLoaded | AdapterUnloaded | Rejected:
+    """Do it now, between two steps; the answer."""
+    try:
+        if isinstance(message, LoadAdapter):
+            return AdapterLoaded(message.id, engine.load_adapter(message.name, message.path))
+        engine.unload_adapter(message.name)
+        return AdapterUnloaded(message.id)
+    except RequestError as error:
+        return Rejected(message.id, str(error), error.param)
+    except HeadstartError as error:  # what is wrong with the adapter's files
+        return Rejected(message.id, str(error))
 
 
 def main() -> None:

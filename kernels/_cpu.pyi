@@ -3,7 +3,8 @@
 from headstart.kernels.backend import IntArray
 
 BLOCK_PAGES: int
-LORA_PANEL: int
+DOWN_PANEL: int
+UP_PANEL: int
 SUM_LANES: int
 
 def supported() -> list[str]:

@@ -21,7 +21,7 @@ from headstart.server.access_log import AccessLog
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, to_api_error
 from headstart.server.metrics import Metrics
-from headstart.server.openai import chat, completions, models
+from headstart.server.openai import adapters, chat, completions, models
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.templates import ChatTemplate
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": chat.ChatBody,
     "/v1/completions": completions.CompletionBody,
+    "/v1/load_lora_adapter": adapters.LoadAdapterBody,
+    "/v1/unload_lora_adapter": adapters.UnloadAdapterBody,
 }
 
 
@@ -82,7 +84,7 @@ def create_app(
     app.add_middleware(AccessLog)
     _add_error_handlers(app)
     app.include_router(_operations(runtime))
-    for group in (models, chat, completions):
+    for group in (models, chat, completions, adapters):
         app.include_router(group.routes(runtime))
     _describe_bodies(app)
     return app

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -16,15 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from headstart import __version__
-from headstart.engine.config import EngineConfig
+from headstart.engine.config import EngineConfig, default_home
 from headstart.engine.errors import ConfigError, HeadstartError
+from headstart.server.flag_values import (
+    byte_size,
+    count,
+    existing_folder,
+    named_folder,
+    port_number,
+    positive,
+)
 from headstart.server.settings import ServerSettings
-
-UNITS = {"": 1} | {
-    prefix + suffix: base ** (i + 1)
-    for suffix, base in (("b", 1000), ("ib", 1024), ("", 1024))
-    for i, prefix in enumerate("kmgt")
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,11 +51,12 @@ def build_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve", help="serve a model over HTTP, fetching it first", formatter_class=formatter
     )
-    serve.set_defaults(run=run_serve)
+    serve.set_defaults(run=run_serve, refuse=serve.error)
     serve.add_argument("model", metavar="MODEL", help="name, hub id, or path of a model")
     _add_cache_dir(serve)
     _add_http_flags(serve)
     _add_engine_flags(serve)
+    _add_adapter_flags(serve)
 
     plan = commands.add_parser(
         "plan",
@@ -82,8 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
-    home = os.environ.get("HEADSTART_HOME") or Path.home() / ".cache" / "headstart"
-    parser.add_argument("--cache-dir", type=Path, default=Path(home), help="where models are kept")
+    parser.add_argument(
+        "--cache-dir", type=Path, default=default_home(), help="where models are kept"
+    )
 
 
 def _add_http_flags(parser: argparse.ArgumentParser) -> None:
@@ -203,33 +206,50 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("segment masks and LoRA adapters")
+    group.add_argument(
+        "--segment-mask",
+        choices=("causal", "turns"),
+        help="of chats that name none (default: what the config of the model declares, else "
+        "causal); an adapter's config comes before it",
+        default=argparse.SUPPRESS,
+    )
+    group.add_argument(
+        "--lora",
+        type=named_folder,
+        nargs="+",
+        action="extend",
+        metavar="NAME=PATH",
+        help="adapters to load, each a folder; requests ask for NAME as their model",
+        default=argparse.SUPPRESS,
+    )
+    group.add_argument(
+        "--max-loras", type=positive, default=32, metavar="N", help="adapters loaded at a time"
+    )
+    group.add_argument(
+        "--lora-dir",
+        type=existing_folder,
+        metavar="DIR",
+        help="folder whose adapters may be loaded, and any unloaded, at run time over HTTP "
+        "(default: none may)",
+        default=argparse.SUPPRESS,
+    )
 
 
-def count(text: str) -> int:
-    """A whole number, 0 included."""
-    return 0 if text == "0" else positive(text)
-
-
-def port_number(text: str) -> int:
-    """A TCP port."""
-    if not (text.isascii() and text.isdigit() and int(text[:6]) < 65536):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port; ports are 0 to 65535")
-    return int(text)
-
-
-def byte_size(text: str) -> int:
-    """``2GiB``, ``500MB``, ``1.5G`` (binary), or bytes."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([a-z]*)", text.strip().lower())
-    unit = UNITS.get(match[2]) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GiB or 500MB")
-    return size
+def adapters(args: argparse.Namespace) -> dict[str, str]:
+    """Name to folder, of ``--lora``; ends the process for wrong usage, as argparse does."""
+    given: list[tuple[str, Path]] = getattr(args, "lora", [])
+    folders: dict[str, str] = {}
+    for name, path in given:
+        if name in folders:
+            args.refuse(f"argument --lora: the name {name!r} is given twice")
+        if name in model_names(args):
+            args.refuse(f"argument --lora: {name!r} is the model's name")
+        folders[name] = str(path)
+    if len(folders) > getattr(args, "max_loras", len(folders)):
+        args.refuse(f"argument --lora: {len(folders)} adapters, and --max-loras {args.max_loras}")
+    return folders
 
 
 def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
@@ -247,6 +267,8 @@ def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
         prefix_caching=not args.no_prefix_caching,
         relay=args.relay,
         relay_check=args.relay_check,
+        adapters=adapters(args),
+        max_adapters=getattr(args, "max_loras", 32),
         cache_dir=str(args.cache_dir),
         log_level=getattr(args, "log_level", "warning"),
     )
@@ -260,6 +282,8 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
         max_prompts=args.max_prompts,
         max_choices=args.max_choices,
         max_stop=args.max_stop,
+        segment_mask=getattr(args, "segment_mask", None),
+        lora_dir=getattr(args, "lora_dir", None),
     )
 
 
@@ -288,6 +312,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run_serve(args: argparse.Namespace) -> int:
     """``headstart serve``."""
+    adapters(args)  # wrong usage is told before anything slow happens
     # The tokenizer's own thread pool would take cores from the engine.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(

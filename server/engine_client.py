@@ -1,9 +1,9 @@
 """What the server needs of the engine; ``headstart.engine.client.EngineClient`` supplies it."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
-from headstart.engine.messages import ModelInfo, Output, Stats
+from headstart.engine.messages import AdapterInfo, ModelInfo, Output, Stats
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Span
 
@@ -33,6 +33,10 @@ class EngineClient(Protocol):
         """Set when ready."""
 
     @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """The LoRA adapters that are loaded, by name."""
+
+    @property
     def stats(self) -> Stats:
         """The engine's latest counters."""
 
@@ -57,6 +61,15 @@ class EngineClient(Protocol):
         ``segments``: spans of ``token_ids`` whose tokens see each other whole. ``adapter``: the
         name of a loaded LoRA adapter.
         """
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Load the adapter in folder ``path``.
+
+        Raises RequestError, which says what is wrong with its name or files, or EngineDeadError.
+        """
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take no more requests for it. Raises RequestError if unknown, or EngineDeadError."""
 
     async def stop(self) -> None:
         """End the engine; running requests are dropped."""

@@ -7,7 +7,7 @@ here. Request metrics are observed as tokens pass. Each app has a registry of it
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -26,6 +26,7 @@ INTER_TOKEN_BUCKETS = tuple(
 )
 LATENCY_BUCKETS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 TOKEN_BUCKETS = tuple(float(4**i) for i in range(10))
+FINISH_REASONS = ("stop", "length", "abort")
 
 
 class EngineCollector(Collector):
@@ -41,6 +42,7 @@ class EngineCollector(Collector):
         pages = max(1, stats.pages_total)
         gauges = (
             ("engine_up", "1 when the engine is ready", float(self._engine.ready)),
+            ("num_lora_adapters", "LoRA adapters that are loaded", len(self._engine.adapters)),
             ("num_requests_running", "Requests in the engine's batch", stats.running),
             ("num_requests_waiting", "Requests waiting to be scheduled", stats.waiting),
             (
@@ -109,6 +111,29 @@ class EngineCollector(Collector):
             yield counter
 
 
+class RequestMetrics:
+    """Of the requests for one model, or adapter; ``success`` by the reason they finished for."""
+
+    __slots__ = (
+        "first_token",
+        "generation_tokens",
+        "inter_token",
+        "latency",
+        "prompt_tokens",
+        "success",
+    )
+
+    def __init__(self, name: str, histograms: Iterable[Histogram], success: Counter) -> None:
+        (
+            self.first_token,
+            self.inter_token,
+            self.latency,
+            self.prompt_tokens,
+            self.generation_tokens,
+        ) = (histogram.labels(name) for histogram in histograms)
+        self.success = {reason: success.labels(name, reason) for reason in FINISH_REASONS}
+
+
 class Metrics:
     """Every metric of one app; ``expose()`` is the body of /metrics."""
 
@@ -122,24 +147,15 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(
                 f"headstart:{name}", text, ["model_name"], buckets=buckets, registry=registry
-            ).labels(model_name)
+            )
 
         self._registry = registry
-        self._model_name = model_name
-        self.first_token = histogram(
-            "time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_BUCKETS
-        )
-        self.inter_token = histogram(
-            "inter_token_latency_seconds", "Between two tokens", INTER_TOKEN_BUCKETS
-        )
-        self.latency = histogram(
-            "e2e_request_latency_seconds", "Arrival to last token", LATENCY_BUCKETS
-        )
-        self.prompt_tokens = histogram(
-            "request_prompt_tokens", "Prompt tokens of a request", TOKEN_BUCKETS
-        )
-        self.generation_tokens = histogram(
-            "request_generation_tokens", "Tokens generated for a request", TOKEN_BUCKETS
+        self._histograms = (
+            histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_BUCKETS),
+            histogram("inter_token_latency_seconds", "Between two tokens", INTER_TOKEN_BUCKETS),
+            histogram("e2e_request_latency_seconds", "Arrival to last token", LATENCY_BUCKETS),
+            histogram("request_prompt_tokens", "Prompt tokens of a request", TOKEN_BUCKETS),
+            histogram("request_generation_tokens", "Tokens generated for a request", TOKEN_BUCKETS),
         )
         self._success = Counter(
             "headstart:request_success",
@@ -147,14 +163,25 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=registry,
         )
-        for reason in ("stop", "length", "abort"):
-            self._success.labels(model_name, reason)
+        self._models: dict[str, RequestMetrics] = {}
+        self.of(model_name)
 
     def expose(self) -> bytes:
         return generate_latest(self._registry)
 
-    def finished(self, reason: str) -> None:
-        self._success.labels(self._model_name, reason).inc()
+    def of(self, name: str) -> RequestMetrics:
+        """Those of a model, or an adapter; exposed from now on."""
+        if name not in self._models:
+            self._models[name] = RequestMetrics(name, self._histograms, self._success)
+        return self._models[name]
+
+    def forget(self, name: str) -> None:
+        """Expose those of an adapter no more: those of all that ever were would pile up."""
+        if self._models.pop(name, None) is not None:
+            for histogram in self._histograms:
+                histogram.remove(name)
+            for reason in FINISH_REASONS:
+                self._success.remove(name, reason)
 
 
 class ChoiceTimer:
@@ -162,7 +189,7 @@ class ChoiceTimer:
 
     __slots__ = ("_last", "_metrics", "_start")
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: RequestMetrics) -> None:
         self._metrics = metrics
         self._start = time.perf_counter()
         self._last: float | None = None
@@ -180,7 +207,7 @@ class ChoiceTimer:
 
     def finished(self, reason: str, num_prompt: int, num_generated: int) -> None:
         metrics = self._metrics
-        metrics.finished(reason)
+        metrics.success[reason].inc()
         metrics.latency.observe(time.perf_counter() - self._start)
         metrics.prompt_tokens.observe(num_prompt)
         metrics.generation_tokens.observe(num_generated)

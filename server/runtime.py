@@ -29,6 +29,20 @@ def _text_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What ``model`` in a request stands for: the model, or an adapter over it.
+
+    ``name``: what answers call it. ``adapter``: None for the model. ``chat_mask``: the segment mask
+    of chats that name none. ``for_segments``: its config, or the flag, declares one.
+    """
+
+    name: str
+    adapter: str | None
+    chat_mask: str
+    for_segments: bool
+
+
 @dataclass(slots=True, eq=False)
 class Runtime:
     """``model_names``: what clients may call the model; answers use the first.
@@ -50,16 +64,34 @@ class Runtime:
     def model_name(self) -> str:
         return self.model_names[0]
 
-    def check_model(self, name: str) -> None:
-        """Raise a 404 that names both when ``name`` is not served here."""
+    def served(self, name: str) -> Served:
+        """What ``name`` stands for; raises a 404 that names what there is."""
+        model, adapter = self.engine.model, None
+        declared = [self.settings.segment_mask, model.segment_mask if model else None]
         if name not in self.model_names:
-            served = ", ".join(map(repr, self.model_names))
-            raise APIError(
-                404,
-                f"the model {name[:200]!r} does not exist; this server has {served}",
-                param="model",
-                code="model_not_found",
-            )
+            if model is None:
+                self.require_model()  # a 503: its adapters are not known yet
+            adapter = self.engine.adapters.get(name)
+            if adapter is None:
+                raise self.not_found(name, "model")
+            if adapter.segment_mask is not None:
+                declared = [adapter.segment_mask]
+        return Served(
+            name=self.model_name if adapter is None else name,
+            adapter=None if adapter is None else name,
+            chat_mask=next(filter(None, declared), "causal"),
+            for_segments="turns" in declared,
+        )
+
+    def not_found(self, name: str, param: str) -> APIError:
+        """A 404 for a model, or an adapter, that is not served here."""
+        served = ", ".join(map(repr, (*self.model_names, *self.engine.adapters)))
+        return APIError(
+            404,
+            f"the model {name[:200]!r} does not exist; this server has {served}",
+            param=param,
+            code="model_not_found",
+        )
 
     def require_model(self) -> ModelInfo:
         """The loaded model; a 503 when there is none, or none any more."""

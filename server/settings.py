@@ -1,13 +1,14 @@
-"""ServerSettings: the limits of the HTTP side. Engine settings are in engine/config.py."""
+"""ServerSettings: settings of the HTTP side. Engine settings are in engine/config.py."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 MIB = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """Limits on what one HTTP request may ask for; going over one is a 4xx that names it.
+    """Mostly limits on what one HTTP request may ask for; going over one is a 4xx that names it.
 
     max_body_bytes:     request body, bytes (413)
     max_n:              ``n``
@@ -18,7 +19,10 @@ class ServerSettings:
     max_stop_chars:     length of one stop string, characters
     max_stop_token_ids: entries of ``stop_token_ids``
     max_logit_bias:     entries of ``logit_bias``
+    max_segments:       spans of one ``segment_mask``
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
+    segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
+    lora_dir:           where adapters may be loaded from at run time; None: nowhere
     """
 
     max_body_bytes: int = 8 * MIB
@@ -30,4 +34,7 @@ class ServerSettings:
     max_stop_chars: int = 1024
     max_stop_token_ids: int = 256
     max_logit_bias: int = 1024
+    max_segments: int = 4096
     inline_chars: int = 8192
+    segment_mask: str | None = None
+    lora_dir: Path | None = None

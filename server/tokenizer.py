@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from headstart.engine.errors import ModelError, RequestError
+
+Place = tuple[int, int]
+"""First character, and the one after the last."""
 
 # Where placeholders for special tokens in user text are taken from: two planes of code points
 # that Unicode leaves to private use.
@@ -40,6 +45,7 @@ class Tokenizer:
         self.chat_template = chat_template
         backend.no_truncation()
         backend.no_padding()
+        _keep_spaces_in_places(backend)
         control = {
             token.content: token_id
             for token_id, token in backend.get_added_tokens_decoder().items()
@@ -49,6 +55,7 @@ class Tokenizer:
         longest_first = sorted(control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._plain: tokenizers.Tokenizer | None = None
+        self._exact: tokenizers.Tokenizer | None = None
         self._byte_of = _byte_level_alphabet() if _is_byte_level(backend) else None
 
     @classmethod
@@ -75,6 +82,16 @@ class Tokenizer:
         encoding = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding[0].ids
 
+    def encode_placed(self, text: str) -> tuple[list[int], list[Place | None]]:
+        """Ids of ``text`` with the tokenizer's own special tokens, and where each comes from.
+
+        Tokens that are parts of one character have the same place; those the tokenizer adds have
+        none.
+        """
+        [encoding] = self.backend.encode_batch([text], add_special_tokens=True)
+        sources = zip(encoding.sequence_ids, encoding.offsets, strict=True)
+        return encoding.ids, [None if source is None else place for source, place in sources]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
         return self.backend.decode(token_ids, skip_special_tokens=True)
@@ -88,12 +105,7 @@ class Tokenizer:
         found = sorted({match for text in texts for match in self._control.findall(text)})
         if not found:
             return {}
-        used = set().union(*texts)
-        free = (char for code in range(*_PRIVATE_USE) if (char := chr(code)) not in used)
-        placeholders = dict(zip(found, free, strict=False))
-        if len(placeholders) < len(found):
-            raise RequestError("the messages use too many private-use characters", "messages")
-        return placeholders
+        return dict(zip(found, private_characters(texts, len(found)), strict=True))
 
     def hide_control(self, text: str, placeholders: dict[str, str]) -> str:
         """``text`` with placeholders where special tokens were written."""
@@ -103,17 +115,84 @@ class Tokenizer:
         """Ids of a rendered template; placeholders are encoded as the plain text they stand for."""
         if not placeholders:
             return self.encode(text, add_special_tokens=False)
-        back = str.maketrans({char: token for token, char in placeholders.items()})
+        back = _back(placeholders)
         plain = self._plain_backend()
         token_ids: list[int] = []
-        start = 0
+        for _, piece, control in self._pieces(text):
+            token_ids += _encode_plain(plain, piece.translate(back))
+            if control is not None:
+                token_ids.append(self._control_ids[control])
+        return token_ids
+
+    def encode_cut(
+        self, text: str, placeholders: dict[str, str], cuts: Sequence[int]
+    ) -> tuple[list[int], list[int | None]]:
+        """The same ids, and for each cut, a place in ``text``, how many tokens are before it.
+
+        A token with nothing but space on one side of a cut is on the other side; None for a cut
+        within any other token.
+        """
+        token_ids = self.encode_rendered(text, placeholders)
+        places = self._beside_control(text, token_ids)
+        rest = sorted(cut for cut in cuts if cut not in places)
+        if rest:
+            self._add_places(places, text, placeholders, token_ids, rest)
+        return token_ids, [places.get(cut) for cut in cuts]
+
+    def _beside_control(self, text: str, token_ids: list[int]) -> dict[int, int]:
+        """Places in ``text`` before and after special tokens, and how many tokens are before."""
+        places = {0: 0, len(text): len(token_ids)}
+        special = set(self._control_ids.values())
+        at = [i for i, token_id in enumerate(token_ids) if token_id in special]
+        found = list(self._control.finditer(text))
+        if [self._control_ids[match[0]] for match in found] == [token_ids[i] for i in at]:
+            for match, i in zip(found, at, strict=True):
+                places[match.start()], places[match.end()] = i, i + 1
+        return places
+
+    def _add_places(
+        self,
+        places: dict[int, int],
+        text: str,
+        placeholders: dict[str, str],
+        token_ids: list[int],
+        cuts: list[int],
+    ) -> None:
+        """Add ``cuts``, in order, that are between two tokens of what is between special tokens."""
+        back = _back(placeholders)
+        encoder = self._plain_backend() if placeholders else self._exact_backend()
+        pieces = self._pieces(text) if placeholders else [(0, text, None)]
+        for start, piece, _ in pieces:
+            inner = cuts[bisect_left(cuts, start) : bisect_left(cuts, start + len(piece))]
+            if not inner or start not in places:
+                continue
+            plain = piece.translate(back) if back else piece
+            encoding = encoder.encode(plain, add_special_tokens=False)
+            ids, spans, first = encoding.ids, encoding.offsets, places[start]
+            if ids != token_ids[first : first + len(ids)]:
+                continue
+            starts = [span[0] for span in spans]
+            at, done = 0, start
+            for cut in inner:
+                at += len(text[done:cut].translate(back))
+                done = cut
+                i = bisect_left(starts, at)
+                across = spans[i - 1] if i and spans[i - 1][1] > at else (at, at)
+                if not plain[across[0] : at].strip():
+                    places[cut] = first + i - (across[1] > at)
+                elif not plain[at : across[1]].strip():
+                    places[cut] = first + i
+
+    def _pieces(self, text: str) -> Iterator[tuple[int, str, str | None]]:
+        """Where a piece of ``text`` without special tokens begins, the piece, and the special
+        token that ends it."""
         # Special tokens cut the text before anything else happens to it, so what is between
         # them can be encoded by itself.
+        start = 0
         for match in self._control.finditer(text):
-            token_ids += _encode_plain(plain, text[start : match.start()].translate(back))
-            token_ids.append(self._control_ids[match[0]])
+            yield start, text[start : match.start()], match[0]
             start = match.end()
-        return token_ids + _encode_plain(plain, text[start:].translate(back))
+        yield start, text[start:], None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; those of its name for a special token."""
@@ -134,10 +213,51 @@ class Tokenizer:
     def _plain_backend(self) -> tokenizers.Tokenizer:
         """A second tokenizer, blind to special tokens; made when first needed."""
         if self._plain is None:
-            plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
+            plain = _with_exact_offsets(self.backend)
             plain.encode_special_tokens = True
             self._plain = plain
         return self._plain
+
+    def _exact_backend(self) -> tokenizers.Tokenizer:
+        """Another whose tokens say exactly which characters they are; made when first needed."""
+        if self._exact is None:
+            self._exact = _with_exact_offsets(self.backend)
+        return self._exact
+
+
+def _with_exact_offsets(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy whose tokens' offsets include the spaces in them. For use without the special tokens
+    that are added around a text."""
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.post_processor = None
+    return copy
+
+
+def _back(placeholders: dict[str, str]) -> dict[int, str]:
+    return str.maketrans({char: token for token, char in placeholders.items()})
+
+
+def private_characters(texts: Iterable[str], count: int) -> list[str]:
+    """Private-use characters that are in none of ``texts``; RequestError if there are too few."""
+    used = set().union(*texts)
+    free = (char for code in range(*_PRIVATE_USE) if (char := chr(code)) not in used)
+    found = list(islice(free, count))
+    if len(found) < count:
+        raise RequestError("the messages use too many private-use characters", "messages")
+    return found
+
+
+def _keep_spaces_in_places(backend: tokenizers.Tokenizer) -> None:
+    """Have the place of a token hold the space before a word, which many are told to leave out."""
+    processor = backend.post_processor
+    if processor is None:
+        return
+    settings = json.loads(processor.__getstate__())
+    for part in (settings, *settings.get("processors", ())):
+        if "trim_offsets" in part:
+            part["trim_offsets"] = False
+    processor.__setstate__(json.dumps(settings).encode())
+    backend.post_processor = processor
 
 
 def _encode_plain(plain: tokenizers.Tokenizer, text: str) -> list[int]:

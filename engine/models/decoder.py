@@ -7,6 +7,7 @@ attention method is active is not known here; a batch's KV ranges say what each 
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,23 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Any) -> Tensor:
-        """Logits ``[len(batch.logit_rows), vocab]``, float32; valid until the next call.
+        """Logits ``[len(batch.logit_rows), vocab]``, float32; valid until the next call."""
+        layers = self._layers(batch, kv, beside=False)
+        while True:
+            try:
+                next(layers)
+            except StopIteration as end:
+                logits: Tensor = end.value
+                return logits
+
+    @torch.inference_mode()
+    def forward_beside(self, batch: Batch, kv: Any) -> Generator[None, None, Tensor]:
+        """The same in pieces, one layer of TILE_ROWS rows each: calls of ``forward`` may come
+        between them. One at a time."""
+        return (yield from self._layers(batch, kv, beside=True))
+
+    def _layers(self, batch: Batch, kv: Any, *, beside: bool) -> Generator[None, None, Tensor]:
+        """Yields after each layer of each tile, and returns the logits.
 
         Rows go through a layer in tiles, so that a long segment takes no more room than a chunk:
 
@@ -92,8 +109,9 @@ class Decoder:
         """
         residual = self._backend.embed(self._embedding, batch.token_ids)
         tiles = [
-            _Tile(self._backend, self.shape, number, part, residual[rows])
-            for number, (rows, part) in enumerate(batch.tiles(TILE_ROWS))
+            # Numbers of their own for what is computed beside: queries are kept by them.
+            _Tile(self._backend, self.shape, ~i if beside else i, part, residual[rows])
+            for i, (rows, part) in enumerate(batch.tiles(TILE_ROWS))
         ]
         for tile in tiles:
             self._write_keys(0, tile, None, kv)
@@ -101,6 +119,7 @@ class Decoder:
         for i in range(last):
             for tile in tiles:
                 self._write_keys(i + 1, tile, self._mlp(i, tile, self._attend(i, tile, kv)), kv)
+                yield
         # Where nobody wants a tile's logits, the last layer's keys are all there is to compute.
         logits = []
         for tile in tiles:

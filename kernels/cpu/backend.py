@@ -103,14 +103,13 @@ def pack_int8(weight: Tensor) -> Tensor:
     return padded.view(rows // _PANEL, _PANEL, columns // 4, 4).permute(0, 2, 1, 3).contiguous()
 
 
-def pack_lora(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[out, in]`` to panels ``[out / 16][words of in][16]``, zero-padded (lora_plan.h)."""
+def pack_lora(weight: Tensor, panel: int, dtype: torch.dtype) -> Tensor:
+    """``[out, in]`` to panels ``[out / panel][words of in][panel]``, zero-padded (lora_plan.h)."""
     word = 4 // dtype.itemsize
-    padded = torch.nn.functional.pad(
-        weight, (0, -weight.shape[1] % word, 0, -weight.shape[0] % _cpu.LORA_PANEL)
-    )
+    pad = (0, -weight.shape[1] % word, 0, -weight.shape[0] % panel)
+    padded = torch.nn.functional.pad(weight, pad).to(dtype)
     rows, columns = padded.shape
-    panels = padded.to(dtype).view(rows // _cpu.LORA_PANEL, _cpu.LORA_PANEL, columns // word, word)
+    panels = padded.view(rows // panel, panel, columns // word, word)
     return panels.permute(0, 2, 1, 3).contiguous()
 
 
@@ -278,7 +277,8 @@ class CpuBackend:
         for parts in layers:
             packed.adapter.add_layer()
             for part in parts:
-                down, up = (pack_lora(w, self.kv_dtype) for w in (part.down, part.up))
+                down = pack_lora(part.down, _cpu.DOWN_PANEL, self.kv_dtype)
+                up = pack_lora(part.up, _cpu.UP_PANEL, self.kv_dtype)
                 packed.tensors.extend((down, up))
                 packed.adapter.add_part(
                     part.first, len(part.up), len(part.down), down.data_ptr(), up.data_ptr()

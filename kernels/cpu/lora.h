@@ -2,7 +2,7 @@
 //
 //   rows of the batch        0 1 2 3 4 5 6 7 ...        adapter of each: a b a - b b a -
 //   groups                   a: 0 2 6      b: 1 4 5     rows without an adapter are in none
-//   one task                 up to kScoreRows rows of a group x one part (q, or k, ...):
+//   one task                 up to kScoreRows rows of a group x one part (q, or k, ...), or all:
 //
 //       x   [ gathered rows, as words ]   .  down  ->  t [ rows, rank ]   .  up  ->  += y
 //
@@ -23,6 +23,7 @@ namespace headstart::HEADSTART_ISA {
 
 struct LoraTask {
   const LoraPart* part;
+  int parts;  // 1, or all of the layer, one after the other
   const int32_t* rows;
   int count;
 };
@@ -66,17 +67,27 @@ static HEADSTART_INLINE void add_to(Y* y, Floats v, int count) {
   }
 }
 
-// out(r, column, sums) of every row and each vector of columns: a [R, words] times packed panels.
-template <class Unit, int R, class Out>
-static HEADSTART_INLINE void times_panels(const typename Unit::word* a, int words, const void* packed, int columns,
-                                          Out&& out) {
-  constexpr int C = kLoraPanel / kLanes;
+// out(r, column, sums) of every row and each vector of columns: a [R, words] times packed panels
+// of W columns.
+template <class Unit, int R, int W, class Out>
+static HEADSTART_INLINE void times_panels(const typename Unit::word* a, ptrdiff_t stride, int words, const void* packed,
+                                          int columns, Out&& out) {
+  constexpr int C = W / kLanes > 2 ? 2 : W / kLanes;
   const auto* panel = static_cast<const typename Unit::word*>(packed);
-  for (int column = 0; column < columns; column += kLoraPanel, panel += size_t(words) * kLoraPanel) {
-    Floats acc[R][C] = {};
-    dot_tile<Unit, R, C>(acc, a, words, panel, kLoraPanel, words);
-    for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < C; ++c) out(r, column + c * kLanes, acc[r][c]);
+  for (int column = 0; column < columns; column += W, panel += size_t(words) * W) {
+    for (int part = 0; part < W; part += C * kLanes) {
+      Floats acc[R][C];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) acc[r][c] = broadcast(0.0f);
+      }
+      dot_tile<Unit, R, C>(acc, a, stride, panel + part, W, words);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) out(r, column + part + c * kLanes, acc[r][c]);
+      }
     }
   }
 }
@@ -86,22 +97,28 @@ static void lora_tile(const LoraArgs& a, const LoraTask& task, std::vector<char>
   using Element = typename Unit::element;
   using Word = typename Unit::word;
   const auto words = [](int elements) { return (elements + Unit::kPerWord - 1) / Unit::kPerWord; };
-  const LoraPart& part = *task.part;
-  const int in_words = words(a.in_features), rank_words = words(part.rank);
-  const int ranks = (part.rank + kLoraPanel - 1) / kLoraPanel * kLoraPanel;
-  scratch.assign((size_t(R) * (in_words + rank_words) + ranks) * sizeof(Word) + 64, 0);
+  const int in_words = words(a.in_features);
+  int most = 0;
+  for (int p = 0; p < task.parts; ++p) most = std::max(most, task.part[p].rank);
+  const int t_words = words((most + kDownPanel - 1) / kDownPanel * kDownPanel);
+  scratch.resize(size_t(R) * (in_words + t_words) * sizeof(Word));
   Word* x = reinterpret_cast<Word*>(scratch.data());
   Word* t = x + size_t(R) * in_words;
-  for (int r = 0; r < R; ++r) gather_row(a.x, task.rows[r], a.in_features, reinterpret_cast<Element*>(x + size_t(r) * in_words));
-  times_panels<Unit, R>(x, in_words, part.down, part.rank, [&](int r, int column, Floats v) {
-    Element* to = reinterpret_cast<Element*>(t + size_t(r) * rank_words);
-    for (int i = 0; i < kLanes && column + i < part.rank; ++i) from_float(v[i], to + column + i);
-  });
-  times_panels<Unit, R>(t, rank_words, part.up, part.outputs, [&](int r, int column, Floats v) {
-    if (column >= part.outputs) return;
-    Y* y = static_cast<Y*>(a.y) + size_t(task.rows[r]) * a.out_features + part.first + column;
-    add_to(y, v, part.outputs - column);
-  });
+  Y* y[R];
+  for (int r = 0; r < R; ++r) {
+    x[size_t(r + 1) * in_words - 1] = 0;  // the last word may not be full
+    gather_row(a.x, task.rows[r], a.in_features, reinterpret_cast<Element*>(x + size_t(r) * in_words));
+    y[r] = static_cast<Y*>(a.y) + size_t(task.rows[r]) * a.out_features;
+  }
+  for (int p = 0; p < task.parts; ++p) {
+    const LoraPart& part = task.part[p];
+    times_panels<Unit, R, kDownPanel>(x, in_words, in_words, part.down, part.rank, [&](int r, int column, Floats v) {
+      store(reinterpret_cast<Element*>(t + size_t(r) * t_words) + column, v);
+    });
+    times_panels<Unit, R, kUpPanel>(t, t_words, words(part.rank), part.up, part.outputs, [&](int r, int column, Floats v) {
+      if (column < part.outputs) add_to(y[r] + part.first + column, v, part.outputs - column);
+    });
+  }
 }
 
 template <class Unit, class Y>
@@ -119,13 +136,20 @@ static void lora_tasks(const LoraArgs& a, const std::vector<LoraTask>& tasks, in
 
 static void lora(const LoraArgs& a, int threads) {
   std::vector<LoraTask> tasks;
-  for (size_t g = 0; g < a.plan->adapters.size(); ++g) {
-    const int begin = a.plan->row_start[g], end = a.plan->row_start[g + 1];
-    for (const LoraPart& part : a.plan->adapters[g]->layers.at(a.layer)) {
-      const int tiles = (end - begin + kScoreRows - 1) / kScoreRows;
-      for (int i = 0; i < tiles; ++i) {  // tiles of about equal height
-        const int first = begin + int64_t(end - begin) * i / tiles, last = begin + int64_t(end - begin) * (i + 1) / tiles;
-        tasks.push_back({&part, a.plan->rows.data() + first, last - first});
+  const LoraPlan& plan = *a.plan;
+  for (size_t g = 0; g < plan.adapters.size(); ++g) {
+    const int begin = plan.row_start[g], rows = plan.row_start[g + 1] - begin;
+    const std::vector<LoraPart>& parts = plan.adapters[g]->layers.at(a.layer);
+    const int tiles = (rows + kScoreRows - 1) / kScoreRows;  // of about equal height
+    // Few tasks are cut finer, for the threads; with many, a tile gathers its rows only once.
+    const bool whole = int64_t(plan.rows.size()) > 4 * kScoreRows * threads;
+    for (int i = 0; i < tiles; ++i) {
+      const int first = int64_t(rows) * i / tiles, last = int64_t(rows) * (i + 1) / tiles;
+      const int32_t* some = plan.rows.data() + begin + first;
+      if (whole && !parts.empty()) {
+        tasks.push_back({parts.data(), int(parts.size()), some, last - first});
+      } else {
+        for (const LoraPart& part : parts) tasks.push_back({&part, 1, some, last - first});
       }
     }
   }

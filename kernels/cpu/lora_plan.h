@@ -6,12 +6,13 @@
 
 namespace headstart {
 
-inline constexpr int kLoraPanel = 16;  // outputs of a panel of packed weights
+inline constexpr int kDownPanel = 16;  // outputs of a panel of packed weights: ranks are small
+inline constexpr int kUpPanel = 32;
 
 // outputs [first, first + outputs) += up (down x). Packed for dot_tile, in words of the reduction
 // axis, zeros where a panel or a word is not full:
 //
-//   down   [rank / 16][in words][16]      up   [outputs / 16][rank words][16]
+//   down   [rank / 16][in words][16]      up   [outputs / 32][rank words][32]
 struct LoraPart {
   int first, outputs, rank;
   const void* down;

@@ -130,7 +130,8 @@ using Indices = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device
 NB_MODULE(_cpu, m) {
   using namespace headstart;
   m.attr("BLOCK_PAGES") = kBlockPages;
-  m.attr("LORA_PANEL") = kLoraPanel;
+  m.attr("DOWN_PANEL") = kDownPanel;
+  m.attr("UP_PANEL") = kUpPanel;
   m.attr("SUM_LANES") = kSumLanes;
   m.def("supported", &supported, "Instruction sets this machine can run, best first.");
   nb::class_<AttentionPlan>(m, "AttentionPlan")

@@ -14,6 +14,7 @@ from pydantic import FailFast, Field, WithJsonSchema
 
 from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.segments import Span, turn_spans
 from headstart.server.errors import bad_request
 from headstart.server.openai.fields import (
     REFUSED_IN_CHAT,
@@ -27,6 +28,11 @@ from headstart.server.openai.fields import (
 )
 from headstart.server.openai.logprobs import chat_logprobs
 from headstart.server.openai.reply import Choice, Format, Reply, Usage
+from headstart.server.openai.segment_mask import (
+    NOT_DECLARED,
+    ChatMaskField,
+    chat_mask,
+)
 from headstart.server.openai.start import Prompt, start_choices
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -70,6 +76,7 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
+    segment_mask: ChatMaskField = None
 
     def check_chat(self, settings: ServerSettings) -> None:
         """Raise APIError for what the types alone do not say."""
@@ -201,8 +208,9 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_chat_completion(request: Request) -> Reply:
         """Answer a chat; streamed with ``stream: true``."""
         body = await runtime.parse(request, ChatBody)
-        runtime.check_model(body.model)
+        served = runtime.served(body.model)
         body.check_chat(runtime.settings)
+        mask = chat_mask(body.segment_mask) or served.chat_mask
         messages = [message.plain(f"messages[{i}]") for i, message in enumerate(body.messages)]
         model = runtime.require_model()
         template = runtime.chat_template
@@ -213,21 +221,30 @@ def routes(runtime: Runtime) -> APIRouter:
                 "no_chat_template",
             )
         size = sum(len(message["content"]) for message in messages)
-        token_ids = await runtime.with_text(size, partial(template.encode, messages))
+        segments: list[Span] = []
+        if mask == "turns":
+            token_ids, turns = await runtime.with_text(
+                size, partial(template.encode_turns, messages)
+            )
+            segments = turn_spans(turns)
+        else:
+            token_ids = await runtime.with_text(size, partial(template.encode, messages))
         params = body.params(len(token_ids), model, runtime.settings)
         format = ChatFormat(
-            runtime.model_name,
+            served.name,
             runtime.tokenizer,
             logprobs=params.logprobs is not None,
             include_usage=body.include_usage,
         )
         choices = start_choices(
             runtime,
-            [Prompt(token_ids, params)],
+            served,
+            [Prompt(token_ids, params, segments)],
             n=body.n or 1,
             stops=body.stops(runtime.settings),
             salt=body.salt,
         )
-        return Reply(choices, format, stream=bool(body.stream))
+        warning = NOT_DECLARED if mask == "turns" and not served.for_segments else None
+        return Reply(choices, format, stream=bool(body.stream), warning=warning)
 
     return router

@@ -24,11 +24,17 @@ from headstart.server.openai.fields import (
 )
 from headstart.server.openai.logprobs import completion_logprobs
 from headstart.server.openai.reply import Choice, Format, Reply, Usage
+from headstart.server.openai.segment_mask import (
+    NOT_DECLARED,
+    CompletionMaskField,
+    Spans,
+    completion_spans,
+)
 from headstart.server.openai.start import Prompt, start_choices
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.stream import Delta
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.tokenizer import Place, Tokenizer
 
 encode = msgspec.json.encode
 
@@ -56,6 +62,7 @@ class CompletionBody(GenerationBody):
     prompt: PromptField
     echo: bool | None = None
     logprobs: LogprobCount | None = None
+    segment_mask: CompletionMaskField = None
 
     def check_completion(self, settings: ServerSettings) -> None:
         """Raise APIError for what the types alone do not say."""
@@ -186,18 +193,21 @@ class CompletionFormat(Format):
 
 
 async def _checked_prompts(
-    runtime: Runtime, body: CompletionBody, model: ModelInfo
+    runtime: Runtime, body: CompletionBody, model: ModelInfo, spans: Spans | None
 ) -> list[Prompt]:
     """Tokenise and check every prompt before any is started."""
     checked: list[Prompt] = []
     tokenizer = runtime.tokenizer
     prompts = body.prompts(runtime.settings)
+    if spans is not None:
+        spans.check_prompts(prompts)
     many = isinstance(body.prompt, list) and not is_token_id(body.prompt[0])
     for i, prompt in enumerate(prompts):
         path = f"prompt[{i}]" if many else "prompt"
+        places: Sequence[Place | None] = ()
         if isinstance(prompt, str):
-            token_ids = await runtime.with_text(
-                len(prompt), partial(tokenizer.encode, prompt, add_special_tokens=True)
+            token_ids, places = await runtime.with_text(
+                len(prompt), partial(_encode, tokenizer, prompt, spans)
             )
         else:
             token_ids = prompt
@@ -213,8 +223,19 @@ async def _checked_prompts(
         if body.echo:
             echo = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
         params = body.params(len(token_ids), model, runtime.settings)
-        checked.append(Prompt(token_ids, params, context=token_ids[-8:], echo=echo))
+        text = prompt if isinstance(prompt, str) else ""
+        segments = spans.of_prompt(len(token_ids), text, places) if spans else ()
+        checked.append(Prompt(token_ids, params, segments, context=token_ids[-8:], echo=echo))
     return checked
+
+
+def _encode(
+    tokenizer: Tokenizer, prompt: str, spans: Spans | None
+) -> tuple[list[int], Sequence[Place | None]]:
+    """Ids, and where each comes from if ``spans`` ask for that, which takes longer."""
+    if spans is not None and spans.unit == "characters":
+        return tokenizer.encode_placed(prompt)
+    return tokenizer.encode(prompt, add_special_tokens=True), ()
 
 
 def routes(runtime: Runtime) -> APIRouter:
@@ -224,18 +245,22 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_completion(request: Request) -> Reply:
         """Continue one or more prompts; streamed with ``stream: true``."""
         body = await runtime.parse(request, CompletionBody)
-        runtime.check_model(body.model)
+        served = runtime.served(body.model)
         body.check_completion(runtime.settings)
+        spans = completion_spans(body.segment_mask, runtime.settings)
         stops = body.stops(runtime.settings)
         model = runtime.require_model()
-        prompts = await _checked_prompts(runtime, body, model)
+        prompts = await _checked_prompts(runtime, body, model, spans)
         format = CompletionFormat(
-            runtime.model_name,
+            served.name,
             runtime.tokenizer,
             logprobs=body.logprobs is not None,
             include_usage=body.include_usage,
         )
-        choices = start_choices(runtime, prompts, n=body.n or 1, stops=stops, salt=body.salt)
-        return Reply(choices, format, stream=bool(body.stream))
+        choices = start_choices(
+            runtime, served, prompts, n=body.n or 1, stops=stops, salt=body.salt
+        )
+        warning = NOT_DECLARED if spans and not served.for_segments else None
+        return Reply(choices, format, stream=bool(body.stream), warning=warning)
 
     return router

@@ -12,6 +12,12 @@ from typing import Any
 
 import msgspec
 
+from headstart.server.openai.adapters import (
+    REFUSED_IN_LOAD,
+    REFUSED_IN_UNLOAD,
+    LoadAdapterBody,
+    UnloadAdapterBody,
+)
 from headstart.server.openai.chat import ChatBody, ChatMessage
 from headstart.server.openai.completions import CompletionBody
 from headstart.server.openai.fields import (
@@ -29,6 +35,8 @@ SECTIONS: tuple[tuple[str, type[Body], Mapping[str, tuple[Any, ...]], tuple[str,
     ("messages[]", ChatMessage, REFUSED_IN_MESSAGE, ()),
     ("/v1/completions", CompletionBody, REFUSED_IN_COMPLETIONS, DESCRIPTIVE),
     ("stream_options", StreamOptions, REFUSED_IN_STREAM_OPTIONS, ()),
+    ("/v1/load_lora_adapter", LoadAdapterBody, REFUSED_IN_LOAD, ()),
+    ("/v1/unload_lora_adapter", UnloadAdapterBody, REFUSED_IN_UNLOAD, ()),
 )
 
 

@@ -32,6 +32,7 @@ from headstart.server.stream import Delta, TextAssembler
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+WARNING_HEADER = b"x-headstart-warning"
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -117,10 +118,21 @@ class Format(Protocol):
 
 
 class Reply(Response):
-    """Answers with ``choices``, whose streams it owns from now on."""
+    """Answers with ``choices``, whose streams it owns from now on.
 
-    def __init__(self, choices: Sequence[Choice], format: Format, *, stream: bool) -> None:
+    ``warning``: ASCII, for a header of an answer that may not be what was hoped for.
+    """
+
+    def __init__(
+        self,
+        choices: Sequence[Choice],
+        format: Format,
+        *,
+        stream: bool,
+        warning: str | None = None,
+    ) -> None:
         super().__init__()
+        self._more_headers = [(WARNING_HEADER, warning.encode("ascii"))] if warning else []
         self._choices = choices
         self._format = format
         self._stream = stream
@@ -170,6 +182,7 @@ class Reply(Response):
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
+            *self._more_headers,
         ]
         self._started = True
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -220,7 +233,7 @@ class Reply(Response):
                     if not self._started:
                         self._started = True
                         start = {"type": "http.response.start", "status": 200}
-                        await send(start | {"headers": SSE_HEADERS})
+                        await send(start | {"headers": [*SSE_HEADERS, *self._more_headers]})
                     await send({"type": "http.response.body", "body": body, "more_body": True})
             if reason is not None:
                 return

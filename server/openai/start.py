@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import msgspec
 
 from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.segments import Span
 from headstart.server.metrics import ChoiceTimer
 from headstart.server.openai.fields import choice_seed
 from headstart.server.openai.reply import Choice
-from headstart.server.runtime import Runtime
+from headstart.server.runtime import Runtime, Served
 from headstart.server.stream import TextAssembler
 
 
@@ -21,12 +22,14 @@ class Prompt:
 
     token_ids: Sequence[int]
     params: SamplingParams
+    segments: Sequence[Span] = ()
     context: Sequence[int] = ()
     echo: str = ""
 
 
 def start_choices(
     runtime: Runtime,
+    served: Served,
     prompts: Sequence[Prompt],
     *,
     n: int,
@@ -38,6 +41,7 @@ def start_choices(
     Raises EngineDeadError; nothing is left running then.
     """
     choices: list[Choice] = []
+    metrics = runtime.metrics.of(served.name)
     try:
         for i, prompt in enumerate(prompts):
             for j in range(n):
@@ -55,9 +59,15 @@ def start_choices(
                         index=i * n + j,
                         prompt=i,
                         num_prompt_tokens=len(prompt.token_ids),
-                        stream=runtime.engine.add(prompt.token_ids, params, salt=salt),
+                        stream=runtime.engine.add(
+                            prompt.token_ids,
+                            params,
+                            salt=salt,
+                            segments=prompt.segments,
+                            adapter=served.adapter,
+                        ),
                         assembler=assembler,
-                        timer=ChoiceTimer(runtime.metrics),
+                        timer=ChoiceTimer(metrics),
                         echo=prompt.echo,
                     )
                 )

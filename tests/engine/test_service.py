@@ -96,9 +96,9 @@ async def test_streams_refusals_aborts_and_rest(client: EngineClient, model: Pat
         await tokens_of(client.add([1], SamplingParams(max_tokens=1, temperature=-1.0)))
     assert await running == expected[1]
 
-    # A namespace of its own finds nothing in the cache; the same one does.
-    async def cached(namespace: bytes) -> int:
-        outputs = [o async for o in client.add(PROMPT, params(1), namespace=namespace)]
+    # A salt of its own finds nothing in the cache; the same one does.
+    async def cached(salt: bytes) -> int:
+        outputs = [o async for o in client.add(PROMPT, params(1), salt=salt)]
         assert outputs[-1].finish_reason == "length"
         return int(outputs[-1].cached_tokens)
 

@@ -18,9 +18,10 @@ import uvicorn
 from fastapi import FastAPI
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from headstart.engine.errors import EngineDeadError
-from headstart.engine.messages import ModelInfo, Output, Stats, TokenLogprobs
+from headstart.engine.errors import EngineDeadError, RequestError
+from headstart.engine.messages import AdapterInfo, ModelInfo, Output, Stats, TokenLogprobs
 from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.segments import Span
 from headstart.server.app import create_app
 from headstart.server.settings import ServerSettings
 from headstart.server.tokenizer import Tokenizer
@@ -77,14 +78,17 @@ class FakeStream:
 class Added:
     token_ids: list[int]
     params: SamplingParams
-    namespace: bytes
+    salt: bytes
+    segments: list[Span]
+    adapter: str | None
     stream: FakeStream
 
 
 @dataclass
 class FakeEngine:
     """``answer`` makes the ids of an answer out of the index of the request; ``stop_token`` ends
-    it, when it fits into max_tokens. Keeps every request in ``added``."""
+    it, when it fits into max_tokens. Keeps every request in ``added``, and what it was asked about
+    adapters in ``asked``; the files of one are right unless its folder holds "broken"."""
 
     answer: Callable[[int], list[int]]
     stop_token: int
@@ -95,6 +99,8 @@ class FakeEngine:
     fail_after: tuple[int, Exception] | None = None
     per_output: int = 1
     stats: Stats = field(default_factory=Stats)
+    adapters: dict[str, AdapterInfo] = field(default_factory=dict)
+    asked: list[tuple[str, ...]] = field(default_factory=list)
     model: ModelInfo | None = field(
         default_factory=lambda: ModelInfo(
             max_model_len=MAX_MODEL_LEN,
@@ -117,8 +123,31 @@ class FakeEngine:
     async def stop(self) -> None:
         self.stopped += 1
 
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        self.asked.append(("load", name, path))
+        if not self.ready:
+            raise EngineDeadError("the engine has died")
+        if (Path(path) / "broken").exists():
+            raise RequestError(f"{path}/adapter_model.safetensors: truncated")
+        if name in self.adapters:
+            raise RequestError(f"an adapter {name!r} came first", "lora_name")
+        info = AdapterInfo(name=name, path=path, rank=8, targets=["q_proj"], num_bytes=1000)
+        self.adapters[name] = info
+        return info
+
+    async def unload_adapter(self, name: str) -> None:
+        self.asked.append(("unload", name))
+        if self.adapters.pop(name, None) is None:
+            raise RequestError(f"no adapter {name!r}", "lora_name")
+
     def add(
-        self, token_ids: Sequence[int], params: SamplingParams, *, namespace: bytes = b""
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        salt: bytes = b"",
+        segments: Sequence[Span] = (),
+        adapter: str | None = None,
     ) -> FakeStream:
         if not self.ready:
             raise EngineDeadError("the engine has died")
@@ -128,7 +157,7 @@ class FakeEngine:
         if self.fail_after is not None:
             count, stream.error = self.fail_after
             del stream.outputs[count:]
-        self.added.append(Added(list(token_ids), params, namespace, stream))
+        self.added.append(Added(list(token_ids), params, salt, list(segments), adapter, stream))
         return stream
 
     def _outputs(self, params: SamplingParams) -> list[Output]:

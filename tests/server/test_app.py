@@ -134,8 +134,22 @@ async def test_openapi_describes_the_bodies(client):
     document = (await client.get("/openapi.json")).json()
     schemas = document["components"]["schemas"]
     assert {"ChatBody", "ChatMessage", "CompletionBody", "StreamOptions"} <= set(schemas)
-    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
-    assert body["content"]["application/json"]["schema"]["$ref"].endswith("/ChatBody")
+    for path, name in (
+        ("/v1/chat/completions", "ChatBody"),
+        ("/v1/load_lora_adapter", "LoadAdapterBody"),
+        ("/v1/unload_lora_adapter", "UnloadAdapterBody"),
+    ):
+        body = document["paths"][path]["post"]["requestBody"]
+        assert body["content"]["application/json"]["schema"]["$ref"].endswith(f"/{name}")
+    chat, text = (
+        schemas[name]["properties"]["segment_mask"] for name in ("ChatBody", "CompletionBody")
+    )
+    assert chat["enum"] == ["causal", "turns", None]
+    assert [list(kind.get("properties", ())) for kind in text["anyOf"]] == [
+        [],
+        ["characters"],
+        ["tokens"],
+    ]
 
 
 def test_readme_tables_are_those_of_the_code():

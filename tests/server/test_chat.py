@@ -132,7 +132,7 @@ async def test_sampling_fields_reach_the_engine(client, engine, chat_body):
     assert added.params.logit_bias == {5: -100.0, 6: 1.5}
     assert added.params.stop_token_ids == (9,)
     assert added.params.logprobs is None
-    assert added.namespace == b"tenant"
+    assert added.salt == b"tenant"
 
 
 async def test_null_means_default(client, engine, chat_body):
@@ -140,7 +140,7 @@ async def test_null_means_default(client, engine, chat_body):
     response = await client.post(URL, json=chat_body(**dict.fromkeys(names)))
     assert response.status_code == 200
     assert engine.added[0].params.temperature == 1.0
-    assert engine.added[0].namespace == b""
+    assert engine.added[0].salt == b""
 
 
 @pytest.mark.parametrize("value", [-1, 0])
@@ -251,8 +251,8 @@ async def test_bugs_tell_the_client_nothing(client, engine, chat_body):
 async def test_a_stream_that_just_ends_is_an_error(client, engine, chat_body):
     original = engine.add
 
-    def add(token_ids, params, *, namespace=b""):
-        stream = original(token_ids, params, namespace=namespace)
+    def add(token_ids, params, **where):
+        stream = original(token_ids, params, **where)
         del stream.outputs[1:]
         return stream
 

@@ -59,6 +59,10 @@ def test_sizes(text, size):
         ["serve", "m", "--relay-check", "-1"],
         ["serve", "m", "--relay-check", "1.5"],
         ["serve", "m", "--relay-check", "never"],
+        ["serve", "m", "--segment-mask", "full"],
+        ["serve", "m", "--max-loras", "0"],
+        ["serve", "m", "--lora"],
+        ["plan", "m", "--lora", "a=/"],
         ["plan", "m", "--prefix", "0"],
         ["plan", "m", "--batch", "many"],
         ["plan", "m", "--suffix", "-5"],
@@ -102,6 +106,62 @@ def test_every_flag_gets_where_it_belongs(tmp_path):
     settings = cli.server_settings(args)
     assert (settings.max_body_bytes, settings.max_n, settings.max_prompts) == (1024**2, 2, 3)
     assert (settings.max_choices, settings.max_stop) == (4, 5)
+
+
+def test_adapter_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two", "a=b"):
+        (tmp_path / name).mkdir()
+    args = parse(
+        *("serve", "m", "--lora", "legal/1=one", f"x y={tmp_path}/two", "--lora", "z=a=b"),
+        *("--max-loras", "3", "--lora-dir", ".", "--segment-mask", "turns"),
+    )
+    config = cli.engine_config(args, tmp_path)
+    assert config.adapters == {
+        "legal/1": str(tmp_path / "one"),
+        "x y": str(tmp_path / "two"),
+        "z": str(tmp_path / "a=b"),
+    }
+    assert config.max_adapters == 3
+    settings = cli.server_settings(args)
+    assert (settings.segment_mask, settings.lora_dir) == ("turns", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora", "one"], "--lora: 'one' is not NAME=PATH"),
+        (["--lora", "a="], "--lora: 'a=' is not NAME=PATH"),
+        (["--lora", "=one"], "--lora: '=one': a name has 1 to 128 characters, not 0"),
+        (["--lora", "x" * 129 + "=one"], "a name has 1 to 128 characters, not 129"),
+        (["--lora", "a\n=one"], "a name has printable characters only"),
+        (["--lora", "a=missing"], "--lora: 'missing' is no folder"),
+        (["--lora", "a=file"], "--lora: 'file' is no folder"),
+        (["--lora", "a=\udcff"], "is no folder"),
+        (["--lora", "a=one", "b=two", "--lora", "a=two"], "--lora: the name 'a' is given twice"),
+        (["--lora", "m=one"], "--lora: 'm' is the model's name"),
+        (
+            ["--served-model-name", "x", "y", "--lora", "m=one", "y=two"],
+            "--lora: 'y' is the model's name",
+        ),
+        (["--max-loras", "1", "--lora", "a=one", "b=two"], "--lora: 2 adapters, and --max-loras 1"),
+        (["--lora-dir", "missing"], "--lora-dir: 'missing' is no folder"),
+    ],
+)
+def test_wrong_adapter_flags_are_told_before_anything_else(
+    flags, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cli, "bind", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["serve", "m", *flags])
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("headstart serve: error: argument --lora")
+    assert message in last
 
 
 def test_defaults_are_those_of_the_config(tmp_path):
@@ -254,12 +314,13 @@ class Engine:
     ready = True
     stats = Stats()
     restarts = 0
+    adapters = {}
     model = ModelInfo(max_model_len=256, vocab_size=400, page_size=16, num_pages=9,
                       eos_token_ids=[0], backend="fake", weights="f32", version="0")
     async def start(self):
         if sys.argv[3] == "fail":
             raise ModelError("the file is truncated")
-    def add(self, token_ids, params, *, namespace=b""): return Stream()
+    def add(self, token_ids, params, **where): return Stream()
     async def stop(self): print("stopped", flush=True)
 
 listener = cli.bind("127.0.0.1", 0)

@@ -87,8 +87,8 @@ async def test_no_infinity_in_json(client, engine, body, monkeypatch):
 
     add = engine.add
 
-    def ruled_out(token_ids, params, *, namespace=b""):
-        stream = add(token_ids, params, namespace=namespace)
+    def ruled_out(token_ids, params, **where):
+        stream = add(token_ids, params, **where)
         for output in stream.outputs:
             output.logprobs[:] = [
                 TokenLogprobs(t.token_id, float("-inf"), [(t.token_id, float("-inf"))])
