@@ -378,7 +378,7 @@ def test_salt_and_segments_count_beside_the_adapter(llama: Judge) -> None:
 def test_a_salt_cannot_pass_for_an_adapter(llama: Judge) -> None:
     engine = make_engine(llama.model, llama.paths)
     assert cached_tokens(engine, Request(PROMPT, "all")) == 0
-    digest = engine._adapters["all"].digest
+    digest = engine._adapters.get("all").digest
     for salt in (digest, bytes([0, len(digest)]) + digest, bytes([len(digest)]) + digest):
         engine.add(0, array("i", PROMPT), greedy(1), salt=salt)
         assert finish(engine, {})[0] == 0
@@ -447,7 +447,7 @@ def test_what_is_told_of_an_adapter(llama: Judge, lora: Any) -> None:
     assert info.path == str(path)
     assert info.rank == 6
     assert info.targets == ["q_proj", "down_proj"]
-    assert info.num_bytes == 4 * (6 * (64 + 320) + 4 * (96 + 64))
+    assert info.num_bytes == (path / "adapter_model.safetensors").stat().st_size
     assert info.segment_mask == "turns"
     assert engine.load_adapter("second", str(llama.paths["all"])).segment_mask is None
 
