@@ -22,7 +22,7 @@ from headstart.engine.adapters import Adapter, load_adapter
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
-from headstart.engine.errors import ModelError
+from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.model_runner import ModelRunner, load_decoder
 from headstart.engine.models import quality
 from headstart.engine.models.config import ModelConfig
@@ -226,6 +226,8 @@ def test_without_its_smoothing_an_int8_model_takes_no_adapter(
     with pytest.raises(ModelError, match=r"smoothing\.safetensors is missing: pull the model"):
         engine.load_adapter("name", str(lora.write(folder, size=0.5)))
     assert engine.generate([TOKENS], SamplingParams(max_tokens=2))
+    with pytest.raises(RequestError, match="no adapter called 'name'"):
+        engine.add(0, array("i", TOKENS), SamplingParams(max_tokens=2), adapter="name")
 
 
 # ------------------------------------------------------------------------------- default model
