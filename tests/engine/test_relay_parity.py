@@ -183,7 +183,7 @@ def test_tenants_of_other_namespaces_share_nothing(tiny: Path, make: Make) -> No
     engine = make(tiny, "on")
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
     for i, salt in enumerate((b"a", b"b")):
-        engine.add(i, array("i", prompt), params, salt)
+        engine.add(i, array("i", prompt), params, salt=salt)
     while engine.has_work:
         engine.step()
     assert engine.stats.relay.ranges == 0
