@@ -15,7 +15,7 @@ from headstart.engine.errors import RequestError
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.radix_cache import RadixCache
 from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import NewToken, Scheduler, SchedulerOutput
+from headstart.engine.scheduler import NewToken, ScheduledSequence, Scheduler, SchedulerOutput
 from headstart.engine.segments import Segments, Span
 from headstart.engine.sequence import FinishReason, Sequence, Status
 
@@ -52,10 +52,21 @@ def kv_contents(seq: Sequence) -> list[int]:
     return [hash((i, hashes[visible])) for i, visible in enumerate(seen)]
 
 
-class Engine:
-    """A scheduler and a model that remembers for each slot of each page whose token it holds."""
+Sample = Callable[[Sequence], int | None]
+"""The token a sequence is given; None: its logits were not numbers."""
 
-    def __init__(self, num_pages: int = 64, page_size: int = 4, **options: Any) -> None:
+
+class Engine:
+    """A scheduler and a model that remembers for each slot of each page whose token it holds.
+
+    ``long_steps``: how many steps a long chunk takes, the one it begins with included.
+    """
+
+    def __init__(
+        self, num_pages: int = 64, page_size: int = 4, long_steps: int = 1, **options: Any
+    ) -> None:
+        self.long: ScheduledSequence | None = None
+        self.long_steps = self.long_steps_left = long_steps
         self.pool = PagePool(num_pages, page_size)
         self.cache = RadixCache(self.pool)
         settings: dict[str, Any] = {
@@ -72,19 +83,33 @@ class Engine:
         """The next step, with what must hold for every one."""
         running = list(self.scheduler._running)
         output = self.scheduler.schedule()
-        assert output.scheduled or not self.scheduler.has_work
+        if output.long_chunk is not None:
+            assert self.long is None or self.long.seq.status is Status.FINISHED
+            self.long, self.long_steps_left = output.long_chunk, self.long_steps
+            self.check_long(output.long_chunk)
+        assert output.scheduled or self.long or not self.scheduler.has_work
         chunks = {entry.seq: entry for entry in output.scheduled}
-        decoding = [seq for seq in running if seq.num_pending_tokens == 1]
+        held_up = self.long is not None and self.long.seq.status is Status.RUNNING
+        decoding = [
+            seq
+            for seq in running
+            if seq.num_pending_tokens == 1 and not (self.long and seq is self.long.seq)
+        ]
         for seq in decoding:
             assert seq.status is Status.WAITING or chunks[seq].num_tokens == 1, "must decode"
         # The first of those that run is passed over only for what the step computes for it; so is
-        # the first of the prompts.
+        # the first of the prompts, or for a long chunk.
         alive = [seq for seq in running if seq.status is Status.RUNNING]
         for first in (alive[:1], [seq for seq in alive if seq not in decoding][:1]):
             for seq in first:
-                assert seq in chunks or self.computes_for(output, seq), "starves"
+                waits = held_up and seq not in decoding
+                assert waits or seq in chunks or self.computes_for(output, seq), "starves"
+        if held_up:
+            assert all(entry.num_tokens == 1 for entry in output.scheduled), "beside a long chunk"
         if output.num_tokens > self.scheduler._max_batched_tokens:
-            self.check_long(output)
+            [entry] = [entry for entry in output.scheduled if entry.num_tokens > 1]
+            assert entry.num_tokens <= self.scheduler._max_batched_tokens
+            self.check_long(entry)
         return output
 
     def computes_for(self, output: SchedulerOutput, seq: Sequence) -> bool:
@@ -94,17 +119,17 @@ class Engine:
             for other, start, num_tokens, _ in output.scheduled
         )
 
-    def check_long(self, output: SchedulerOutput) -> None:
-        """Beyond the budget: one prompt, and in it a segment that begins within a page."""
-        [(seq, start, num_tokens, _)] = [e for e in output.scheduled if e.num_tokens > 1]
+    def check_long(self, entry: ScheduledSequence) -> None:
+        """What goes beyond the budget ends with a segment that begins within a page."""
+        seq, start, num_tokens, _ = entry
         [begin] = [first for first, end in seq.segments.spans if end == start + num_tokens]
         assert begin < start + self.pool.page_size
 
-    def compute(self, output: SchedulerOutput) -> None:
+    def compute(self, entries: list[ScheduledSequence]) -> None:
         """Write the chunks' slots, then read everything up to their ends."""
         size = self.pool.page_size
-        contents = {entry.seq: kv_contents(entry.seq) for entry in output.scheduled}
-        for seq, start, num_tokens, samples in output.scheduled:
+        contents = {entry.seq: kv_contents(entry.seq) for entry in entries}
+        for seq, start, num_tokens, samples in entries:
             assert seq.status is Status.RUNNING
             assert num_tokens > 0
             assert start == seq.num_computed_tokens
@@ -116,17 +141,30 @@ class Engine:
                 page = seq.pages[i // size]
                 assert self.pool._references[page] == 1, "writes to a page others use"
                 self.slots[page, i % size] = contents[seq][i]
-        for seq, start, num_tokens, _ in output.scheduled:
+        for seq, start, num_tokens, _ in entries:
             for i in range(start + num_tokens):
                 assert self.slots[seq.pages[i // size], i % size] == contents[seq][i]
-        self.num_computed += output.num_tokens
+            self.num_computed += num_tokens
 
-    def step(self, sample: Callable[[Sequence], int | None] = lambda seq: 1) -> list[NewToken]:
-        output = self.schedule()
-        self.compute(output)
+    def step(self, sample: Sample = lambda seq: 1) -> list[NewToken]:
+        return self.complete(self.schedule(), sample)
+
+    def complete(self, output: SchedulerOutput, sample: Sample = lambda seq: 1) -> list[NewToken]:
+        """Compute the step, and a long chunk when its last one has come; commit both."""
+        self.compute(output.scheduled)
         tokens = [sample(entry.seq) for entry in output.scheduled if entry.samples]
         new = self.scheduler.commit(output, tokens)
         self.scheduler.check()
+        if self.long is None or self.long.seq.status is not Status.RUNNING:
+            self.long = None
+            return new
+        self.long_steps_left -= 1
+        if not self.long_steps_left:
+            entry, self.long = self.long, None
+            self.compute([entry])
+            tokens = [sample(entry.seq)] if entry.samples else []
+            new += self.scheduler.commit(SchedulerOutput([entry], 0), tokens)
+            self.scheduler.check()
         return new
 
     def finish(self, limit: int) -> None:
@@ -144,7 +182,9 @@ class Engine:
 
 
 def scheduled(output: SchedulerOutput) -> list[tuple[int, int, int]]:
-    return [(entry.seq.id, entry.start, entry.num_tokens) for entry in output.scheduled]
+    """The step's chunks, and behind them the long one that begins with it."""
+    entries = output.scheduled + ([output.long_chunk] if output.long_chunk else [])
+    return [(entry.seq.id, entry.start, entry.num_tokens) for entry in entries]
 
 
 def test_decoding_comes_before_prefill_and_chunks_end_at_pages() -> None:
@@ -155,7 +195,7 @@ def test_decoding_comes_before_prefill_and_chunks_end_at_pages() -> None:
     engine.step()
     output = engine.scheduler.schedule()
     assert scheduled(output) == [(0, 4, 1), (1, 12, 12)]
-    engine.compute(output)
+    engine.compute(output.scheduled)
     engine.scheduler.commit(output, [1])
     engine.step()
     # 4 tokens are left of the second prompt; its last chunk samples.
@@ -305,7 +345,7 @@ def test_a_decoding_sequence_already_scheduled_can_still_be_preempted() -> None:
     assert young.num_output_tokens == 7
     output = engine.scheduler.schedule()
     assert (scheduled(output), output.preempted) == ([(0, 14, 2)], 1)
-    engine.compute(output)
+    engine.compute(output.scheduled)
     engine.scheduler.commit(output, [1])
     engine.scheduler.check()
     engine.drain(40)
@@ -361,8 +401,7 @@ def test_a_chunk_ends_where_a_segment_ends_or_begins() -> None:
     while engine.scheduler.has_work:
         output = engine.schedule()
         chunks += [(start, num_tokens) for _, start, num_tokens in scheduled(output)]
-        engine.compute(output)
-        engine.scheduler.commit(output, [1] * sum(e.samples for e in output.scheduled))
+        engine.complete(output)
     # Up to a segment's end, twice; before a segment, since 47 and 44 are in it; the rest.
     assert chunks == [(0, 15), (15, 16), (31, 10), (41, 15), (56, 4)]
 
@@ -380,29 +419,27 @@ def test_a_segment_longer_than_the_budget_runs_whole() -> None:
     engine = Engine(max_batched_tokens=8)
     engine.scheduler.add(make_sequence(0, list(range(40)), spans=[(1, 26)]))
     output = engine.schedule()
-    assert scheduled(output) == [(0, 0, 26)]
-    engine.compute(output)
-    engine.scheduler.commit(output, [])
+    assert (scheduled(output), output.scheduled) == ([(0, 0, 26)], [])
+    engine.complete(output)
     assert scheduled(engine.schedule()) == [(0, 26, 6)]
 
 
-def test_a_long_segment_waits_for_its_turn_and_holds_up_others_for_one_step() -> None:
-    engine = Engine(max_batched_tokens=8)
+def test_a_long_segment_waits_for_its_turn_and_holds_up_other_prompts_while_it_runs() -> None:
+    engine = Engine(max_batched_tokens=8, long_steps=2)
     engine.scheduler.add(make_sequence(0, [3] * 14, max_tokens=9))
     engine.scheduler.add(make_sequence(1, list(range(33)), spans=[(0, 30)]))
     engine.scheduler.add(make_sequence(2, [5] * 3))
     steps = []
-    for _ in range(4):
+    for _ in range(5):
         output = engine.schedule()
         steps.append(scheduled(output))
-        engine.compute(output)
-        engine.scheduler.commit(output, [1] * sum(e.samples for e in output.scheduled))
-        engine.scheduler.check()
+        engine.complete(output)
     assert steps == [
         [(0, 0, 8)],
         [(0, 8, 6)],  # 2 are left: not enough for the segment, and nobody overtakes it
         [(0, 14, 1), (1, 0, 30)],
-        [(0, 15, 1), (1, 30, 3), (2, 0, 3)],
+        [(0, 15, 1)],
+        [(0, 16, 1), (1, 30, 3), (2, 0, 3)],
     ]
     engine.drain(10)
 
@@ -421,7 +458,7 @@ def test_a_long_segment_is_not_passed_over_while_others_come() -> None:
 
 
 def test_those_that_decode_get_a_token_in_every_step_of_long_segments() -> None:
-    engine = Engine(num_pages=200, max_batched_tokens=8)
+    engine = Engine(num_pages=200, max_batched_tokens=8, long_steps=5)
     decoding = [make_sequence(i, [3 + i] * 2, max_tokens=50) for i in range(3)]
     for seq in decoding:
         engine.scheduler.add(seq)
@@ -435,7 +472,7 @@ def test_those_that_decode_get_a_token_in_every_step_of_long_segments() -> None:
         engine.step()
         steps += 1
         assert [seq.num_output_tokens for seq in decoding] == [1 + steps] * 3
-    assert steps < 3 * 8
+    assert steps < 3 * 2 * 5 + 3 * 8
     engine.drain(60)
 
 
@@ -500,8 +537,7 @@ def test_a_segment_takes_the_pages_of_the_youngest() -> None:
     assert not engine.scheduler.preemptions
     output = engine.schedule()
     assert (scheduled(output), output.preempted) == ([(0, 16, 8)], 1)
-    engine.compute(output)
-    engine.scheduler.commit(output, [1])
+    engine.complete(output)
     engine.drain(60)
     assert young.num_output_tokens == 20
 
@@ -582,7 +618,7 @@ def test_abort_frees_waiting_running_and_computing_sequences_at_once() -> None:
         engine.scheduler.add(seq)
     engine.step()
     output = engine.scheduler.schedule()
-    engine.compute(output)
+    engine.compute(output.scheduled)
     assert engine.scheduler.abort([2, 0, 99, 0]) == [sequences[2], sequences[0]]
     engine.scheduler.check()
     new = engine.scheduler.commit(output, [1] * len(output.scheduled))
@@ -637,13 +673,21 @@ class Use(RuleBasedStateMachine):
         budget=st.integers(1, 12),
         max_running=st.integers(1, 5),
         prefix_caching=st.sampled_from([True, True, True, False]),
+        long_steps=st.integers(1, 3),
     )
     def start(
-        self, page_size: int, num_pages: int, budget: int, max_running: int, prefix_caching: bool
+        self,
+        page_size: int,
+        num_pages: int,
+        budget: int,
+        max_running: int,
+        prefix_caching: bool,
+        long_steps: int,
     ) -> None:
         self.engine = Engine(
             num_pages,
             page_size,
+            long_steps,
             max_batched_tokens=budget,
             max_running=max_running,
             max_model_len=24,
@@ -708,7 +752,7 @@ class Use(RuleBasedStateMachine):
             scheduler.abort(ids)
         else:
             output = self.engine.schedule()
-            self.engine.compute(output)
+            self.engine.compute(output.scheduled)
             scheduler.abort(ids)
             scheduler.check()
             num_samples = sum(entry.samples for entry in output.scheduled)
@@ -719,7 +763,8 @@ class Use(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         # At least the oldest advances by a token in each step; others' work may be lost.
-        self.engine.drain(sum(seq.num_prompt_tokens + 12 for seq in self.sequences))
+        steps = sum(seq.num_prompt_tokens + 12 for seq in self.sequences)
+        self.engine.drain(steps * self.engine.long_steps)
         for seq in self.sequences:
             assert seq.status is Status.FINISHED
             assert not seq.pages
