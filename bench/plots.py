@@ -25,6 +25,7 @@ DPI = 150
 GREY = "0.45"
 WIDTH = 1.8  # points, like MARKER
 MARKER = 4.5
+SMOOTH = 8  # steps
 
 Colour = tuple[float, float, float, float]
 
@@ -138,6 +139,45 @@ def attention_plot(
     ]
     _legend(figure, [*lines, *marks])
     return save(figure, folder, name)
+
+
+def segments_plot(
+    folder: Path,
+    title: str,
+    chance: float,
+    losses: Mapping[str, Sequence[Sequence[float]]],
+    accuracy: Mapping[str, tuple[Sequence[float], float, float]],
+) -> list[Path]:
+    """segments: how training went on the left, held-out accuracy on the right.
+
+    ``losses`` per mask: those of every step, a row per seed, drawn as means of `SMOOTH` steps.
+    ``accuracy`` per way of serving: that of every seed, and the ends of the interval of the mean.
+    """
+    figure, (left, right) = _panels(title, 2)
+    colours = dict(zip(accuracy, _colours(range(len(accuracy))).values(), strict=True))
+    for mask, rows in losses.items():
+        for row in rows:
+            ends = range(SMOOTH, len(row) + 1, SMOOTH)
+            means = [sum(row[end - SMOOTH : end]) / SMOOTH for end in ends]
+            left.plot(ends, means, color=colours[mask], linewidth=WIDTH, alpha=0.8)
+    left.set_ylim(bottom=0.0)
+    left.set_xlabel("step")
+    left.set_ylabel(f"training loss, means of {SMOOTH} steps")
+    left.set_title("a line per seed", fontsize=10, color=GREY)
+    for place, (name, (seeds, low, high)) in enumerate(accuracy.items()):
+        mean = sum(seeds) / len(seeds)
+        right.bar(place, mean, color=colours[name], width=0.6)
+        right.plot([place, place], [low, high], color="black", linewidth=1.2)
+        right.scatter(
+            [place] * len(seeds), seeds, s=20, color="white", edgecolors="black", zorder=3
+        )
+    right.axhline(chance, color=GREY, linestyle="--", linewidth=1.2)
+    right.set_ylim(0.0, 1.0)
+    right.set_xticks([])
+    right.set_ylabel("held-out accuracy, served")
+    right.set_title("dots: seeds; line: 95%; dashed: chance", fontsize=10, color=GREY)
+    _legend(figure, [_key(name, color=colour) for name, colour in colours.items()])
+    return save(figure, folder, "segments")
 
 
 def _panels(title: str, count: int) -> tuple[Figure, list[Axes]]:
