@@ -879,6 +879,16 @@ def test_a_template_may_refuse_a_system_message_alone():
     assert cut(joins, SYSTEM_FIRST[:2]) == [turn_ml("user", "Be nice.\nhello there")]
 
 
+def test_marks_may_be_the_same_for_all_roles():
+    chat = odd(ALL.replace("MESSAGE", "<|im_start|>{{ message.content }}<|im_end|>"))
+    assert cut(chat, SYSTEM_FIRST) == [
+        ("system", "<|im_start|>Be nice.<|im_end|>"),
+        ("user", "<|im_start|>hello there<|im_end|>"),
+        ("assistant", "<|im_start|>hi<|im_end|>"),
+        ("user", "<|im_start|>the fox?<|im_end|>"),
+    ]
+
+
 def test_what_parts_turns_may_be_missing_before_the_first():
     chat = odd(
         "{% for message in messages %}{{ '\n\n' if not loop.first }}"
