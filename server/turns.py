@@ -152,11 +152,8 @@ def _signed(message: Message, sign: str) -> Message:
 
 
 def _has_sign(message: Message) -> bool:
-    # Templates ask whether an assistant says anything, and write tool calls after that or instead.
-    if message["role"] != "assistant":
-        return True
-    content = message.get("content")
-    return isinstance(content, str) and bool(content.strip()) and not message.get("tool_calls")
+    # Tool calls are written behind what an assistant says, or instead.
+    return isinstance(message.get("content"), str) and not message.get("tool_calls")
 
 
 def _assign(

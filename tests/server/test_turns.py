@@ -489,6 +489,17 @@ CASES: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]] | None, Expect
         ],
     ),
     (
+        "qwen2_5",
+        [user("hello"), call("Rome", content="I look.")],
+        None,
+        [
+            turn_ml("system", QWEN_DEFAULT),
+            turn_ml("user", "hello"),
+            turn_ml("assistant", f"I look.\n{QWEN_CALL}"),
+            ANSWER_ML,
+        ],
+    ),
+    (
         "qwen3",
         [user("hello"), assistant("<think>\nA greeting.\n</think>\n\nhi there"), user("the fox?")],
         None,
