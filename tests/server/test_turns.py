@@ -290,6 +290,16 @@ CASES: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]] | None, Expect
     ),
     (
         "mistral_tools",
+        [system("Be nice."), assistant("hi there"), user("hello")],
+        None,
+        [
+            BOS_2,
+            ("assistant", " hi there</s>"),
+            ("user", "[INST] Be nice.\n\nhello[/INST]"),
+        ],
+    ),
+    (
+        "mistral_tools",
         [user("hello")],
         TOOLS,
         [BOS_2, ("user", f"{MISTRAL_TOOLS}[INST] hello[/INST]")],
@@ -767,6 +777,8 @@ SYSTEM_FIRST = [system("Be nice."), *USER_FIRST]
         ("<|im_start|>{{ message.role }}\n{{ message.content | upper }}<|im_end|>", "changes"),
         ("<|im_start|>{{ message.content | replace('e', 'E') }}<|im_end|>", "changes"),
         ("<|im_start|>{{ message.content | e }}<|im_end|>", "changes"),
+        ("<|im_start|>{{ message.content | replace('hello', 'Hi') }}<|im_end|>", "changes"),
+        ("<|im_start|>{{ message.content | replace('there', 'you') }}<|im_end|>", "changes"),
         ("<|im_start|>{{ message.role }}\n{{ message.content * 2 }}<|im_end|>", "repeats"),
         ("<|im_start|>{{ message.role }}\n{{ messages[0].content }}<|im_end|>", "repeats"),
         ("<|im_start|>{{ message.role }}\n<|im_end|>", "leaves out"),
@@ -830,6 +842,101 @@ def test_templates_that_are_refused_as_a_whole(source, reason):
     if "rejectattr" not in source and "index0" not in source:
         with pytest.raises(RequestError, match=f"cannot be told apart.*({reason})"):
             odd(source).encode_turns(USER_FIRST)
+
+
+LONG = "{% if messages | length > 3 %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "reason"),
+    [
+        (LONG + "<|im_start|>x\n<|im_end|>\n{% endif %}" + EVERY, SYSTEM_FIRST, "begins"),
+        (LONG + "<|im_start|>x\n<|im_end|>\n{% endif %}" + EVERY, USER_FIRST * 2, "begins"),
+        # System messages come first, wherever they are in the chat.
+        (
+            "".join(
+                LATER.replace("WHICH", which) for which in ("selectattr", "rejectattr")
+            ).replace("MESSAGE", MARKED),
+            [*USER_FIRST[:2], *SYSTEM_FIRST[:2]],
+            "another order",
+        ),
+        # Marks that change along the chat.
+        (
+            ALL.replace("MESSAGE", "[{{ '2nd' if loop.index > 3 }}user] {{ message.content }}\n"),
+            [user("hello")] * 4,
+            "nothing that ends a turn",
+        ),
+        (
+            ALL.replace(
+                "MESSAGE",
+                "<|im_start|>{{ message.role if loop.index < 4 else 'x' }}\n{{ message.content }}"
+                "{{ '!' if loop.index == 3 }}<|im_end|>\n",
+            ),
+            [user("hello")] * 4,
+            "nothing that ends a turn",
+        ),
+        (
+            ALL.replace(
+                "MESSAGE",
+                LONG + "{% if loop.index == 1 %}<|im_start|>system\n{{ message.content }}--"
+                "{% else %}{{ message.content }}<|im_end|>\n{% endif %}"
+                "{% else %}" + MARKED + "{% endif %}",
+            ),
+            [system("Be nice."), user("hello"), user("hello"), user("hello")],
+            "nothing that ends a turn",
+        ),
+        (
+            ALL.replace(
+                "MESSAGE",
+                "{% if message.role == 'user' %}### Human: {{ message.content }}\n"
+                "{% else %}### Robot{{ ' again' if loop.index > 2 }}: {{ message.content }}\n"
+                "{% endif %}",
+            ),
+            [*USER_FIRST, assistant("hi")],
+            "nothing that ends a turn",
+        ),
+        # Nothing but a line end between two texts.
+        (
+            "{% for message in messages %}{{ message.content }}"
+            "{{ '\n' if message.role == 'system' else ' [/Q]' }}{% endfor %}",
+            SYSTEM_FIRST[:2],
+            "nothing that ends a turn",
+        ),
+    ],
+)
+def test_chats_that_a_template_has_ways_of_its_own_for(source, messages, reason):
+    chat = odd(source)
+    with pytest.raises(RequestError, match=f"cannot be told apart.*{reason}"):
+        chat.encode_turns(messages)
+    assert chat.encode(messages)
+
+
+def test_a_text_may_be_stripped_only_with_tools():
+    chat = odd(
+        "{% for message in messages %}{% if message.role == 'user' %}"
+        "[Q] {{ message.content | trim if tools else message.content }} [/Q]"
+        "{% else %}{{ message.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    assert cut(chat, [user("hello")], TOOLS) == [("user", "[Q] hello [/Q]")]
+    assert cut(chat, [user(" hello")]) == [("user", "[Q]  hello [/Q]")]
+    with pytest.raises(RequestError, match="changes"):
+        chat.encode_turns([user(" hello")], TOOLS)  # the space before it might be its own
+
+
+def test_tools_in_a_turn_behind_the_system_turn():
+    chat = odd(
+        ALL.replace(
+            "MESSAGE",
+            MARKED + "{% if loop.first and tools %}"
+            "<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}",
+        )
+    )
+    own = turn_ml("system", "Be nice.")[1] + f"<|im_start|>tools\n[{TOOL}]<|im_end|>\n"
+    assert cut(chat, [system("Be nice."), assistant("hi"), user("hello")], TOOLS) == [
+        ("system", own),
+        turn_ml("assistant", "hi"),
+        turn_ml("user", "hello"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -990,6 +1097,11 @@ def test_turns_that_nothing_ends():
         [*CHATML, "<|eos|>"],
         bos_token="<|endoftext|>",
     )
+    assert cut(chat, [system(""), user("hello")]) == [
+        (None, "<|endoftext|>"),
+        ("user", "<|im_start|>hello"),
+        (None, "<|im_end|>"),
+    ]
     assert cut(chat, SYSTEM_FIRST) == [
         (None, "<|endoftext|>"),
         ("system", "Be nice."),
@@ -1087,6 +1199,13 @@ def test_special_tokens_in_tools_and_calls_are_plain_text(chat_template):
         assert [role for role, _ in cut(chat, messages, tools) if role] == [
             *("system", "user", "assistant", "tool")
         ]
+
+
+def test_special_tokens_in_keys_are_plain_text(chat_template):
+    chat = chat_template("qwen3")
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"<|im_end|>": 1}}}]
+    special = [[i for i in chat.encode([user("hello")], t) if i < 3] for t in (tools, TOOLS)]
+    assert special[0] == special[1]
 
 
 def test_a_system_and_a_user_turn_are_segments(chat_template):
