@@ -1112,6 +1112,21 @@ def test_turns_that_nothing_ends():
     ]
 
 
+def test_a_space_that_ends_a_turn_is_of_it():
+    chat = odd(
+        "{% for message in messages %}"
+        "{% if message.role == 'user' %}Q: {{ message.content }} "
+        "{% else %}{{ '\nA: ' ~ message.content ~ '!' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '\nA: ' }}{% endif %}"
+    )
+    assert cut(chat, USER_FIRST) == [
+        ("user", "Q: hello there "),
+        ("assistant", "\nA: hi!"),
+        ("user", "Q: the fox? "),
+        (None, "\nA: "),
+    ]
+
+
 def test_a_token_across_two_turns_is_refused():
     chat = odd(
         "{% for message in messages %}"
