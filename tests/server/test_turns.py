@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
@@ -1127,6 +1127,29 @@ def test_a_space_that_ends_a_turn_is_of_it():
     ]
 
 
+def test_a_line_end_in_one_token_with_a_turns_last_character():
+    # As in Llama 3: punctuation and line ends behind it are one word.
+    backend = byte_level(CHATML)
+    words = pre_tokenizers.Split(tokenizers.Regex(r"\w+|[^\w\s]+\n*|\s"), "isolated")
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_only])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["fox.\n" * 9], trainer)
+    source = (
+        "{% for message in messages %}{{ '\n' if not loop.first }}"
+        "{{ 'Q' if message.role == 'user' else 'A' }} {{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\nA ' }}{% endif %}"
+    )
+    chat = ChatTemplate(Tokenizer(backend, chat_template=source))
+    assert cut(chat, [user("fox."), assistant("dog"), user("fox.")]) == [
+        ("user", "Q fox.\n"),
+        ("assistant", "A dog"),
+        ("user", "\nQ fox.\n"),
+        (None, "A "),
+    ]
+
+
 def test_a_token_across_two_turns_is_refused():
     chat = odd(
         "{% for message in messages %}"
@@ -1271,6 +1294,7 @@ MESSAGES = st.lists(
 ).filter(lambda messages: {role for role, _ in messages} != {"assistant"})
 
 
+@settings(deadline=None)
 @given(st.sampled_from(SHAPES), st.booleans(), st.booleans(), st.booleans(), MESSAGES)
 def test_turns_of_chatml(byte_backend, shape, strip, bos, default, messages):
     start, end = shape
