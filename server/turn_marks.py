@@ -203,9 +203,10 @@ class TurnMarks:
         return self._filled(self.heads[kind] | later | {s.lstrip() for s in later}, message)
 
     def starts_other(self, text: str) -> bool:
-        """Whether a user's or assistant's turn begins in what should be a system turn."""
-        starts = {start.strip() for kind in "UA" for start in self.prefixes[kind]} - {""}
-        return any(start in text for start in starts)
+        """Whether a user's or assistant's turn begins in what should be of a system turn."""
+        starts = {start.strip() for kind in "UA" for start in self.prefixes[kind]}
+        # A system turn may begin as others do.
+        return any(start in text for start in starts - {"", text.strip()})
 
     def ends(self, kind: str, message: Message) -> set[str]:
         """What may stand between this message's text and the end of its turn."""
@@ -235,8 +236,7 @@ def learn(
         signs, special_tokens.get("bos_token", ""), special_tokens.get("eos_token", "")
     )
     shapes = _shapes(chat, signs)
-    # The second time with what a chat of two users has taught.
-    words = ["UA", "UAU", "UU", "UAU"]
+    words = ["UA", "UAU", "UU"]
     if any(message["role"] == "system" for message in chat[1:]):
         words += ["US", "SS", "UAS"]
     if "T" in shapes:

@@ -152,11 +152,8 @@ def _signed(message: Message, sign: str) -> Message:
 
 
 def _has_sign(message: Message) -> bool:
-    # Templates ask whether an assistant says anything, and write tool calls after that or instead.
-    if message["role"] != "assistant":
-        return True
-    content = message.get("content")
-    return isinstance(content, str) and bool(content.strip()) and not message.get("tool_calls")
+    # Tool calls are written behind what an assistant says, or instead.
+    return isinstance(message.get("content"), str) and not message.get("tool_calls")
 
 
 def _assign(
@@ -186,20 +183,20 @@ def _assign(
         answers.append([])
     if any(waiting.values()):
         raise refusal("the chat template leaves out a message")
-    moved = order != sorted(order)
-    rest = [i for i in order if chat[i]["role"] != "system"]
-    if rest != sorted(rest) or (moved and not marks.joins_system):
+    # A system message that joins a user turn goes to where that is: in Mistral, to the last one.
+    moves = {i for i in order if chat[i]["role"] == "system" and marks.joins_system}
+    rest = [i for i in order if i not in moves]
+    if rest != sorted(rest):
         raise refusal("the chat template puts the messages in another order")
 
-    # An assistant message is after the one it answers. A system message that went elsewhere
-    # (Mistral writes it into the last user turn) says nothing about that.
+    # An assistant message is behind the one it answers.
     speakers: list[list[int]] = [[] for _ in answers]
     place = {i: n for n, i in enumerate(order)}
     n = 0
     for i, message in enumerate(chat):
         if message["role"] == "assistant":
             speakers[n].append(i)
-        elif not (moved and message["role"] == "system"):
+        elif i not in moves:
             n = place[i] + 1
     slots = [_slot(text, chat, *pair, marks) for pair in zip(speakers, answers, strict=True)]
     return Located(text, items, slots)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
@@ -290,6 +290,16 @@ CASES: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]] | None, Expect
     ),
     (
         "mistral_tools",
+        [system("Be nice."), assistant("hi there"), user("hello")],
+        None,
+        [
+            BOS_2,
+            ("assistant", " hi there</s>"),
+            ("user", "[INST] Be nice.\n\nhello[/INST]"),
+        ],
+    ),
+    (
+        "mistral_tools",
         [user("hello")],
         TOOLS,
         [BOS_2, ("user", f"{MISTRAL_TOOLS}[INST] hello[/INST]")],
@@ -485,6 +495,17 @@ CASES: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]] | None, Expect
             ("tool", f"<|im_start|>user{QWEN_RESULT}<|im_end|>\n"),
             turn_ml("assistant", "It is hot."),
             turn_ml("user", "and now"),
+            ANSWER_ML,
+        ],
+    ),
+    (
+        "qwen2_5",
+        [user("hello"), call("Rome", content="I look.")],
+        None,
+        [
+            turn_ml("system", QWEN_DEFAULT),
+            turn_ml("user", "hello"),
+            turn_ml("assistant", f"I look.\n{QWEN_CALL}"),
             ANSWER_ML,
         ],
     ),
@@ -756,6 +777,8 @@ SYSTEM_FIRST = [system("Be nice."), *USER_FIRST]
         ("<|im_start|>{{ message.role }}\n{{ message.content | upper }}<|im_end|>", "changes"),
         ("<|im_start|>{{ message.content | replace('e', 'E') }}<|im_end|>", "changes"),
         ("<|im_start|>{{ message.content | e }}<|im_end|>", "changes"),
+        ("<|im_start|>{{ message.content | replace('hello', 'Hi') }}<|im_end|>", "changes"),
+        ("<|im_start|>{{ message.content | replace('there', 'you') }}<|im_end|>", "changes"),
         ("<|im_start|>{{ message.role }}\n{{ message.content * 2 }}<|im_end|>", "repeats"),
         ("<|im_start|>{{ message.role }}\n{{ messages[0].content }}<|im_end|>", "repeats"),
         ("<|im_start|>{{ message.role }}\n<|im_end|>", "leaves out"),
@@ -821,6 +844,101 @@ def test_templates_that_are_refused_as_a_whole(source, reason):
             odd(source).encode_turns(USER_FIRST)
 
 
+LONG = "{% if messages | length > 3 %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "reason"),
+    [
+        (LONG + "<|im_start|>x\n<|im_end|>\n{% endif %}" + EVERY, SYSTEM_FIRST, "begins"),
+        (LONG + "<|im_start|>x\n<|im_end|>\n{% endif %}" + EVERY, USER_FIRST * 2, "begins"),
+        # System messages come first, wherever they are in the chat.
+        (
+            "".join(
+                LATER.replace("WHICH", which) for which in ("selectattr", "rejectattr")
+            ).replace("MESSAGE", MARKED),
+            [*USER_FIRST[:2], *SYSTEM_FIRST[:2]],
+            "another order",
+        ),
+        # Marks that change along the chat.
+        (
+            ALL.replace("MESSAGE", "[{{ '2nd' if loop.index > 3 }}user] {{ message.content }}\n"),
+            [user("hello")] * 4,
+            "nothing that ends a turn",
+        ),
+        (
+            ALL.replace(
+                "MESSAGE",
+                "<|im_start|>{{ message.role if loop.index < 4 else 'x' }}\n{{ message.content }}"
+                "{{ '!' if loop.index == 3 }}<|im_end|>\n",
+            ),
+            [user("hello")] * 4,
+            "nothing that ends a turn",
+        ),
+        (
+            ALL.replace(
+                "MESSAGE",
+                LONG + "{% if loop.index == 1 %}<|im_start|>system\n{{ message.content }}--"
+                "{% else %}{{ message.content }}<|im_end|>\n{% endif %}"
+                "{% else %}" + MARKED + "{% endif %}",
+            ),
+            [system("Be nice."), user("hello"), user("hello"), user("hello")],
+            "nothing that ends a turn",
+        ),
+        (
+            ALL.replace(
+                "MESSAGE",
+                "{% if message.role == 'user' %}### Human: {{ message.content }}\n"
+                "{% else %}### Robot{{ ' again' if loop.index > 2 }}: {{ message.content }}\n"
+                "{% endif %}",
+            ),
+            [*USER_FIRST, assistant("hi")],
+            "nothing that ends a turn",
+        ),
+        # Nothing but a line end between two texts.
+        (
+            "{% for message in messages %}{{ message.content }}"
+            "{{ '\n' if message.role == 'system' else ' [/Q]' }}{% endfor %}",
+            SYSTEM_FIRST[:2],
+            "nothing that ends a turn",
+        ),
+    ],
+)
+def test_chats_that_a_template_has_ways_of_its_own_for(source, messages, reason):
+    chat = odd(source)
+    with pytest.raises(RequestError, match=f"cannot be told apart.*{reason}"):
+        chat.encode_turns(messages)
+    assert chat.encode(messages)
+
+
+def test_a_text_may_be_stripped_only_with_tools():
+    chat = odd(
+        "{% for message in messages %}{% if message.role == 'user' %}"
+        "[Q] {{ message.content | trim if tools else message.content }} [/Q]"
+        "{% else %}{{ message.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    assert cut(chat, [user("hello")], TOOLS) == [("user", "[Q] hello [/Q]")]
+    assert cut(chat, [user(" hello")]) == [("user", "[Q]  hello [/Q]")]
+    with pytest.raises(RequestError, match="changes"):
+        chat.encode_turns([user(" hello")], TOOLS)  # the space before it might be its own
+
+
+def test_tools_in_a_turn_behind_the_system_turn():
+    chat = odd(
+        ALL.replace(
+            "MESSAGE",
+            MARKED + "{% if loop.first and tools %}"
+            "<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}",
+        )
+    )
+    own = turn_ml("system", "Be nice.")[1] + f"<|im_start|>tools\n[{TOOL}]<|im_end|>\n"
+    assert cut(chat, [system("Be nice."), assistant("hi"), user("hello")], TOOLS) == [
+        ("system", own),
+        turn_ml("assistant", "hi"),
+        turn_ml("user", "hello"),
+    ]
+
+
 @pytest.mark.parametrize(
     "messages",
     [
@@ -877,6 +995,16 @@ def test_a_template_may_refuse_a_system_message_alone():
         "{{ message.content }}<|im_end|>\n{% endfor %}"
     )
     assert cut(joins, SYSTEM_FIRST[:2]) == [turn_ml("user", "Be nice.\nhello there")]
+
+
+def test_marks_may_be_the_same_for_all_roles():
+    chat = odd(ALL.replace("MESSAGE", "<|im_start|>{{ message.content }}<|im_end|>"))
+    assert cut(chat, SYSTEM_FIRST) == [
+        ("system", "<|im_start|>Be nice.<|im_end|>"),
+        ("user", "<|im_start|>hello there<|im_end|>"),
+        ("assistant", "<|im_start|>hi<|im_end|>"),
+        ("user", "<|im_start|>the fox?<|im_end|>"),
+    ]
 
 
 def test_what_parts_turns_may_be_missing_before_the_first():
@@ -969,6 +1097,11 @@ def test_turns_that_nothing_ends():
         [*CHATML, "<|eos|>"],
         bos_token="<|endoftext|>",
     )
+    assert cut(chat, [system(""), user("hello")]) == [
+        (None, "<|endoftext|>"),
+        ("user", "<|im_start|>hello"),
+        (None, "<|im_end|>"),
+    ]
     assert cut(chat, SYSTEM_FIRST) == [
         (None, "<|endoftext|>"),
         ("system", "Be nice."),
@@ -976,6 +1109,44 @@ def test_turns_that_nothing_ends():
         ("assistant", "<|im_end|>hi<|eos|>"),
         ("user", "<|im_start|>the fox?"),
         (None, "<|im_end|>"),
+    ]
+
+
+def test_a_space_that_ends_a_turn_is_of_it():
+    chat = odd(
+        "{% for message in messages %}"
+        "{% if message.role == 'user' %}Q: {{ message.content }} "
+        "{% else %}{{ '\nA: ' ~ message.content ~ '!' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '\nA: ' }}{% endif %}"
+    )
+    assert cut(chat, USER_FIRST) == [
+        ("user", "Q: hello there "),
+        ("assistant", "\nA: hi!"),
+        ("user", "Q: the fox? "),
+        (None, "\nA: "),
+    ]
+
+
+def test_a_line_end_in_one_token_with_a_turns_last_character():
+    # As in Llama 3: punctuation and line ends behind it are one word.
+    backend = byte_level(CHATML)
+    words = pre_tokenizers.Split(tokenizers.Regex(r"\w+|[^\w\s]+\n*|\s"), "isolated")
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_only])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["fox.\n" * 9], trainer)
+    source = (
+        "{% for message in messages %}{{ '\n' if not loop.first }}"
+        "{{ 'Q' if message.role == 'user' else 'A' }} {{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\nA ' }}{% endif %}"
+    )
+    chat = ChatTemplate(Tokenizer(backend, chat_template=source))
+    assert cut(chat, [user("fox."), assistant("dog"), user("fox.")]) == [
+        ("user", "Q fox.\n"),
+        ("assistant", "A dog"),
+        ("user", "\nQ fox.\n"),
+        (None, "A "),
     ]
 
 
@@ -1068,6 +1239,13 @@ def test_special_tokens_in_tools_and_calls_are_plain_text(chat_template):
         ]
 
 
+def test_special_tokens_in_keys_are_plain_text(chat_template):
+    chat = chat_template("qwen3")
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"<|im_end|>": 1}}}]
+    special = [[i for i in chat.encode([user("hello")], t) if i < 3] for t in (tools, TOOLS)]
+    assert special[0] == special[1]
+
+
 def test_a_system_and_a_user_turn_are_segments(chat_template):
     token_ids, turns = chat_template("qwen2_5").encode_turns(CALLS, TOOLS)
     spans = turn_spans(turns)
@@ -1116,6 +1294,7 @@ MESSAGES = st.lists(
 ).filter(lambda messages: {role for role, _ in messages} != {"assistant"})
 
 
+@settings(deadline=None)
 @given(st.sampled_from(SHAPES), st.booleans(), st.booleans(), st.booleans(), MESSAGES)
 def test_turns_of_chatml(byte_backend, shape, strip, bos, default, messages):
     start, end = shape
