@@ -233,10 +233,10 @@ def test_segments_preempted(tiny_int8: Path) -> None:
 
 def test_segments_of_the_default_model(smollm2: Path) -> None:
     """Together, then from the cache, in chunks; the longest segment is of two tiles."""
-    prompts, spans = segmented(40000)
+    prompts, spans = (each[1:4] for each in segmented(40000))
     one = engine(smollm2, prefix_caching=False)
     alone = [answers(one, [p], [s])[0] for p, s in zip(prompts, spans, strict=True)]
     other = engine(smollm2, max_batched_tokens=200)
     for _ in range(2):
         assert answers(other, prompts, spans) == alone
-    assert other.stats.cached_tokens > 1000
+    assert other.stats.cached_tokens > 1000  # 288 of the second, then 352, 288 and 608
