@@ -255,7 +255,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--examples",
         type=at_least(training.BATCH, 10_000_000),
-        default=2048,
+        default=1024,
         metavar="N",
         help=f"to train each adapter on, in batches of {training.BATCH} (%(default)s)",
     )
