@@ -108,6 +108,12 @@ def test_system_and_user_turns_are_segments() -> None:
     assert turn_spans(turns) == [(1, 5), (5, 8), (12, 14)]
 
 
+def test_the_token_that_begins_the_text_is_causal() -> None:
+    """Also where no special token does: the first turn then begins at 0."""
+    assert turn_spans([Turn("system", 0, 5), Turn("user", 5, 8)]) == [(1, 5), (5, 8)]
+    assert turn_spans([Turn("user", 0, 1), Turn("user", 1, 3)]) == [(1, 3)]
+
+
 # ------------------------------------------------------------------------------- cache keys
 
 Prompt = tuple[list[int], list[Span]]
