@@ -52,8 +52,17 @@ class Turn:
 
 
 def turn_spans(turns: Iterable[Turn]) -> list[Span]:
-    """The turns that are segments."""
-    return [(turn.start, turn.end) for turn in turns if turn.role in SEGMENT_ROLES]
+    """The turns that are segments, without the token that begins the text.
+
+    Where no special token does, the first turn holds it. It is causal all the same: models park
+    attention on it, and it is what they know only while it sees nothing but itself. Letting it see
+    the default model's system turn costs 3.6 nats a token of an answer, all else of the mask 0.1.
+    """
+    return [
+        (max(turn.start, 1), turn.end)
+        for turn in turns
+        if turn.role in SEGMENT_ROLES and turn.end > 1
+    ]
 
 
 @dataclass(frozen=True, slots=True)
