@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Before torch reads it: OpenMP threads that spin while they wait make many small tests, on cores
@@ -20,6 +21,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 TINY_VOCAB_SIZE = 320
 """256 bytes, 3 special tokens, and as many merges as fit."""
