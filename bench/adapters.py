@@ -58,7 +58,7 @@ def write_adapter(folder: Path, config: ModelConfig, rank: int, names: list[str]
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(config.num_layers):
         for target in chosen:
-            module = f"{PREFIX}{layer}.{target.module}"
+            module = f"{PREFIX}model.layers.{layer}.{target.module}"
             tensors[f"{module}.lora_A.weight"] = torch.randn(rank, target.in_features) * 0.02
             tensors[f"{module}.lora_B.weight"] = torch.randn(target.out_features, rank) * 0.02
     folder.mkdir(parents=True)
