@@ -55,7 +55,6 @@ class Tokenizer:
         longest_first = sorted(control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._plain: tokenizers.Tokenizer | None = None
-        self._exact: tokenizers.Tokenizer | None = None
         self._byte_of = _byte_level_alphabet() if _is_byte_level(backend) else None
 
     @classmethod
@@ -160,7 +159,7 @@ class Tokenizer:
     ) -> None:
         """Add ``cuts``, in order, that are between two tokens of what is between special tokens."""
         back = _back(placeholders)
-        encoder = self._plain_backend() if placeholders else self._exact_backend()
+        encoder = self._plain_backend() if placeholders else self.backend
         pieces = self._pieces(text) if placeholders else [(0, text, None)]
         for start, piece, _ in pieces:
             inner = cuts[bisect_left(cuts, start) : bisect_left(cuts, start + len(piece))]
@@ -213,24 +212,10 @@ class Tokenizer:
     def _plain_backend(self) -> tokenizers.Tokenizer:
         """A second tokenizer, blind to special tokens; made when first needed."""
         if self._plain is None:
-            plain = _with_exact_offsets(self.backend)
+            plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
             plain.encode_special_tokens = True
             self._plain = plain
         return self._plain
-
-    def _exact_backend(self) -> tokenizers.Tokenizer:
-        """Another whose tokens say exactly which characters they are; made when first needed."""
-        if self._exact is None:
-            self._exact = _with_exact_offsets(self.backend)
-        return self._exact
-
-
-def _with_exact_offsets(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy whose tokens' offsets include the spaces in them. For use without the special tokens
-    that are added around a text."""
-    copy = tokenizers.Tokenizer.from_str(backend.to_str())
-    copy.post_processor = None
-    return copy
 
 
 def _back(placeholders: dict[str, str]) -> dict[int, str]:
