@@ -18,7 +18,6 @@ in s, and B of v and up its share, so that the sums stay the same.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import re
@@ -31,10 +30,9 @@ from torch import Tensor
 
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.messages import AdapterInfo
-from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.config import ModelConfig, read_json, segment_mask
 from headstart.engine.models.decoder import DOWN, GATE_UP, MATRICES, QKV, O
 from headstart.engine.models.weights import Weights
-from headstart.engine.segments import MASKS
 from headstart.kernels.backend import Backend, LoraPart
 
 logger = logging.getLogger(__name__)
@@ -223,32 +221,18 @@ class Adapters:
 
 
 def _read_settings(path: Path) -> Settings:
-    try:
-        text = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = getattr(error, "strerror", error)
-        raise ModelError(f"{path}: cannot be read: {reason}") from error
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: not a JSON object")
+    found = read_json(path)
     _refuse_other_methods(path, found)
-    rslora, mask = found.get("use_rslora"), found.get("segment_mask")
+    rslora = found.get("use_rslora")
     if rslora not in (None, False, True):
         raise ModelError(f"{path}: use_rslora must be true or false, got {rslora!r:.100}")
-    if mask is not None and mask not in MASKS:
-        raise ModelError(
-            f"{path}: segment_mask must be one of {', '.join(MASKS)}; got {mask!r:.100}"
-        )
     return Settings(
         r=_number(path, "r", found.get("r"), int),
         alpha=_number(path, "lora_alpha", found.get("lora_alpha", 8), float),
         rank_pattern=_pattern(path, "rank_pattern", found.get("rank_pattern"), int),
         alpha_pattern=_pattern(path, "alpha_pattern", found.get("alpha_pattern"), float),
         use_rslora=bool(rslora),
-        segment_mask=mask,
+        segment_mask=segment_mask(found, str(path)),
     )
 
 

@@ -9,6 +9,7 @@ import logging
 import time
 from array import array
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -147,7 +148,7 @@ class Engine:
         self._adapters = Adapters(
             model,
             backend,
-            lambda: read_smoothing(model, folder) if weights == "int8" else None,
+            cache(lambda: read_smoothing(model, folder) if weights == "int8" else None),
             config.max_adapters,
         )
         self._prepared = 0

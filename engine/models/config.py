@@ -8,6 +8,7 @@ defaults of absent keys are transformers' own (a test compares them).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -124,9 +125,9 @@ class ModelConfig:
 
         Raises ModelError naming the file and the setting that is missing, wrong or unsupported.
         """
-        raw = _read_json(folder / "config.json")
+        raw = read_json(folder / "config.json")
         generation_path = folder / "generation_config.json"
-        generation = _read_json(generation_path) if generation_path.exists() else {}
+        generation = read_json(generation_path) if generation_path.exists() else {}
         return cls.from_dict(raw, generation, source=str(folder / "config.json"))
 
     @classmethod
@@ -180,7 +181,7 @@ class ModelConfig:
             sliding_window=window,
             rope=rope,
             context_limit=context_limit,
-            segment_mask=_segment_mask(read),
+            segment_mask=segment_mask(read.values, source),
         )
 
 
@@ -243,11 +244,15 @@ class _Reader:
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelError naming the file."""
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+        text = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", error)
+        raise ModelError(f"{path}: cannot be read: {reason}") from error
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {str(error).splitlines()[0]}") from error
     if not isinstance(value, dict):
@@ -328,11 +333,14 @@ def _sliding_window(read: _Reader, num_layers: int, architecture: str) -> int | 
     return read.positive("sliding_window")
 
 
-def _segment_mask(read: _Reader) -> str | None:
-    mask = read.get("segment_mask")
+def segment_mask(values: Mapping[str, Any], source: str) -> str | None:
+    """The mask that a config declares, a name in MASKS. Raises ModelError naming ``source``."""
+    mask = values.get("segment_mask")
     if mask is not None and mask not in MASKS:
-        read.fail(f"segment_mask must be one of {', '.join(MASKS)}; got {mask!r}")
-    return None if mask is None else str(mask)
+        raise ModelError(
+            f"{source}: segment_mask must be one of {', '.join(MASKS)}; got {mask!r:.100}"
+        )
+    return mask
 
 
 def _eos_token_ids(read: _Reader, generation: dict[str, Any]) -> tuple[int, ...]:
