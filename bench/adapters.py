@@ -19,7 +19,6 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from array import array
@@ -29,11 +28,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from headstart.bench.own_engine import start_engine
 from headstart.engine.adapters import CONFIG, PREFIX, WEIGHTS, Target, targets
-from headstart.engine.config import EngineConfig, default_home
 from headstart.engine.engine import Engine
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.store import resolve
 from headstart.engine.sampling_params import SamplingParams
 
 RUNS = 4
@@ -118,12 +116,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=RUNS, help="of each, in turn")
     parser.add_argument("--json", type=Path, help="write everything as one JSON line")
     args = parser.parse_args()
-    folder = resolve(args.model, default_home())
-    engine = Engine(EngineConfig(model_path=str(folder), weights=args.weights))
-    engine.warm_up()
-    while engine.prepare_memory():
-        pass
-    print(f"{args.model}, {engine.model.weights}, {engine.model.backend}", file=sys.stderr)
+    engine = start_engine(args.model, args.weights)
     print(f"{args.requests} requests, {args.prompt} tokens in, {args.output} out; ", end="")
     print(f"{args.adapters} adapters; {args.runs} runs of each\n")
     head = (

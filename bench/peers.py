@@ -19,6 +19,7 @@ from pathlib import Path
 
 import uvloop
 
+from headstart.bench.command import exit_status
 from headstart.bench.headstart_process import default_gguf, start_headstart
 from headstart.bench.http_client import BenchError, connect
 from headstart.bench.openvino_target import OpenVinoSettings, start_openvino
@@ -146,14 +147,7 @@ def main(argv: list[str] | None = None) -> int:
             by_name(name)
     except ValueError as error:
         command.error(str(error))
-    try:
-        failed = uvloop.run(run(args))
-    except (BenchError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 1 if failed else 0
+    return exit_status(lambda: uvloop.run(run(args)))
 
 
 if __name__ == "__main__":

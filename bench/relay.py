@@ -25,10 +25,11 @@ from types import ModuleType
 
 import uvloop
 
+from headstart.bench.command import exit_status
 from headstart.bench.headstart_process import start_headstart
 from headstart.bench.http_client import BenchError, connect
 from headstart.bench.prompts import USER_WORDS, Calibration, PromptSource
-from headstart.bench.report import print_header, print_result
+from headstart.bench.report import markdown, print_header, print_result
 from headstart.bench.samples import Result, Target, summarise
 from headstart.bench.serve import at_least, fresh_seed, now, positive
 from headstart.bench.workloads import Workload, alternate, calibrate, check
@@ -146,7 +147,7 @@ def point_table(points: Sequence[Point]) -> str:
         ]
         for point in points
     ]
-    return _markdown(heads, rows)
+    return markdown(heads, rows)
 
 
 def ratio_table(points: Sequence[Point], ratio: Callable[[Point], float | None]) -> str:
@@ -155,7 +156,7 @@ def ratio_table(points: Sequence[Point], ratio: Callable[[Point], float | None])
     prefixes = list(dict.fromkeys(prefix for prefix, _ in found))
     streams = list(dict.fromkeys(count for _, count in found))
     heads = ["prefix", *(f"{n} stream{'s' if n > 1 else ''}" for n in streams)]
-    return _markdown(
+    return markdown(
         heads, [[str(p), *(_cell(found.get((p, n)), 2) for n in streams)] for p in prefixes]
     )
 
@@ -175,12 +176,6 @@ def tables(points: Sequence[Point], title: str) -> str:
 
 def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -322,14 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     command = parser()
     args = command.parse_args(argv)
     _check_arguments(command, args)
-    try:
-        failed = uvloop.run(run(args))
-    except (BenchError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 1 if failed else 0
+    return exit_status(lambda: uvloop.run(run(args)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Results for people: one table row as each workload ends, on stderr."""
+"""Results for people: one table row as each workload ends, on stderr, and Markdown tables."""
 
 import sys
+from collections.abc import Sequence
 
 from headstart.bench.samples import Result
 
@@ -73,3 +74,10 @@ def print_comparison(rows: list[tuple[str, str, list[Result]]]) -> None:
         if first and second:
             ratio = f"{(first / second if field.endswith('_per_s') else second / first):.2f}x"
         print(f"{workload:16}{field:22}{cells}{ratio:>8}", file=sys.stderr)
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of numbers, so aligned to the right."""
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)

@@ -18,15 +18,13 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import time
 from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from headstart.engine.config import EngineConfig, default_home
+from headstart.bench.own_engine import start_engine
 from headstart.engine.engine import Engine
-from headstart.engine.models.store import resolve
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import CAUSAL, Segments
 
@@ -127,15 +125,10 @@ def main() -> None:
     parser.add_argument("--user", type=int, default=500, help="tokens of the user turn")
     parser.add_argument("--json", type=Path, help="write everything as one JSON line")
     args = parser.parse_args()
-    folder = resolve(args.model, default_home())
-    engine = Engine(EngineConfig(model_path=str(folder), weights=args.weights))
-    engine.warm_up()
-    while engine.prepare_memory():
-        pass
+    engine = start_engine(args.model, args.weights)
     bench = PrefillBench(engine, args.system, args.user)
     for mask in bench.masks:
         bench.first_token(bench.tokens(args.system + args.user), mask)
-    print(f"{args.model}, {engine.model.weights}, {engine.model.backend}", file=sys.stderr)
     print(f"system turn {args.system} tokens, user turn {args.user}; {PAIRS} pairs\n")
     head = ("prefill of", "causal ms", "segment ms", "ratio", "extra GFLOP", "of causal", "beyond")
     print("| " + " | ".join(head) + " |\n|---" + "|---:" * (len(head) - 1) + "|")

@@ -31,8 +31,10 @@ import numpy.typing as npt
 import uvloop
 
 from headstart.bench import segment_training as training
+from headstart.bench.command import exit_status
 from headstart.bench.headstart_process import start_headstart
 from headstart.bench.http_client import BenchError
+from headstart.bench.report import markdown
 from headstart.bench.segment_task import CHANCE, Question, questions
 from headstart.bench.serve import at_least, now, positive
 from headstart.engine.config import default_home
@@ -179,17 +181,17 @@ def tables(served: Mapping[str, Right], seeds: Sequence[int], title: str) -> str
         "gain": gain(served),
         MISMATCH: served[MISMATCH].astype(np.float64),
     }
-    lines = [title, "", "| seed | " + " | ".join(columns) + " |", "|---:" * 5 + "|"]
+    rows = []
     for i, seed in enumerate(seeds):
         cells = [_percent(name, values[i].mean()) for name, values in columns.items()]
-        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
+        rows.append([str(seed), *cells])
     cells = []
     for name, values in columns.items():
         found = Estimate.of(values)
         mean, low, high = (_percent(name, x) for x in (found.mean, found.low, found.high))
         cells.append(f"{mean} ({low} to {high})")
-    lines.append("| all | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows.append(["all", *cells])
+    return f"{title}\n\n{markdown(['seed', *columns], rows)}"
 
 
 def _percent(column: str, share: float) -> str:
@@ -339,15 +341,13 @@ def main(argv: list[str] | None = None) -> int:
         shlex.split(args.serve_args)
     except ValueError as error:
         command.error(f"--serve-args: {error}")
-    try:
+
+    def work() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             run(args, args.adapters or Path(temporary))
-    except (BenchError, HeadstartError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        return 0
+
+    return exit_status(work, (BenchError, HeadstartError, OSError))
 
 
 if __name__ == "__main__":

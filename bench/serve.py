@@ -18,7 +18,8 @@ from pathlib import Path
 
 import uvloop
 
-from headstart.bench.http_client import BenchError, HttpTarget, connect
+from headstart.bench.command import exit_status
+from headstart.bench.http_client import HttpTarget, connect
 from headstart.bench.prompts import Calibration, PromptSource
 from headstart.bench.report import print_header, print_result
 from headstart.bench.samples import Result, summarise
@@ -180,14 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     command = parser()
     args = command.parse_args(argv)
     _check_arguments(command, args)
-    try:
-        failed = uvloop.run(run(args))
-    except (BenchError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 1 if failed else 0
+    return exit_status(lambda: uvloop.run(run(args)))
 
 
 if __name__ == "__main__":
