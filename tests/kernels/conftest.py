@@ -87,6 +87,11 @@ class Scene:
 
 
 @pytest.fixture
+def oracle() -> Backend:
+    return load_backend("reference", isa="auto", weights="f32", threads=2)
+
+
+@pytest.fixture
 def scene() -> type[Scene]:
     return Scene
 

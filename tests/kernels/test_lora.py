@@ -31,11 +31,6 @@ def backend(isa, form):
     return load_backend("cpu", isa=isa, weights=form, threads=2)
 
 
-@pytest.fixture
-def oracle():
-    return load_backend("reference", isa="auto", weights="f32", threads=2)
-
-
 @dataclass
 class Scene:
     """Rows x of a dense layer, what the layer made of them, and adapters of some of them.

@@ -27,11 +27,6 @@ def backend(isa, weights):
 
 
 @pytest.fixture
-def oracle():
-    return load_backend("reference", isa="auto", weights="f32", threads=2)
-
-
-@pytest.fixture
 def random():
     generator = torch.Generator().manual_seed(1)
     return lambda *shape: torch.randn(*shape, generator=generator)
