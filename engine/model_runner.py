@@ -58,7 +58,7 @@ class ModelRunner:
         """Logits ``[logit rows, vocab]``, float32, valid until the next call."""
         return self.decoder.forward(batch, self.kv)
 
-    def run_beside(self, batch: Batch) -> Generator[None, None, Tensor]:
+    def run_beside(self, batch: Batch) -> Generator[int, None, Tensor]:
         """The same in pieces (``Decoder.forward_beside``): others may run between them."""
         return self.decoder.forward_beside(batch, self.kv)
 

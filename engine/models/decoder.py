@@ -92,13 +92,17 @@ class Decoder:
                 return logits
 
     @torch.inference_mode()
-    def forward_beside(self, batch: Batch, kv: Any) -> Generator[None, None, Tensor]:
+    def forward_beside(self, batch: Batch, kv: Any) -> Generator[int, None, Tensor]:
         """The same in pieces, one layer of TILE_ROWS rows each: calls of ``forward`` may come
-        between them. One at a time."""
+        between them. One at a time.
+
+        Yields the layer whose keys all rows have written and some will now read. Keys of other
+        rows of this sequence, computed elsewhere, have to be in their pages by then.
+        """
         return (yield from self._layers(batch, kv, beside=True))
 
-    def _layers(self, batch: Batch, kv: Any, *, beside: bool) -> Generator[None, None, Tensor]:
-        """Yields after each layer of each tile, and returns the logits.
+    def _layers(self, batch: Batch, kv: Any, *, beside: bool) -> Generator[int, None, Tensor]:
+        """Yields the layer before each tile's attention, and returns the logits.
 
         Rows go through a layer in tiles, so that a long segment takes no more room than a chunk:
 
@@ -118,8 +122,9 @@ class Decoder:
         last = len(self.layers) - 1
         for i in range(last):
             for tile in tiles:
+                yield i
                 self._write_keys(i + 1, tile, self._mlp(i, tile, self._attend(i, tile, kv)), kv)
-                yield
+        yield last
         # Where nobody wants a tile's logits, the last layer's keys are all there is to compute.
         logits = []
         for tile in tiles:
