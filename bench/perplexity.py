@@ -13,7 +13,7 @@ import os
 import sys
 
 from headstart.engine.config import default_home
-from headstart.engine.engine import INT8_TOLERANCE
+from headstart.engine.loading import INT8_TOLERANCE
 from headstart.engine.model_runner import ModelRunner, load_decoder
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.quality import WINDOW, perplexity, text_tokens

@@ -20,12 +20,11 @@ from headstart.engine.adapters import Adapter, Adapters
 from headstart.engine.attention_costs import load_costs
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
-from headstart.engine.cores import usable_cores
 from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.forecast import Forecast, forecast
 from headstart.engine.kv_pool import PagePool
+from headstart.engine.loading import load_model
 from headstart.engine.long_chunk import LongChunk
-from headstart.engine.memory import plan_memory
 from headstart.engine.messages import (
     AdapterInfo,
     ModelInfo,
@@ -34,10 +33,9 @@ from headstart.engine.messages import (
     Stats,
     TokenLogprobs,
 )
-from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder, warm_up
-from headstart.engine.models.config import ModelConfig
+from headstart.engine.model_runner import warm_up
 from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.quantize import read_quality, read_smoothing
+from headstart.engine.models.quantize import read_smoothing
 from headstart.engine.radix_cache import RadixCache
 from headstart.engine.relay import MODES, Relay, RelayPlan
 from headstart.engine.relay_guard import RelayGuard
@@ -46,32 +44,8 @@ from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import NewToken, Scheduler, SchedulerOutput
 from headstart.engine.segments import Segments, Span
 from headstart.engine.sequence import FinishReason, Sequence, Status
-from headstart.kernels.backend import WEIGHT_FORMATS, instruction_sets, load_backend
 
 logger = logging.getLogger(__name__)
-
-INT8_TOLERANCE = 1.01
-"""int8 is chosen by "auto" while its perplexity is at most this many times that of bf16."""
-
-
-def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
-    """The weight format: as asked, or the fastest one this machine and model allow."""
-    if asked != "auto":
-        if asked not in WEIGHT_FORMATS:
-            raise ConfigError(f"--weights must be auto, {', '.join(WEIGHT_FORMATS)}; got {asked}")
-        return asked
-    if backend == "reference" or isa not in ("avx512_bf16", "avx512_vnni"):
-        return "f32"
-    quality = read_quality(folder)
-    if quality is None:
-        reason = "the model has no int8 weights"
-    elif quality["int8"] <= quality["bf16"] * INT8_TOLERANCE:
-        return "int8"
-    else:
-        reason = f"int8 perplexity is {quality['int8']:.3f}, bf16 {quality['bf16']:.3f}"
-    logger.info("weights: not int8, because %s", reason)
-    return "bf16" if isa == "avx512_bf16" else "f32"
-
 
 MEMORY_AHEAD = 256 << 20
 """Bytes of KV memory kept ready beyond what has been used."""
@@ -84,41 +58,14 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        folder = Path(config.model_path)
-        model = ModelConfig.from_folder(folder)
-        max_model_len = config.max_model_len or model.max_position_embeddings
-        if max_model_len > model.max_position_embeddings:
-            raise ConfigError(
-                f"--max-model-len {max_model_len} is beyond the model's "
-                f"{model.max_position_embeddings} tokens"
-            )
-        if model.context_limit:
-            logger.info("%s", model.context_limit)
-        threads = config.threads or usable_cores()
-        name = "cpu" if config.backend == "auto" else config.backend
-        isa = instruction_sets()[0] if config.isa == "auto" else config.isa
-        weights = choose_weights(config.weights, name, isa, folder)
-        try:
-            backend = load_backend(name, isa=isa, weights=weights, threads=threads)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        logger.info("backend %s (%s), weights %s, %d threads", name, isa, weights, threads)
-
-        decoder = load_decoder(folder, model, backend, weights, max_model_len)
-        shape = attention_shape(model)
-        plan = plan_memory(
-            weights=_weight_bytes(model, weights),
-            activations=_activation_bytes(model, config.max_batched_tokens),
-            bytes_per_page=backend.kv_bytes_per_page(shape, model.num_layers),
-            page_size=backend.page_size,
-            kv_memory=config.kv_memory,
-            max_model_len=max_model_len,
-        )
-        logger.info("%s", plan)
-        self._runner = ModelRunner(decoder, backend, plan.num_pages)
+        loaded = load_model(config)
+        model, backend, folder = loaded.config, loaded.backend, loaded.folder
+        max_model_len, shape = loaded.max_model_len, loaded.runner.decoder.shape
+        num_pages = loaded.runner.num_pages
+        self._runner = loaded.runner
         self._page_size = backend.page_size
         self._page_bytes = backend.kv_bytes_per_page(shape, model.num_layers)
-        self._pool = PagePool(plan.num_pages, backend.page_size)
+        self._pool = PagePool(num_pages, backend.page_size)
         self._cache = RadixCache(self._pool)
         self._scheduler = Scheduler(
             self._pool,
@@ -138,17 +85,17 @@ class Engine:
             backend.range_step,
             lambda: load_costs(backend, shape, costs_folder),
         )
-        self._guard = RelayGuard(self._relay, self._runner, weights, config.relay_check)
+        self._guard = RelayGuard(self._relay, self._runner, loaded.weights, config.relay_check)
         self._relayed = RelayStats()
         self._folder = folder
         self._sampler = Sampler(model.vocab_size, backend.argmax)
-        self._pages_ahead = MEMORY_AHEAD * plan.num_pages // plan.kv
+        self._pages_ahead = MEMORY_AHEAD // self._page_bytes
         self._long: LongChunk | None = None
         self._max_batched_tokens = config.max_batched_tokens
         self._adapters = Adapters(
             model,
             backend,
-            cache(lambda: read_smoothing(model, folder) if weights == "int8" else None),
+            cache(lambda: read_smoothing(model, folder) if loaded.weights == "int8" else None),
             config.max_adapters,
         )
         self._prepared = 0
@@ -158,10 +105,10 @@ class Engine:
             max_model_len=max_model_len,
             vocab_size=model.vocab_size,
             page_size=backend.page_size,
-            num_pages=plan.num_pages,
+            num_pages=num_pages,
             eos_token_ids=list(model.eos_token_ids),
-            backend=f"{name} {isa}" if name == "cpu" else name,
-            weights=weights,
+            backend=loaded.device,
+            weights=loaded.weights,
             version=__version__,
             segment_mask=model.segment_mask,
             adapters=[self.load_adapter(*entry) for entry in config.adapters.items()],
@@ -383,17 +330,3 @@ def _output(token: NewToken, logprobs: TokenLogprobs | None) -> Output:
 
 def _reason(reason: FinishReason | None) -> str | None:
     return None if reason is None else reason.value
-
-
-def _weight_bytes(model: ModelConfig, weights: str) -> int:
-    size = {"f32": 4, "bf16": 2, "int8": 1}[weights]
-    q_size, kv_size = (n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
-    layer = model.hidden_size * (2 * q_size + 2 * kv_size + 3 * model.intermediate_size)
-    table = model.vocab_size * model.hidden_size
-    return model.num_layers * layer * size + table * (size + (2 if weights != "f32" else 4))
-
-
-def _activation_bytes(model: ModelConfig, rows: int) -> int:
-    q_size = model.num_heads * model.head_dim
-    floats = 4 * model.hidden_size + 5 * q_size + 3 * model.intermediate_size
-    return rows * floats * 4 + 64 * model.vocab_size * 4

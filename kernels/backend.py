@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headstart.kernels.shared_memory import SharedMemory
+
 IntArray = npt.NDArray[np.int32]
 
 
@@ -130,6 +132,18 @@ class Backend(Protocol):
 
     def allocate_kv(self, shape: AttentionShape, layers: int, num_pages: int) -> Any:
         """A pool of ``num_pages`` pages in every layer. Memory is touched on first use only."""
+        ...
+
+    def kv_layout(self, shape: AttentionShape) -> str:
+        """What the bytes of a page mean. Pools of equal layout and page size can swap pages."""
+        ...
+
+    def kv_pages(self, kv: Any) -> Tensor:
+        """The pool's memory, uint8 ``[layers, num_pages, bytes]``: to copy whole pages."""
+        ...
+
+    def kv_memory(self, kv: Any) -> SharedMemory | None:
+        """The same memory, byte for byte, for other processes to map; None: they cannot."""
         ...
 
     def prepare_pages(self, kv: Any, first: int, last: int) -> None:

@@ -129,6 +129,16 @@ class ReferenceBackend:
     def allocate_kv(self, shape: AttentionShape, layers: int, num_pages: int) -> Tensor:
         return torch.zeros(layers, num_pages * self.page_size, 2, shape.kv_heads, shape.head_dim)
 
+    def kv_layout(self, shape: AttentionShape) -> str:
+        return f"reference {shape.kv_heads}x{shape.head_dim}"
+
+    def kv_pages(self, kv: Tensor) -> Tensor:
+        page_floats = self.page_size * kv[0, 0].numel()
+        return kv.view(len(kv), -1, page_floats).view(torch.uint8)
+
+    def kv_memory(self, kv: Tensor) -> None:
+        """Torch's own, which other processes cannot map."""
+
     def prepare_pages(self, kv: Tensor, first: int, last: int) -> None:
         """Nothing to do: torch has written the zeros."""
 

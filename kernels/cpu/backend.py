@@ -26,6 +26,7 @@ from headstart.kernels.backend import (
     RopeTable,
     processor_name,
 )
+from headstart.kernels.shared_memory import SharedMemory
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _LOG2E = 1.4426950408889634
@@ -71,7 +72,7 @@ class KVPool(NamedTuple):
 
     data: Tensor
     layer_ptrs: list[int]
-    memory: mmap.mmap
+    memory: SharedMemory
     page_bytes: int
 
 
@@ -198,21 +199,29 @@ class CpuBackend:
             )
         page_bytes = self.page_size * 2 * shape.kv_heads * shape.head_dim * self.kv_dtype.itemsize
         # Mapped memory is zero, and the system's until it is used; torch would write the zeros.
-        memory = mmap.mmap(-1, layers * num_pages * page_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel built without huge pages
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        data = torch.frombuffer(memory, dtype=self.kv_dtype).view(layers, -1)
+        memory = SharedMemory(layers * num_pages * page_bytes)
+        data = torch.frombuffer(memory.buffer, dtype=self.kv_dtype).view(layers, -1)
         return KVPool(data, [layer.data_ptr() for layer in data], memory, page_bytes)
 
+    def kv_layout(self, shape: AttentionShape) -> str:
+        dtype = "f32" if self.kv_dtype is torch.float32 else "bf16"
+        return f"cpu {dtype} {shape.kv_heads}x{shape.head_dim}"
+
+    def kv_pages(self, kv: KVPool) -> Tensor:
+        return kv.data.view(torch.uint8).view(len(kv.layer_ptrs), -1, kv.page_bytes)
+
+    def kv_memory(self, kv: KVPool) -> SharedMemory:
+        return kv.memory
+
     def prepare_pages(self, kv: KVPool, first: int, last: int) -> None:
-        layer_bytes = len(kv.memory) // len(kv.layer_ptrs)
+        memory = kv.memory.buffer
+        layer_bytes = len(memory) // len(kv.layer_ptrs)
         for layer in range(len(kv.layer_ptrs)):
             begin = layer * layer_bytes + first * kv.page_bytes
             end = layer * layer_bytes + last * kv.page_bytes
             begin -= begin % mmap.PAGESIZE
             with contextlib.suppress(OSError):  # Linux before 5.14: first use will do it
-                kv.memory.madvise(_MADV_POPULATE_WRITE, begin, end - begin)
+                memory.madvise(_MADV_POPULATE_WRITE, begin, end - begin)
 
     def plan_attention(
         self, num_rows: int, ranges: KVRanges, shape: AttentionShape

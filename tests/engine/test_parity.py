@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
-from headstart.engine.engine import INT8_TOLERANCE, Engine
+from headstart.engine.engine import Engine
+from headstart.engine.loading import INT8_TOLERANCE
 from headstart.engine.model_runner import ModelRunner, load_decoder
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.quality import perplexity, text_tokens

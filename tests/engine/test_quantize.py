@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
-from headstart.engine.engine import Engine, choose_weights
+from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError, ModelError
+from headstart.engine.loading import choose_weights
 from headstart.engine.model_runner import ModelRunner, load_decoder
 from headstart.engine.models import quality
 from headstart.engine.models.config import ModelConfig
