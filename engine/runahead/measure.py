@@ -1,0 +1,96 @@
+"""What a rank has to tell of itself: its identity, and how fast it computes chunks of prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from array import array
+from pathlib import Path
+
+import msgspec
+
+from headstart import __version__
+from headstart.engine.batch import build_batch
+from headstart.engine.loading import LoadedModel
+from headstart.engine.model_runner import ModelRunner
+from headstart.engine.runahead.costs import RankCosts
+from headstart.engine.runahead.messages import Identity
+from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+MEASURE_SECONDS = 3.0
+"""The measurement takes about this long at most, however large the model is."""
+CHUNK = 512
+LONG = 4096
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def model_digest(folder: Path) -> str:
+    """Of the model's config, the names and shapes of its tensors, and samples of their values."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update((folder / "config.json").read_bytes())
+    for path in sorted(folder.rglob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header, size)))
+            for i in range(_SAMPLES):
+                file.seek(size * i // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(size - _SAMPLE_BYTES, 0))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def identity(loaded: LoadedModel) -> Identity:
+    """Of this process's model and KV memory."""
+    backend = loaded.backend
+    return Identity(
+        version=__version__,
+        model=model_digest(loaded.folder),
+        weights=loaded.weights,
+        page_size=backend.page_size,
+        kv_layout=backend.kv_layout(loaded.runner.decoder.shape),
+    )
+
+
+def measure_rank(runner: ModelRunner) -> RankCosts:
+    """Compute chunks at the beginning and far into a prompt; overwrites the first KV pages."""
+    page_size = runner.backend.page_size
+    room = min(runner.num_pages * page_size, runner.decoder.max_len)
+    some = max(min(CHUNK // 4, room // 4) // page_size * page_size, page_size)
+    most = min(CHUNK, room // 2 // page_size * page_size)
+    _seconds(runner, 0, some)
+    first = _seconds(runner, 0, some)
+    samples = [(0, some, first)]
+    if most > some and first * most / some * 4 < MEASURE_SECONDS:
+        samples.append((0, most, min(_seconds(runner, 0, most) for _ in range(2))))
+    chunk = samples[-1][1]
+    far = (min(LONG, room) - chunk) // page_size * page_size
+    if far > 0:
+        samples.append((far, chunk, min(_seconds(runner, far, chunk) for _ in range(2))))
+    return RankCosts.fit(samples)
+
+
+def _seconds(runner: ModelRunner, start: int, num_tokens: int) -> float:
+    """Time of a chunk; the tokens before it are those of the first chunk over and over."""
+    page_size = runner.backend.page_size
+    count = -(-num_tokens // page_size)
+    before = [page % count for page in range(start // page_size)]
+    tokens = array("i", bytes(4 * (start + num_tokens)))
+    seq = Sequence(0, tokens, len(tokens), SamplingParams(max_tokens=1))
+    seq.pages = [*before, *range(count)]
+    batch = build_batch([ScheduledSequence(seq, start, num_tokens, True)], page_size)
+    begin = time.perf_counter()
+    runner.run(batch)
+    return time.perf_counter() - begin
+
+
+class _Kept(msgspec.Struct):
+    about: dict[str, str]
+    costs: RankCosts

@@ -1,0 +1,172 @@
+"""What the engine, the last rank of the chain, and its prefill ranks say to each other.
+
+engine -> rank    Hello, Form, Prepare, Run, Cancel
+rank -> engine    Welcome or Refused; Formed; Prepared or Declined; Progress, Finished, Failed
+
+KV goes from rank to rank over links (links.py), never this way. Jobs, one for each prompt that runs
+ahead, are numbered by the engine; a session is one life of an engine.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from headstart.engine.runahead.costs import LinkCosts, RankCosts
+
+
+class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Base of all, for its options."""
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What has to be equal on all ranks of a chain; ``model`` is a digest."""
+
+    version: str
+    model: str
+    weights: str
+    page_size: int
+    kv_layout: str
+
+    def difference(self, engine: Identity) -> str | None:
+        """Why a rank with this identity cannot serve that engine, or None."""
+        for name in self.__struct_fields__:
+            own, other = getattr(self, name), getattr(engine, name)
+            if own != other:
+                what = name.replace("_", " ")
+                return f"its {what} is {own}, the engine's is {other}"
+        return None
+
+
+class Hello(Message):
+    """``folder``: the engine's private folder; ``token``: what its file ``token`` holds. A rank
+    that can read it is on the engine's machine."""
+
+    session: int
+    identity: Identity
+    folder: str
+    token: str
+
+
+class Welcome(Message):
+    """``shares``: the rank can read the engine's folder, and others can map its KV memory.
+    ``store_port``: of its torch.distributed store, where links between machines meet."""
+
+    session: int
+    costs: RankCosts
+    num_pages: int
+    shares: bool
+    store_port: int
+    host: str
+
+
+class Refused(Message):
+    """This rank will not serve that engine."""
+
+    session: int
+    reason: str
+
+
+class LinkEnd(Message):
+    """One end of a link. ``name`` cannot be guessed, and is the same at both ends.
+
+    transport: "shared" (``path``: a Unix socket, the sender listens) or "gloo" (``host`` and
+    ``port`` of the store where both meet, 0 for one's own).
+    """
+
+    name: str
+    transport: str
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+
+class Form(Message):
+    """Close the links there are and open these. ``origin``: from the engine itself, for what the
+    first rank's cache lacks."""
+
+    generation: int
+    upstream: LinkEnd | None
+    downstream: LinkEnd
+    origin: LinkEnd | None
+
+
+class Formed(Message):
+    """``error``: why not. ``costs``: of the link from upstream, if there is one."""
+
+    generation: int
+    costs: LinkCosts | None
+    error: str | None = None
+
+
+class Prepare(Message):
+    """A prompt will run ahead: find what of it is cached. ``adapter``: name, folder, digest."""
+
+    job: int
+    token_ids: bytes
+    namespace: bytes
+    segments: list[tuple[int, int]]
+    adapter: tuple[str, str, bytes] | None
+
+
+class Prepared(Message):
+    """KV of tokens ``[0, held)`` is here."""
+
+    job: int
+    held: int
+
+
+class Declined(Message):
+    """This rank cannot take part in the job; it can in others."""
+
+    job: int
+    reason: str
+
+
+class Run(Message):
+    """Compute KV of tokens ``[start, end)``, those before come from ``source``: "upstream",
+    "origin" or "" where nothing is lacking. Send what the next rank lacks below ``end``: it holds
+    ``[0, next_held)``."""
+
+    job: int
+    start: int
+    end: int
+    source: str
+    next_held: int
+
+
+class Cancel(Message):
+    """Drop the job, whatever has become of it; its end is not reported."""
+
+    job: int
+
+
+class Progress(Message):
+    """Sent now and then while a job is under way: the layer it has come to, and for how long it
+    has waited there for another rank."""
+
+    job: int
+    layer: int
+    waited: float
+
+
+class Finished(Message):
+    """The chunk is computed and handed to its link. ``seconds``: from Run on; ``idle``: those spent
+    waiting for KV; ``sent_bytes``: of keys and values."""
+
+    job: int
+    seconds: float
+    idle: float
+    sent_bytes: int
+
+
+class Failed(Message):
+    """The job cannot go on here."""
+
+    job: int
+    reason: str
+
+
+ToRank = Hello | Form | Prepare | Run | Cancel
+FromRank = (
+    Welcome | Refused | Formed | Prepared | Declined | Progress | Finished | Failed
+)

@@ -1,0 +1,474 @@
+"""A prefill rank: computes the first chunks of long prompts for an engine, and hands on their KV.
+
+    python -m headstart.engine.runahead.rank < RankConfig as one line of JSON
+
+It has the model, KV memory and a prefix cache of its own, and does what the engine says, one prompt
+after the other: KV of the tokens before its chunk arrives layer by layer from the rank before, its
+own goes to the rank behind with them (KV-Runahead, arXiv 2405.05329, section 4).
+
+    engine   Prepare ─▶            Run ─▶
+    rank             ◀─ Prepared          layer 0, layer 1, ...   ◀─ Finished
+    links                                 ─▶ KV of layer 0 ─▶ KV of layer 1 ...
+
+Nothing of a prompt is kept but KV, and nobody else is served: an engine that says Hello takes over.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from headstart.engine.adapters import Adapter, Adapters
+from headstart.engine.config import EngineConfig
+from headstart.engine.errors import ConfigError, HeadstartError
+from headstart.engine.kv_pool import PagePool
+from headstart.engine.loading import load_model
+from headstart.engine.long_chunk import LongChunk
+from headstart.engine.models.quantize import read_smoothing
+from headstart.engine.radix_cache import Node, RadixCache
+from headstart.engine.runahead import control
+from headstart.engine.runahead.links import Opening, Pool, Receiver, Sender, Store
+from headstart.engine.runahead.measure import identity, rank_costs
+from headstart.engine.runahead.messages import (
+    Cancel,
+    Declined,
+    Failed,
+    Finished,
+    Form,
+    Formed,
+    FromRank,
+    Hello,
+    Prepare,
+    Prepared,
+    Progress,
+    Refused,
+    Run,
+    ToRank,
+    Welcome,
+)
+from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.segments import Segments
+from headstart.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+OPENING_SECONDS = 10.0
+"""How long the other end of a link may take to appear."""
+PROGRESS_SECONDS = 0.2
+
+
+class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one rank: model and kernels as for an engine.
+
+    listen:     HOST:PORT, HOST being an address that the other ranks reach, or a ZeroMQ endpoint
+    secret:     what the engine has to know
+    transport:  "auto" (shared memory with ranks of the same machine), "shared" or "gloo"
+    """
+
+    engine: EngineConfig
+    listen: str
+    secret: str
+    transport: str = "auto"
+
+
+class JobNeighbours:
+    """What a LongChunk sees of the ranks before and behind it, for one job. See Neighbours."""
+
+    def __init__(self, job: int, receiver: Receiver | None, sender: Sender | None) -> None:
+        self._job = job
+        self._receiver = receiver
+        self._sender = sender
+
+    def arrived(self, layer: int) -> bool:
+        return self._receiver is None or self._receiver.arrived(self._job, layer)
+
+    def written(self, layer: int) -> bool:
+        return self._sender is None or self._sender.send(self._job, layer)
+
+    @property
+    def error(self) -> str | None:
+        ends = (self._receiver, self._sender)
+        return next((end.error for end in ends if end is not None and end.error), None)
+
+    def drop(self) -> None:
+        """Want and send no more of it."""
+        for end in (self._receiver, self._sender):
+            if end is not None:
+                end.drop(self._job)
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A prompt here: prepared, then run. ``node`` is locked; ``seq.pages`` are referenced."""
+
+    id: int
+    seq: Sequence
+    node: Node
+    held: int
+    end: int = 0
+    neighbours: JobNeighbours | None = None
+    sender: Sender | None = None
+    chunk: LongChunk | None = None
+    layer: int = 0  # of a chunk without rows, which is only handed on
+    begun: float = 0.0
+    idle: float = 0.0
+    waiting_since: float | None = None
+    sent_bytes: int = 0
+    computed: bool = field(default=False)
+
+
+class Rank:
+    """Raises HeadstartError when the model or a setting cannot work."""
+
+    def __init__(self, config: RankConfig) -> None:
+        loaded = load_model(config.engine)
+        self._runner = loaded.runner
+        self._layers = loaded.config.num_layers
+        self._page_size = loaded.backend.page_size
+        self._pool = PagePool(self._runner.num_pages, self._page_size)
+        self._cache = RadixCache(self._pool)
+        self._adapters = Adapters(
+            loaded.config,
+            loaded.backend,
+            cache(
+                lambda: (
+                    read_smoothing(loaded.config, loaded.folder)
+                    if loaded.weights == "int8"
+                    else None
+                )
+            ),
+            config.engine.max_adapters,
+        )
+        self._memory = Pool(
+            loaded.backend.kv_pages(self._runner.kv), loaded.backend.kv_memory(self._runner.kv)
+        )
+        self._identity = identity(loaded)
+        self._costs = rank_costs(loaded, config.engine.cache_dir)
+        self._budget = config.engine.max_batched_tokens
+        self._transport = config.transport
+        address = control.endpoint(config.listen)
+        host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+        local = not address.startswith("tcp://")
+        self._store = Store("127.0.0.1" if local else host)
+        self._context = zmq.Context()
+        self._socket = control.listen(self._context, config.listen, config.secret)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToRank)
+        self._engine = b""  # whom to answer
+        self._session = 0
+        self._jobs: dict[int, _Job] = {}  # in the order of their Prepare
+        self._leaving: list[_Job] = []  # computed or dropped; their pages may still be read
+        self._form: Form | None = None
+        self._opening: dict[str, Opening] = {}
+        self._ends: dict[str, Any] = {}
+        self._told = 0.0
+
+    # ---------------------------------------------------------------- the loop
+
+    def serve(self, ended: Callable[[], bool] = lambda: False) -> None:
+        """Do what the engine says until ``ended``."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        watched: set[int] = set()
+        while not ended():
+            descriptors = {end.fileno() for end in self._ends.values() if hasattr(end, "fileno")}
+            for gone in watched - descriptors:
+                poller.unregister(gone)
+            for new in descriptors - watched:
+                poller.register(new, zmq.POLLIN)
+            watched = descriptors
+            poller.poll(self._patience())
+            self._receive()
+            self._open()
+            self._compute()
+            self._let_go()
+
+    def _patience(self) -> int:
+        """Milliseconds until there is something to do that nobody announces."""
+        head = self._head()
+        if head is not None and head.waiting_since is None:
+            return 0
+        if head is not None or self._opening or self._leaving:
+            return 5
+        return 500
+
+    def _head(self) -> _Job | None:
+        return next((job for job in self._jobs.values() if job.neighbours is not None), None)
+
+    def _send(self, message: FromRank) -> None:
+        self._socket.send_multipart([self._engine, self._encoder.encode(message)])
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                sender, data = self._socket.recv_multipart(zmq.DONTWAIT)
+                message = self._decoder.decode(data)
+            except zmq.Again:
+                return
+            except (msgspec.DecodeError, ValueError):
+                continue
+            if isinstance(message, Hello):
+                self._hello(sender, message)
+            elif sender == self._engine:
+                match message:
+                    case Form():
+                        self._reform(message)
+                    case Prepare():
+                        self._prepare(message)
+                    case Run():
+                        self._run(message)
+                    case Cancel(job):
+                        if job in self._jobs:
+                            self._drop(self._jobs[job])
+
+    # ---------------------------------------------------------------- engine and links
+
+    def _hello(self, sender: bytes, message: Hello) -> None:
+        reason = self._identity.difference(message.identity)
+        if reason is not None:
+            refused = self._encoder.encode(Refused(message.session, reason))
+            self._socket.send_multipart([sender, refused])
+            return
+        if message.session != self._session:
+            self._close_links()
+        self._engine, self._session = sender, message.session
+        shares = self._memory.memory is not None and _reads(message)
+        self._send(
+            Welcome(
+                message.session,
+                self._costs,
+                self._pool.num_pages,
+                shares and self._transport != "gloo",
+                self._store.port,
+                self._store.host,
+            )
+        )
+
+    def _reform(self, message: Form) -> None:
+        self._close_links()
+        self._form = message
+        for name, spec in (
+            ("upstream", message.upstream),
+            ("downstream", message.downstream),
+            ("origin", message.origin),
+        ):
+            if spec is not None:
+                sends = name == "downstream"
+                self._opening[name] = Opening(
+                    sends, spec, self._memory, self._store, OPENING_SECONDS
+                )
+
+    def _open(self) -> None:
+        if not self._opening or not all(opening.done for opening in self._opening.values()):
+            return
+        assert self._form is not None
+        errors = [
+            f"{name}: {opening.error}"
+            for name, opening in self._opening.items()
+            if opening.error is not None
+        ]
+        self._ends = {
+            name: opening.end for name, opening in self._opening.items() if opening.end is not None
+        }
+        self._opening = {}
+        upstream = self._ends.get("upstream")
+        costs = None if upstream is None else upstream.costs
+        self._send(Formed(self._form.generation, costs, "; ".join(errors) or None))
+
+    def _close_links(self) -> None:
+        for job in list(self._jobs.values()):
+            self._drop(job)
+        for end in (*self._ends.values(), *self._opening.values()):
+            end.close()
+        self._ends, self._opening = {}, {}
+
+    # ---------------------------------------------------------------- jobs
+
+    def _prepare(self, message: Prepare) -> None:
+        token_ids = array("i")
+        token_ids.frombytes(message.token_ids)
+        try:
+            adapter = self._adapter(message.adapter)
+        except HeadstartError as error:
+            self._send(Declined(message.job, str(error)))
+            return
+        seq = Sequence(
+            message.job,
+            token_ids,
+            len(token_ids),
+            SamplingParams(max_tokens=1),
+            namespace=message.namespace,
+            segments=Segments.of(message.segments, len(token_ids)),
+            adapter=adapter,
+        )
+        root = self._cache.root(message.namespace)
+        node, pages = self._cache.match(root, seq.cache_keys(self._page_size), len(token_ids))
+        self._cache.lock(node)
+        self._pool.retain(pages)
+        seq.pages = list(pages)
+        held = len(pages) * self._page_size
+        self._jobs[message.job] = _Job(message.job, seq, node, held)
+        self._send(Prepared(message.job, held))
+
+    def _adapter(self, wanted: tuple[str, str, bytes] | None) -> Adapter | None:
+        """The adapter, loaded now if need be. Raises HeadstartError."""
+        if wanted is None:
+            return None
+        _, path, digest = wanted
+        name = digest.hex()  # two engines' names may mean different ones
+        if name not in self._adapters:
+            self._adapters.load(name, path)
+        adapter = self._adapters.get(name)
+        if adapter.digest != digest:
+            self._adapters.unload(name)
+            raise ConfigError(f"the adapter in {path} is another one here")
+        return adapter
+
+    def _run(self, message: Run) -> None:
+        job = self._jobs.get(message.job)
+        if job is None:  # cancelled
+            return
+        page_size, seq = self._page_size, job.seq
+        start, end = message.start, message.end
+        job.end = end
+        missing = self._pool.pages_for(end) - len(seq.pages)
+        if missing > self._pool.num_free:
+            self._cache.evict(missing - self._pool.num_free)
+        if missing > self._pool.num_free:
+            self._fail(job, f"its KV memory is full: {missing} pages wanted")
+            return
+        seq.pages += self._pool.allocate(max(missing, 0))
+        receiver: Receiver | None = self._ends.get(message.source)
+        if message.source:
+            if receiver is None:
+                self._fail(job, f"it has no link to {message.source}")
+                return
+            receiver.expect(job.id, seq.pages[job.held // page_size : -(-start // page_size)])
+        lacking = seq.pages[min(message.next_held, end) // page_size : -(-end // page_size)]
+        if message.next_held >= end:
+            lacking = []
+        if lacking:
+            job.sender = self._ends.get("downstream")
+            if job.sender is None:
+                self._fail(job, "it has no link downstream")
+                return
+            job.sender.offer(job.id, lacking)
+            job.sent_bytes = len(lacking) * self._memory.pages[:, 0].numel()
+        job.neighbours = JobNeighbours(job.id, receiver, job.sender)
+        first = max(start, min(job.held, end))
+        if first < end:
+            entry = ScheduledSequence(seq, first, end - first, False)
+            job.chunk = LongChunk(entry, self._runner, page_size, job.neighbours)
+        job.begun = time.perf_counter()
+
+    def _compute(self) -> None:
+        job = self._head()
+        if job is None:
+            return
+        assert job.neighbours is not None
+        done = self._advance(job)
+        now = time.perf_counter()
+        waits = not done and (job.chunk is None or job.chunk.waits)
+        if job.waiting_since is not None:
+            job.idle += now - job.waiting_since
+        job.waiting_since = now if waits else None
+        if done:
+            seconds = now - job.begun
+            self._send(Finished(job.id, seconds, job.idle, job.sent_bytes))
+            job.computed = True
+            del self._jobs[job.id]
+            self._leaving.append(job)
+        elif job.neighbours.error is not None:
+            self._fail(job, job.neighbours.error)
+        elif now - self._told > PROGRESS_SECONDS:
+            self._told = now
+            layer = job.layer if job.chunk is None else job.chunk.layer
+            self._send(Progress(job.id, layer, job.idle))
+
+    def _advance(self, job: _Job) -> bool:
+        """Compute some of the job, or hand some on; whether that is all."""
+        if job.chunk is not None:
+            return job.chunk.advance(self._budget) is not None
+        assert job.neighbours is not None
+        while job.layer < self._layers:
+            if not (job.neighbours.arrived(job.layer) and job.neighbours.written(job.layer)):
+                return False
+            job.layer += 1
+        return True
+
+    def _fail(self, job: _Job, reason: str) -> None:
+        self._drop(job)
+        self._send(Failed(job.id, reason))
+
+    def _drop(self, job: _Job) -> None:
+        del self._jobs[job.id]
+        if job.neighbours is not None:
+            job.neighbours.drop()
+        self._leaving.append(job)
+
+    def _let_go(self) -> None:
+        """Free the pages of jobs once nobody reads them; what they computed stays in the cache."""
+        for job in list(self._leaving):
+            if job.sender is not None and not job.sender.taken(job.id):
+                continue
+            self._leaving.remove(job)
+            seq, node = job.seq, job.node
+            if job.computed:
+                first, last = node.depth // self._page_size, job.end // self._page_size
+                keys = seq.cache_keys(self._page_size)
+                self._cache.insert(node, keys, seq.pages[first:last])
+            self._pool.release(reversed(seq.pages))
+            self._cache.unlock(node)
+
+    def check(self) -> None:
+        """Prove the books, for tests. Raises AccountingError."""
+        jobs = [*self._jobs.values(), *self._leaving]
+        locks: dict[Node, int] = {}
+        owners: dict[int, int] = {}
+        for job in jobs:
+            locks[job.node] = locks.get(job.node, 0) + 1
+            for page in job.seq.pages:
+                owners[page] = owners.get(page, 0) + 1
+        for page, count in self._cache.check(locks).items():
+            owners[page] = owners.get(page, 0) + count
+        self._pool.check(owners)
+
+
+def _reads(message: Hello) -> bool:
+    """Whether the engine's private folder is here: its files are its user's alone."""
+    try:
+        return (Path(message.folder) / "token").read_text() == message.token
+    except (OSError, ValueError):
+        return False
+
+
+def main() -> None:
+    """Serve until standard input ends, which the parent holds open."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group; the parent decides
+    config = msgspec.json.decode(sys.stdin.readline(), type=RankConfig)
+    logging.basicConfig(
+        level=config.engine.log_level.upper(), format="%(levelname)s: runahead rank: %(message)s"
+    )
+    poller = zmq.Poller()
+    poller.register(sys.stdin.fileno(), zmq.POLLIN)
+    try:
+        Rank(config).serve(ended=lambda: bool(poller.poll(0)))
+    except HeadstartError as error:
+        print(f"runahead rank: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
