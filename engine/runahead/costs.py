@@ -62,6 +62,16 @@ class RankCosts(msgspec.Struct, frozen=True):
         """Seconds of the whole chunk ``[start, start + num)``, alone; 0 for an empty one."""
         return self.linear(num) + self.attention(start, num)
 
+    def tokens(self, start: float, seconds: float) -> float:
+        """How many tokens from ``start`` on take ``seconds``: the inverse of ``seconds``."""
+        seconds -= self.fixed
+        rate = self.per_token + self.per_pair * start
+        if seconds <= 0:
+            return 0.0
+        # (rate + per_pair / 2 * num) * num = seconds, solved so that nothing cancels
+        root = rate + math.sqrt(rate * rate + 2 * self.per_pair * seconds)
+        return 2 * seconds / root if root else math.inf
+
     @classmethod
     def fit(cls, samples: Sequence[tuple[int, int, float]]) -> RankCosts:
         """The costs nearest to measured (start, num, seconds), in squared relative errors.
@@ -209,9 +219,9 @@ def simulate(
 def first_token_seconds(chain: Chain, held: Sequence[int], bounds: Sequence[int]) -> float:
     """``simulate(...).seconds`` without noise, in a time that does not depend on the layers.
 
-    All layers of a rank take as long, so what is sent at ``at + layer * pace`` passes through a
-    link, or a rank, that takes ``step`` a layer, and leaves it at ``at' + layer * max(pace, step)``.
-    When a rank has its layers together is the latest of such lines: its own, and of ranks before.
+    All layers take a rank as long, and a link. What comes to it at ``at + layer * pace`` leaves it
+    at ``at' + layer * max(pace, its own)``: still a line. A rank has each layer's KV together at
+    the latest of a few lines, its own and those of the ranks before.
     """
     lines: list[tuple[float, float]] = [(0.0, 0.0)]
     linear = attention = 0.0
