@@ -88,10 +88,13 @@ def _multiples(of: int, first: int, end: int) -> range:
     return range(-(-first // of) * of, end, of)
 
 
+def _rises(numbers: Sequence[float]) -> bool:
+    return all(a < b for a, b in itertools.pairwise(numbers))
+
+
 def _all_busy(bounds: Sequence[int], held: Sequence[int]) -> bool:
     """Whether each rank has tokens to compute beyond those it holds."""
-    rising = all(begin < end for begin, end in itertools.pairwise(bounds))
-    return rising and all(own < end for own, end in zip(held, bounds[1:], strict=False))
+    return _rises(bounds) and all(own < end for own, end in zip(held, bounds[1:], strict=False))
 
 
 def even_cuts(positions: Positions, ranks: int) -> list[int]:
@@ -105,7 +108,7 @@ def even_cuts(positions: Positions, ranks: int) -> list[int]:
 
 
 class Trial(NamedTuple):
-    """Bounds, and the seconds to the first token that were measured with them."""
+    """Bounds, and the seconds to the first token that were measured, or predicted, with them."""
 
     bounds: list[int]
     seconds: float
@@ -135,7 +138,7 @@ def search_cuts(
         moved = False
         for move, by in itertools.product(moves, (stride, -stride)):
             at = tuple(place + by * step for place, step in zip(centre, move, strict=True))
-            if at in tried or not (at[0] >= 0 and at[-1] < len(allowed)):
+            if at in tried or not _rises((-1, *at, len(allowed))):
                 continue
             bounds = [positions.start, *(allowed[place] for place in at), positions.end]
             if not _all_busy(bounds, held):
@@ -161,33 +164,29 @@ def _moves(chunks: int) -> list[tuple[int, ...]]:
     return list(moves)
 
 
-def modelled_cuts(
-    chain: Chain, held: Sequence[int], positions: Positions
-) -> tuple[list[int], float] | None:
-    """Bounds for all ranks of ``chain``, and the seconds that costs.py predicts (KVR-M).
+def modelled_cuts(chain: Chain, held: Sequence[int], positions: Positions) -> Trial | None:
+    """Bounds for all ranks of ``chain``, and the seconds that costs.py predicts for them.
 
-    The search begins at even chunks or at equal times, whichever is predicted to be quicker.
+    Searched from even chunks and from equal times: one valley may end where a slow link begins.
     None where not every rank can get something to compute. Rank i holds ``[0, held[i])``.
     """
     length, ranks = positions.end - positions.start, len(chain.ranks)
     even = [positions.start + length * i / ranks for i in range(1, ranks)]
-    starts = []
-    for wanted in (even, _equal_times(chain, positions)):
-        bounds = positions.bounds(wanted, held)
-        if bounds is None:
-            return None
-        starts.append(bounds)
 
     def seconds(bounds: Sequence[int]) -> float:
         return first_token_seconds(chain, held, bounds)
 
-    trials = search_cuts(seconds, positions, min(starts, key=seconds), held)
-    best = min(trials, key=lambda trial: trial.seconds)
-    return best.bounds, best.seconds
+    found: list[Trial] = []
+    for wanted in (even, _equal_times(chain, held, positions)):
+        start = positions.bounds(wanted, held)
+        if start is None:
+            return None
+        found += search_cuts(seconds, positions, start, held)
+    return min(found, key=lambda trial: trial.seconds)
 
 
-def _equal_times(chain: Chain, positions: Positions) -> list[float]:
-    """Cuts between chunks that take each rank as long, were there no links."""
+def _equal_times(chain: Chain, held: Sequence[int], positions: Positions) -> list[float]:
+    """Cuts between chunks that take each rank as long to compute."""
     end = float(positions.end)
     low, high = 0.0, chain.ranks[-1].seconds(positions.start, positions.end - positions.start)
     cuts: list[float] = []
@@ -195,14 +194,15 @@ def _equal_times(chain: Chain, positions: Positions) -> list[float]:
         middle = (low + high) / 2
         at = float(positions.start)
         cuts = []
-        for rank in chain.ranks[:-1]:
-            at = min(at + rank.tokens(at, middle), end)
-            cuts.append(at)
-        if at + chain.ranks[-1].tokens(at, middle) < end:
+        for rank, own in zip(chain.ranks, held, strict=True):
+            at = max(at, own)
+            at += rank.tokens(at, middle)
+            cuts.append(min(at, end))
+        if at < end:
             low = middle
         else:
             high = middle
-    return cuts
+    return cuts[:-1]
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -244,8 +244,8 @@ def plan(
         some = chain.last(engine + 1 - first)
         for begin in sorted({cached, min(cached, held[first])}):
             found = modelled_cuts(some, held[first:], Positions(begin, length, page_size, segments))
-            if found is not None and found[1] < best.seconds:
-                best = Plan(first, tuple(found[0]), found[1], local)
+            if found is not None and found.seconds < best.seconds:
+                best = Plan(first, tuple(found.bounds), found.seconds, local)
     return best
 
 
@@ -310,7 +310,3 @@ class CutTable(msgspec.Struct, frozen=True):
     def save(self, folder: Path | None, about: dict[str, Any]) -> None:
         """Keep it there in place of what was kept; ``about`` is plain JSON."""
         keep(folder, "cuts", about, self)
-
-
-def _rises(numbers: Sequence[float]) -> bool:
-    return all(a < b for a, b in itertools.pairwise(numbers))
