@@ -26,7 +26,7 @@ from headstart.engine.runahead.cuts import (
     plan,
     search_cuts,
 )
-from headstart.engine.segments import CAUSAL, Segments
+from headstart.engine.segments import Segments
 
 FREE = LinkCosts(0.0, 0.0)
 SLOW = LinkCosts(1.0, 1.0)
@@ -104,7 +104,6 @@ def test_each_rank_goes_beyond_what_it_holds() -> None:
     positions = Positions(0, 20, 4)
     assert positions.bounds([4, 8], [4, 0, 0]) == [0, 8, 12, 20]
     assert positions.bounds([4, 8], [0, 12, 0]) == [0, 4, 16, 20]
-    assert positions.bounds([4, 8], [12, 0, 0]) == [0, 16, 20] or True
     assert positions.bounds([4, 8], [8, 0, 0]) == [0, 12, 16, 20]
     assert positions.bounds([4, 8], [12, 0, 0]) is None
     assert positions.bounds([4, 8], [0, 16, 0]) is None
@@ -116,18 +115,17 @@ def test_each_rank_goes_beyond_what_it_holds() -> None:
 def test_bounds_are_found_whenever_there_are_any(
     prompt: tuple[int, int, int, Segments], data: st.DataObject
 ) -> None:
-    start, end, *_ = prompt
+    end = prompt[1]
     positions = Positions(*prompt)
     count = data.draw(st.integers(1, 5))
     anywhere = st.integers(0, end)
     wanted = [data.draw(anywhere) for _ in range(count - 1)]
     held = [data.draw(anywhere) for _ in range(count)]
+    latest = [*positions.allowed, end][-count:]  # if these do not do, none do
+    possible = len(latest) == count
+    possible &= all(own < bound for own, bound in zip(held, latest, strict=False))
     bounds = positions.bounds(wanted, held)
-    possible = any(
-        all(own < bound for own, bound in zip(held, [*cuts, end], strict=True))
-        for cuts in itertools.combinations(positions.allowed[-12:], count - 1)
-    )
-    assert (bounds is not None) == possible or len(positions.allowed) > 12
+    assert (bounds is not None) == possible
     if bounds is not None:
         check(bounds, positions, held)
         assert len(bounds) == count + 1
@@ -175,10 +173,11 @@ def test_even_cuts_are_cuts(prompt: tuple[int, int, int, Segments], ranks: int) 
 
 def bowl(*bottom: float) -> Callable[[list[int]], float]:
     """Seconds that rise with the distance of the cuts from ``bottom``."""
-    return lambda bounds: (
-        sum((cut - at) ** 2 for cut, at in zip(bounds[1:-1], bottom, strict=True))
-        + sum(abs(b - a) for a, b in itertools.pairwise(bounds))
-    )
+
+    def seconds(bounds: list[int]) -> float:
+        return sum((cut - at) ** 2 for cut, at in zip(bounds[1:-1], bottom, strict=True))
+
+    return seconds
 
 
 @given(st.lists(st.integers(1, 255), min_size=1, max_size=4, unique=True).map(sorted))
@@ -191,7 +190,7 @@ def test_search_finds_the_bottom(pages: list[int]) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_search_gets_near_it_through_noise(seed: int) -> None:
-    """With 2% of noise on times a chunk of 2,000 tokens off costs 10%: within 2% of the least."""
+    """Times measured 1% too long or too short: what is found is within 2.5% of the least."""
     draw = random.Random(seed)
     some, held, positions = chain(3), [0, 0, 0], Positions(0, 8192, 16)
 
@@ -274,7 +273,7 @@ def brute_force(some: Chain, held: Sequence[int], positions: Positions) -> float
 
 
 def any_chain(draw: random.Random, count: int) -> Chain:
-    """Ranks up to 10 times apart, links from those that are for free to a hundredth of the speed."""
+    """Ranks up to 10 times apart; links from those that cost nothing to what holds all ranks up."""
 
     def rank() -> RankCosts:
         per_token = 1e-4 * draw.uniform(0.3, 3)
@@ -606,4 +605,3 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
 def test_costs_and_plans_travel_as_json() -> None:
     for value in (chain(3), Plan(1, (0, 8, 16), 1.5, 2.0)):
         assert msgspec.json.decode(msgspec.json.encode(value), type=type(value)) == value
-    assert CAUSAL == Segments()
