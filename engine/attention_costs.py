@@ -24,11 +24,8 @@ has: per_key is the throughput of all threads together.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
 import logging
-import os
 import time
 from bisect import bisect_left
 from pathlib import Path
@@ -38,12 +35,13 @@ import msgspec
 import numpy as np
 import torch
 
+from headstart.engine.measurements import keep, load_kept
 from headstart.kernels.backend import AttentionShape, Backend, KVRanges, RopeTable
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5
-"""Of the measurement: raise it when kernels change enough that old tables mislead."""
+VERSION = 6
+"""Of the measurement and its file: raise it when kernels change enough that old tables mislead."""
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 LENGTHS = (128, 1024)
 FOOTPRINTS = tuple(2**i << 20 for i in range(1, 7))
@@ -240,34 +238,11 @@ def load_costs(
         "page_size": backend.page_size,
         "shape": [shape.heads, shape.kv_heads, shape.head_dim],
     }
-    name = hashlib.sha256(msgspec.json.encode(about, order="sorted")).hexdigest()[:16]
-    path = None if folder is None else folder / f"attention-{name}.json"
-    if path is not None:
-        try:
-            kept = msgspec.json.decode(path.read_bytes(), type=_Kept)
-            if kept.about == about:
-                logger.info("attention costs: from %s", path)
-                return kept.costs
-        except FileNotFoundError:
-            pass
-        except (OSError, msgspec.DecodeError, RecursionError) as error:
-            logger.warning("attention costs: %s is not readable (%s); measured anew", path, error)
+    kept = load_kept(folder, "attention", about, AttentionCosts)
+    if kept is not None:
+        return kept
     begin = time.perf_counter()
     costs = measure_costs(backend, shape)
     logger.info("attention costs: measured in %.2f s", time.perf_counter() - begin)
-    if path is not None:
-        partial = path.with_suffix(f".{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(msgspec.json.encode(_Kept(about, costs)) + b"\n")
-            partial.replace(path)
-        except OSError as error:
-            logger.warning("attention costs: not kept in %s (%s)", path, error)
-            with contextlib.suppress(OSError):
-                partial.unlink()
+    keep(folder, "attention", about, costs)
     return costs
-
-
-class _Kept(msgspec.Struct):
-    about: dict[str, Any]
-    costs: AttentionCosts

@@ -254,7 +254,7 @@ def test_a_file_about_something_else_is_not_believed(measure: Measure, tmp_path:
 
 
 def changed(**costs: Any) -> bytes:
-    return json.dumps({"about": {}, "costs": TABLE | costs}).encode()
+    return json.dumps({"about": {}, "measured": TABLE | costs}).encode()
 
 
 @pytest.mark.parametrize(
@@ -265,10 +265,10 @@ def changed(**costs: Any) -> bytes:
         b"not JSON",
         b"[]",
         b"null",
-        b'{"about": "\xff\xfe", "costs": {}}',
+        b'{"about": "\xff\xfe", "measured": {}}',
         json.dumps({"about": {}}).encode(),
-        json.dumps({"about": [], "costs": TABLE}).encode(),
-        json.dumps({"about": {}, "costs": [TABLE]}).encode(),
+        json.dumps({"about": [], "measured": TABLE}).encode(),
+        json.dumps({"about": {}, "measured": [TABLE]}).encode(),
         changed(rows="1 2 6"),
         changed(rows=[1, 2, 6.5]),
         changed(cold=[1.0, None, 2.0]),
