@@ -213,6 +213,14 @@ class Adapters:
         self.get(name)
         del self._by_name[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def make_room(self) -> None:
+        """Unload the one loaded first if there are as many as there may be."""
+        if len(self._by_name) >= self._most:
+            del self._by_name[next(iter(self._by_name))]
+
     def get(self, name: str) -> Adapter:
         """Raises RequestError for an unknown name."""
         if name not in self._by_name:

@@ -28,6 +28,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     relay_check:         compare with plain attention on every so many steps that share; 0: never
     adapters:            LoRA adapters to load at start-up: name -> folder
     max_adapters:        adapters loaded at a time
+    runahead:            processes of this machine, this one included, in the chain for long prompts
+    runahead_hosts:      HOST:PORT of ranks that come before them in the chain
+    runahead_secret:     what those ranks have to know; None: there are none
+    runahead_min:        least uncached tokens of a prompt that runs ahead; None: where it pays
+    runahead_cuts:       where prompts are cut: "auto", "even", "predicted" or "modelled"
+    runahead_transport:  of KV: "auto" (shared memory within a machine) or "gloo"
+    runahead_timeout:    seconds after which a rank that does not get on is left out
     cache_dir:           where measurements of this machine are kept; None: nowhere
     log_level:           of the engine process, a name of the logging module
     """
@@ -46,5 +53,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     relay_check: int = 0
     adapters: dict[str, str] = {}
     max_adapters: int = 32
+    runahead: int = 1
+    runahead_hosts: list[str] = []
+    runahead_secret: str | None = None
+    runahead_min: int | None = None
+    runahead_cuts: str = "auto"
+    runahead_transport: str = "auto"
+    runahead_timeout: float = 5.0
     cache_dir: str | None = None
     log_level: str = "info"

@@ -9,14 +9,13 @@ import logging
 import time
 from array import array
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 
 import msgspec
 from torch import Tensor
 
 from headstart import __version__
-from headstart.engine.adapters import Adapter, Adapters
+from headstart.engine.adapters import Adapter
 from headstart.engine.attention_costs import load_costs
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
@@ -30,15 +29,16 @@ from headstart.engine.messages import (
     ModelInfo,
     Output,
     RelayStats,
+    RunaheadStats,
     Stats,
     TokenLogprobs,
 )
 from headstart.engine.model_runner import warm_up
 from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.quantize import read_smoothing
 from headstart.engine.radix_cache import RadixCache
 from headstart.engine.relay import MODES, Relay, RelayPlan
 from headstart.engine.relay_guard import RelayGuard
+from headstart.engine.runahead.chain import Ahead, Chain
 from headstart.engine.sampler import Sampler
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import NewToken, Scheduler, SchedulerOutput
@@ -47,6 +47,8 @@ from headstart.engine.sequence import FinishReason, Sequence, Status
 
 logger = logging.getLogger(__name__)
 
+WAIT_SECONDS = 0.002
+"""How long a step without anything to compute waits for KV of other processes."""
 MEMORY_AHEAD = 256 << 20
 """Bytes of KV memory kept ready beyond what has been used."""
 
@@ -67,6 +69,9 @@ class Engine:
         self._page_bytes = backend.kv_bytes_per_page(shape, model.num_layers)
         self._pool = PagePool(num_pages, backend.page_size)
         self._cache = RadixCache(self._pool)
+        self.runahead: Chain | None = None
+        if config.runahead > 1 or config.runahead_hosts:
+            self.runahead = Chain(config, loaded, self._pool)
         self._scheduler = Scheduler(
             self._pool,
             self._cache,
@@ -75,6 +80,7 @@ class Engine:
             max_model_len=max_model_len,
             eos_token_ids=model.eos_token_ids,
             prefix_caching=config.prefix_caching,
+            runs_ahead=None if self.runahead is None else self.runahead.wants,
         )
         if config.relay not in MODES:
             raise ConfigError(f"--relay must be {', '.join(MODES)}; got {config.relay}")
@@ -90,14 +96,9 @@ class Engine:
         self._folder = folder
         self._sampler = Sampler(model.vocab_size, backend.argmax)
         self._pages_ahead = MEMORY_AHEAD // self._page_bytes
-        self._long: LongChunk | None = None
+        self._beside: list[LongChunk | Ahead] = []
         self._max_batched_tokens = config.max_batched_tokens
-        self._adapters = Adapters(
-            model,
-            backend,
-            cache(lambda: read_smoothing(model, folder) if loaded.weights == "int8" else None),
-            config.max_adapters,
-        )
+        self._adapters = loaded.adapters(config.max_adapters)
         self._prepared = 0
         self._steps = 0
         self._step_seconds = 0.0
@@ -209,15 +210,28 @@ class Engine:
     def step(self) -> list[Output]:
         """Compute one step for whatever the scheduler chose; new tokens of all sequences."""
         begin = time.perf_counter()
+        self.attend_chain()
         scheduled = self._scheduler.schedule()
         if scheduled.long_chunk is not None:
-            self._long = LongChunk(scheduled.long_chunk, self._runner, self._page_size)
+            self._beside.append(LongChunk(scheduled.long_chunk, self._runner, self._page_size))
+        if self.runahead is not None:
+            self._beside += map(self.runahead.start, scheduled.ahead)
         outputs = self._compute(scheduled) if scheduled.scheduled else []
-        if self._long is not None:
-            outputs += self._compute_beside(self._long)
+        if self._beside:
+            outputs += self._compute_beside(scheduled)
         self._steps += 1
         self._step_seconds += time.perf_counter() - begin
         return outputs
+
+    def attend_chain(self) -> None:
+        """Keep up with the prefill ranks, if there are any: now and then while nothing runs."""
+        if self.runahead is not None:
+            self.runahead.poll()
+
+    def close(self) -> None:
+        """End the processes it has started."""
+        if self.runahead is not None:
+            self.runahead.close()
 
     def _compute(self, scheduled: SchedulerOutput) -> list[Output]:
         relay = self._relay.plan(scheduled.scheduled)
@@ -230,16 +244,35 @@ class Engine:
                 logits = self._guard.check(scheduled.scheduled, logits)
         return self._sample(scheduled, logits)
 
-    def _compute_beside(self, chunk: LongChunk) -> list[Output]:
-        """Compute as much of a long chunk as is a step's work, and commit it if that is all."""
-        if chunk.entry.seq.status is not Status.RUNNING:  # aborted
-            self._long = None
+    def _compute_beside(self, step: SchedulerOutput) -> list[Output]:
+        """Compute as much of the first chunk beside the steps as is left of a step's work, and
+        commit it if that is all."""
+        self._beside = [chunk for chunk in self._beside if self._goes_on(chunk)]
+        if not self._beside:
             return []
-        logits = chunk.advance(self._max_batched_tokens)
-        if logits is None:
-            return []
-        self._long = None
-        return self._sample(SchedulerOutput([chunk.entry], 0), logits)
+        chunk = self._beside[0]
+        logits = chunk.advance(chunk.pieces(self._max_batched_tokens - step.num_prefilled))
+        if logits is not None:
+            del self._beside[0]
+            outputs = self._sample(SchedulerOutput([chunk.entry], 0), logits)
+            if isinstance(chunk, Ahead) and self.runahead is not None:
+                self.runahead.finish(chunk)
+            return outputs
+        if not step.scheduled and chunk.waits and self.runahead is not None:
+            self.runahead.wait(WAIT_SECONDS)
+        return []
+
+    def _goes_on(self, chunk: LongChunk | Ahead) -> bool:
+        """False if it was aborted, or does not run ahead any more."""
+        running = chunk.seq.status is Status.RUNNING
+        if isinstance(chunk, LongChunk) or self.runahead is None:
+            return running
+        if running and chunk.failed is None:
+            return True
+        self.runahead.cancel(chunk)
+        if running:
+            self._scheduler.fall_back(chunk.seq)
+        return False
 
     def _sample(self, scheduled: SchedulerOutput, logits: Tensor) -> list[Output]:
         sampling = [entry.seq for entry in scheduled.scheduled if entry.samples]
@@ -285,11 +318,12 @@ class Engine:
                 checks=self._guard.checks,
                 largest_difference=self._guard.largest_difference,
             ),
+            runahead=RunaheadStats() if self.runahead is None else self.runahead.stats,
         )
 
     def check(self) -> None:
         """Prove the books: pages, references, locks. Raises if they do not balance."""
-        self._scheduler.check()
+        self._scheduler.check(() if self.runahead is None else self.runahead.pages_lent())
 
     def generate(
         self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]

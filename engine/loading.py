@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from headstart.engine.adapters import Adapters
 from headstart.engine.config import EngineConfig
 from headstart.engine.cores import usable_cores
 from headstart.engine.errors import ConfigError
 from headstart.engine.memory import plan_memory
 from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.quantize import read_quality
+from headstart.engine.models.quantize import read_quality, read_smoothing
 from headstart.kernels.backend import WEIGHT_FORMATS, Backend, instruction_sets, load_backend
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,14 @@ class LoadedModel:
     runner: ModelRunner
     weights: str
     device: str
+    threads: int
     max_model_len: int
+
+    def adapters(self, most: int) -> Adapters:
+        """A place for LoRA adapters of this model."""
+        int8 = self.weights == "int8"
+        smoothing = cache(lambda: read_smoothing(self.config, self.folder) if int8 else None)
+        return Adapters(self.config, self.backend, smoothing, most)
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -86,7 +95,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     logger.info("%s", plan)
     runner = ModelRunner(decoder, backend, plan.num_pages)
     device = f"{name} {isa}" if name == "cpu" else name
-    return LoadedModel(folder, model, backend, runner, weights, device, max_model_len)
+    return LoadedModel(folder, model, backend, runner, weights, device, threads, max_model_len)
 
 
 def _weight_bytes(model: ModelConfig, weights: str) -> int:

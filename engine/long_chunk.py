@@ -16,6 +16,7 @@ from headstart.engine.batch import build_batch
 from headstart.engine.model_runner import ModelRunner
 from headstart.engine.models.decoder import TILE_ROWS
 from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.sequence import Sequence
 
 
 class Neighbours(Protocol):
@@ -69,15 +70,22 @@ class LongChunk:
         """Whether the last ``advance`` ended for want of a neighbour."""
 
     @property
+    def seq(self) -> Sequence:
+        return self.entry.seq
+
+    @property
     def layer(self) -> int:
         """The layer it has come to; -1 before the first."""
         return self._layer
 
-    def advance(self, num_tokens: int) -> Tensor | None:
-        """Compute what ``num_tokens`` tokens take through all layers, or as much of it as the
-        neighbours allow; the logits, once done."""
-        pieces = max(num_tokens // TILE_ROWS, 1) * self._num_layers
-        # The first piece is the keys of layer 0 alone.
+    def pieces(self, num_tokens: int) -> int:
+        """How many of its pieces are as much work as ``num_tokens`` tokens, roughly."""
+        return max(num_tokens // TILE_ROWS, 1) * self._num_layers
+
+    def advance(self, pieces: int) -> Tensor | None:
+        """Compute so many tiles of one layer, or as many of them as the neighbours allow; the
+        logits, once done."""
+        # The very first is the keys of layer 0 alone.
         for _ in range(pieces + (self._layer < 0)):
             self.waits = not self._may_go_on()
             if self.waits:

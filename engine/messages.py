@@ -89,6 +89,21 @@ class RelayStats(msgspec.Struct, array_like=True, frozen=True):
     largest_difference: float = 0.0  # of a logit in a check, relative to the largest logit
 
 
+class RunaheadStats(msgspec.Struct, array_like=True, frozen=True):
+    """What KV-Runahead did. ``ranks``: of the whole chain with the engine; 1: there is none."""
+
+    ranks: int = 1
+    ranks_live: int = 1
+    prompts: int = 0  # that ran ahead to their first token
+    failed: int = 0  # that began to, and were computed by the engine alone
+    left_out: int = 0  # how often a rank was
+    tokens: int = 0  # of the prompts that ran ahead, computed by any rank
+    seconds: float = 0.0  # of those prompts, to the first token
+    predicted_seconds: float = 0.0
+    idle_seconds: float = 0.0  # in which the engine waited for their KV
+    bytes_sent: int = 0  # of keys and values, from rank to rank
+
+
 class Stats(msgspec.Struct, array_like=True, frozen=True):
     """The engine's counters after a step. Totals count from the start of the engine process."""
 
@@ -104,6 +119,7 @@ class Stats(msgspec.Struct, array_like=True, frozen=True):
     steps: int = 0
     step_seconds: float = 0.0  # total time inside steps
     relay: RelayStats = RelayStats()
+    runahead: RunaheadStats = RunaheadStats()
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):

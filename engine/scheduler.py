@@ -26,6 +26,11 @@ each, and until it is committed those steps hold nothing but the rows of sequenc
     rows           d d d      d d d d     d d d       d d d  p p p p ...
     long chunk     layers 0..9   10..19      20..29                          committed
 
+A prompt that *runs ahead* (engine/runahead) is computed by other processes but for its end, which
+is computed beside the steps, too. It has pages for all its tokens from the start. Meanwhile others
+get half the budget, and further prompts may run ahead behind it. If that fails, ``fall_back`` makes
+it one of those that prefill here.
+
 Shared prefixes are computed once. A sequence that gets a chunk first jumps ahead to what the
 cache holds by now, and one whose next page is being computed by a chunk scheduled earlier in the
 same step waits a step for it.
@@ -35,7 +40,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from collections.abc import Sequence as Items
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -63,15 +69,22 @@ class SchedulerOutput(NamedTuple):
     """One step. ``preempted``: how many sequences lost their pages to make it fit.
 
     ``long_chunk``: begins with this step, and is committed by itself when it has been computed.
+    ``ahead``: prompts that begin to run ahead; their ends are committed in the same way.
     """
 
     scheduled: list[ScheduledSequence]
     preempted: int
     long_chunk: ScheduledSequence | None = None
+    ahead: Items[Sequence] = ()
 
     @property
     def num_tokens(self) -> int:
         return sum(entry.num_tokens for entry in self.scheduled)
+
+    @property
+    def num_prefilled(self) -> int:
+        """Tokens of chunks, which take a step its time; decoding rows take little."""
+        return sum(entry.num_tokens for entry in self.scheduled if entry.num_tokens > 1)
 
 
 class NewToken(NamedTuple):
@@ -85,12 +98,13 @@ class NewToken(NamedTuple):
 class _Step:
     """What one call of ``schedule`` has decided so far."""
 
-    __slots__ = ("budget", "in_flight", "long_chunk", "preempted", "prefills", "scheduled")
+    __slots__ = ("ahead", "budget", "in_flight", "long_chunk", "preempted", "prefills", "scheduled")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # below 0 after a segment that is longer than what was left
         self.prefills = False  # whether part of a prompt is in it
         self.long_chunk: ScheduledSequence | None = None
+        self.ahead: list[Sequence] = []
         self.scheduled: dict[Sequence, ScheduledSequence] = {}
         # (node, tokens of the page after it) that this step computes.
         self.in_flight: set[tuple[Node, bytes]] = set()
@@ -104,6 +118,7 @@ class Scheduler:
     max_running:         sequences that hold pages at a time; never more than the token budget,
                          so that each gets a row in every step once it decodes
     max_model_len:       a sequence ends when prompt and output are this long
+    runs_ahead:          whether a sequence, cached up to a position, should run ahead now
     """
 
     def __init__(
@@ -116,6 +131,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Collection[int],
         prefix_caching: bool = True,
+        runs_ahead: Callable[[Sequence, int], bool] | None = None,
     ) -> None:
         if max_batched_tokens < 1 or max_running < 1:
             raise ValueError(f"nothing can run: {max_batched_tokens=}, {max_running=}")
@@ -127,11 +143,13 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._prefix_caching = prefix_caching
+        self._runs_ahead = runs_ahead
         # Both in order of arrival.
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._by_id: dict[int, Sequence] = {}
         self._long: Sequence | None = None  # whose long chunk is being computed
+        self._ahead: list[Sequence] = []  # those that run ahead
         self._num_arrived = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -202,7 +220,7 @@ class Scheduler:
         prefilling = []
         for seq in self._running.copy():
             # Not running: preempted by an older one just now.
-            if seq.status is not Status.RUNNING or seq is self._long:
+            if seq.status is not Status.RUNNING or self._is_beside(seq):
                 continue
             start = seq.num_computed_tokens
             if len(seq.token_ids) - start > 1:
@@ -211,6 +229,10 @@ class Scheduler:
                 self._put(step, seq, start, 1)
         if self._long is not None:
             step.budget = 0
+        elif self._ahead:
+            step.budget -= self._max_batched_tokens // 2
+        for seq in self._ahead:
+            self._note_in_flight(step, seq, len(seq.token_ids))
         for seq in prefilling:
             if step.budget <= 0:
                 break
@@ -220,7 +242,9 @@ class Scheduler:
         if self._waiting and not step.preempted:
             self._admit(step)
         self.preemptions += step.preempted
-        return SchedulerOutput(list(step.scheduled.values()), step.preempted, step.long_chunk)
+        return SchedulerOutput(
+            list(step.scheduled.values()), step.preempted, step.long_chunk, step.ahead
+        )
 
     def _put(self, step: _Step, seq: Sequence, start: int, num_tokens: int) -> None:
         end = start + num_tokens
@@ -230,16 +254,28 @@ class Scheduler:
             return
         step.budget -= num_tokens
         step.scheduled[seq] = entry
+        self._note_in_flight(step, seq, end)
+
+    def _note_in_flight(self, step: _Step, seq: Sequence, end: int) -> None:
+        """The page after what the cache has of ``seq`` is being computed, if ``end`` is beyond."""
         if seq.node is not None:
             page_end = seq.node.depth + self._page_size
             if end >= page_end:
                 keys = seq.cache_keys(self._page_size)
                 step.in_flight.add((seq.node, keys[seq.node.depth : page_end].tobytes()))
 
+    def _is_beside(self, seq: Sequence) -> bool:
+        """Whether ``seq`` is computed beside the steps, and not in them."""
+        return seq is self._long or seq in self._ahead
+
+    def fall_back(self, seq: Sequence) -> None:
+        """``seq`` does not run ahead any more: what is not cached of it is computed in steps."""
+        self._ahead.remove(seq)
+
     def _take_pages(self, step: _Step, seq: Sequence, n: int) -> bool:
         """Give ``seq`` ``n`` more pages, at others' cost if need be; False: it was preempted."""
         while self._available < n:
-            victim = next(s for s in reversed(self._running) if s is not self._long)
+            victim = next(s for s in reversed(self._running) if not self._is_beside(s))
             self._preempt(step, victim)
             if victim is seq:
                 return False
@@ -269,7 +305,9 @@ class Scheduler:
         reserved = sum(self._pages_to_come(seq) for seq in self._running)
         # A copy of the head: admitting changes the list, and those passed over are bounded.
         for seq in self._waiting[: self._max_running]:
-            if step.budget <= 0 or len(self._running) >= self._max_running:
+            if len(self._running) >= self._max_running:
+                return
+            if step.budget <= 0 and not self._may_run_ahead(seq, 0):
                 return
             if self._prefix_caching:
                 node, pages = self._match(self._cache.root(seq.namespace), seq)
@@ -277,7 +315,12 @@ class Scheduler:
                     continue
                 self._cache.lock(node)  # before anything is evicted to make room
                 seq.node, seq.pages = node, pages
-            num_tokens = self._next_chunk(step, seq, len(seq.pages) * self._page_size)
+            start = len(seq.pages) * self._page_size
+            ahead = self._may_run_ahead(seq, start)
+            if ahead:
+                num_tokens = len(seq.token_ids) - start
+            else:
+                num_tokens = self._next_chunk(step, seq, start) if step.budget > 0 else 0
             short = self._pages_to_come(seq) + reserved > self._available
             if not num_tokens or (self._running and short):
                 if seq.node is not None:
@@ -285,10 +328,15 @@ class Scheduler:
                     seq.node, seq.pages = None, []
                 return
             self._waiting.remove(seq)
-            self._start(step, seq, num_tokens)
+            self._start(step, seq, num_tokens, ahead)
             reserved += self._pages_to_come(seq)
 
-    def _start(self, step: _Step, seq: Sequence, num_tokens: int) -> None:
+    def _may_run_ahead(self, seq: Sequence, start: int) -> bool:
+        if self._runs_ahead is None or self._long is not None:
+            return False
+        return self._runs_ahead(seq, start)
+
+    def _start(self, step: _Step, seq: Sequence, num_tokens: int, ahead: bool) -> None:
         """Run a sequence that holds its lock and ``pages`` of the cache, without references."""
         self._pool.retain(seq.pages)
         start = seq.num_computed_tokens = len(seq.pages) * self._page_size
@@ -298,6 +346,11 @@ class Scheduler:
             self.prompt_tokens += seq.num_prompt_tokens
             self._count_cached(seq, start)
         seq.pages += self._allocate(self._pool.pages_for(start + num_tokens) - len(seq.pages))
+        if ahead:
+            self._ahead.append(seq)
+            step.ahead.append(seq)
+            self._note_in_flight(step, seq, len(seq.token_ids))
+            return
         step.prefills |= num_tokens > 1
         self._put(step, seq, start, num_tokens)
 
@@ -400,14 +453,19 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         """Take ``seq`` out of the running ones, with its pages and its lock."""
         self._running.remove(seq)
-        if seq is self._long:
-            self._long = None
+        self._is_no_longer_beside(seq)
         # Reversed, so that the next to take pages gets the first of these first.
         self._pool.release(reversed(seq.pages))
         seq.pages = []
         if seq.node is not None:
             self._cache.unlock(seq.node)
             seq.node = None
+
+    def _is_no_longer_beside(self, seq: Sequence) -> None:
+        if seq is self._long:
+            self._long = None
+        elif seq in self._ahead:
+            self._ahead.remove(seq)
 
     # ---------------------------------------------------------------- commit
 
@@ -420,8 +478,7 @@ class Scheduler:
         sampled = iter(token_ids)
         new_tokens = []
         for seq, start, num_tokens, samples in output.scheduled:
-            if seq is self._long:
-                self._long = None
+            self._is_no_longer_beside(seq)
             token_id = next(sampled) if samples else None
             if seq.status is not Status.RUNNING:  # aborted while the step ran
                 continue
@@ -486,9 +543,12 @@ class Scheduler:
 
     # ---------------------------------------------------------------- check
 
-    def check(self) -> None:
-        """Prove the books of sequences, cache and pool; for tests. Raises AccountingError."""
-        owners: Counter[int] = Counter()
+    def check(self, lent: Iterable[int] = ()) -> None:
+        """Prove the books of sequences, cache and pool; for tests. Raises AccountingError.
+
+        ``lent``: pages to which others hold a reference, once for each.
+        """
+        owners: Counter[int] = Counter(lent)
         locks: Counter[Node] = Counter()
         for seq in self._running:
             computed = seq.num_computed_tokens

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ATTEND_MS = 100
+"""How often prefill ranks are attended to while there is nothing to compute."""
+
 
 class Service:
     """Connects an engine to the socket of its client."""
@@ -68,7 +71,9 @@ class Service:
                 self._send(Step(outputs, engine.stats))
                 busy = True
             else:
+                engine.attend_chain()
                 busy = engine.prepare_memory()
+        engine.close()
 
     def fail(self, message: str) -> None:
         self._send(Failed(message))
@@ -78,7 +83,8 @@ class Service:
 
     def _receive(self, engine: Engine, wait: bool) -> bool:
         """Handle what has arrived, waiting for it if asked to; False if it is time to end."""
-        ready = dict(self._poller.poll(None if wait else 0))
+        patience = None if engine.runahead is None else ATTEND_MS
+        ready = dict(self._poller.poll(patience if wait else 0))
         if sys.stdin.fileno() in ready:  # the parent ended: nothing is ever written there
             return False
         while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:

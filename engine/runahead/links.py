@@ -36,12 +36,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch import distributed as dist
+from torch import Tensor, distributed
 
 from headstart.engine.runahead.costs import LinkCosts
 from headstart.engine.runahead.messages import LinkEnd
 from headstart.kernels.shared_memory import SharedMemory, attach
+
+dist: Any = distributed  # which does not declare what it has
 
 STAGED_BYTES = 256 << 20
 """Of a gloo link: what may be packed, or have arrived, and wait for its turn."""
@@ -90,6 +91,10 @@ class Receiver(Protocol):
     costs: LinkCosts
 
     def fileno(self) -> int: ...
+
+    def read(self) -> None:
+        """Take note of what has come, so that ``fileno()`` is not readable any more."""
+        ...
 
     def expect(self, job: int, pages: list[int]) -> None:
         """Its pages belong into these of the own pool, in their order."""
@@ -184,7 +189,8 @@ class SharedSender:
     """See Sender. Pages stay as they are until the receiver says so, or has closed its end."""
 
     def __init__(self, connection: socket.socket, pool: Pool) -> None:
-        assert pool.memory is not None and pool.memory.descriptor is not None
+        assert pool.memory is not None
+        assert pool.memory.descriptor is not None
         greeting = msgspec.msgpack.encode(_Greeting(tuple(pool.pages.shape)))  # type: ignore[arg-type]
         socket.send_fds(connection, [greeting], [pool.memory.descriptor])
         self._records = _Records(connection)
@@ -258,7 +264,7 @@ class SharedReceiver:
     def arrived(self, job: int, layer: int) -> bool:
         if self._copied[job] > layer:
             return True
-        self._read()
+        self.read()
         if self._records.error is not None or self._ready.get(job, 0) <= layer:
             return False
         for to, of, count in self._runs_of(job):
@@ -291,7 +297,7 @@ class SharedReceiver:
             self._runs[job] = runs
         return self._runs[job]
 
-    def _read(self) -> None:
+    def read(self) -> None:
         for record in self._records.get():
             match record:
                 case _Offer(job, pages) if job in self._dropped:
@@ -394,6 +400,10 @@ class GlooReceiver:
     def fileno(self) -> int:
         return self._event
 
+    def read(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._event)
+
     def probed(self, timeout: float) -> None:
         """Wait until ``costs`` are measured; raises TimeoutError, or OSError with the reason."""
         with self._changed:
@@ -410,8 +420,6 @@ class GlooReceiver:
     def arrived(self, job: int, layer: int) -> bool:
         if self._done[job] > layer:
             return True
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._event)
         with self._changed:
             data = self._staged.pop((job, layer), None)
             if data is None:
@@ -565,9 +573,7 @@ def _listener(spec: LinkEnd) -> socket.socket:
     return listener
 
 
-def _connection(
-    spec: LinkEnd, listener: socket.socket | None, timeout: float
-) -> socket.socket:
+def _connection(spec: LinkEnd, listener: socket.socket | None, timeout: float) -> socket.socket:
     if listener is not None:
         listener.settimeout(timeout)
         try:
@@ -617,5 +623,7 @@ def own_address(host: str) -> str:
 
 def readable(ends: list[Any], timeout: float) -> None:
     """Wait until something has come over one of the links, or for ``timeout`` seconds."""
-    with contextlib.suppress(OSError, ValueError):  # closed meanwhile
-        select.select(ends, [], [], timeout)
+    poller = select.poll()
+    for end in ends:
+        poller.register(end, select.POLLIN)
+    poller.poll(timeout * 1000)

@@ -7,12 +7,12 @@ import logging
 import time
 from array import array
 from pathlib import Path
-
-import msgspec
+from typing import Any
 
 from headstart import __version__
 from headstart.engine.batch import build_batch
 from headstart.engine.loading import LoadedModel
+from headstart.engine.measurements import keep, load_kept
 from headstart.engine.model_runner import ModelRunner
 from headstart.engine.runahead.costs import RankCosts
 from headstart.engine.runahead.messages import Identity
@@ -22,6 +22,8 @@ from headstart.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
+VERSION = 1
+"""Of the measurement: raise it when kernels change enough that old figures mislead."""
 MEASURE_SECONDS = 3.0
 """The measurement takes about this long at most, however large the model is."""
 CHUNK = 512
@@ -59,6 +61,30 @@ def identity(loaded: LoadedModel) -> Identity:
     )
 
 
+def rank_costs(loaded: LoadedModel, cache_dir: str | None) -> RankCosts:
+    """What chunks cost here: as kept for this machine and model, or measured now and kept."""
+    folder = None if cache_dir is None else Path(cache_dir) / "machine"
+    about = about_prefill(loaded)
+    costs = load_kept(folder, "prefill", about, RankCosts)
+    if costs is None:
+        begin = time.perf_counter()
+        costs = measure_rank(loaded.runner)
+        keep(folder, "prefill", about, costs)
+        logger.info("prefill costs: measured in %.2f s", time.perf_counter() - begin)
+    return costs
+
+
+def about_prefill(loaded: LoadedModel) -> dict[str, Any]:
+    """What the times of prefill depend on."""
+    return {
+        "version": VERSION,
+        "device": loaded.backend.device,
+        "model": model_digest(loaded.folder),
+        "weights": loaded.weights,
+        "page_size": loaded.backend.page_size,
+    }
+
+
 def measure_rank(runner: ModelRunner) -> RankCosts:
     """Compute chunks at the beginning and far into a prompt; overwrites the first KV pages."""
     page_size = runner.backend.page_size
@@ -89,8 +115,3 @@ def _seconds(runner: ModelRunner, start: int, num_tokens: int) -> float:
     begin = time.perf_counter()
     runner.run(batch)
     return time.perf_counter() - begin
-
-
-class _Kept(msgspec.Struct):
-    about: dict[str, str]
-    costs: RankCosts

@@ -14,10 +14,6 @@ import msgspec
 from headstart.engine.runahead.costs import LinkCosts, RankCosts
 
 
-class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Base of all, for its options."""
-
-
 class Identity(msgspec.Struct, frozen=True):
     """What has to be equal on all ranks of a chain; ``model`` is a digest."""
 
@@ -37,7 +33,7 @@ class Identity(msgspec.Struct, frozen=True):
         return None
 
 
-class Hello(Message):
+class Hello(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """``folder``: the engine's private folder; ``token``: what its file ``token`` holds. A rank
     that can read it is on the engine's machine."""
 
@@ -47,7 +43,7 @@ class Hello(Message):
     token: str
 
 
-class Welcome(Message):
+class Welcome(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """``shares``: the rank can read the engine's folder, and others can map its KV memory.
     ``store_port``: of its torch.distributed store, where links between machines meet."""
 
@@ -59,14 +55,14 @@ class Welcome(Message):
     host: str
 
 
-class Refused(Message):
+class Refused(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """This rank will not serve that engine."""
 
     session: int
     reason: str
 
 
-class LinkEnd(Message):
+class LinkEnd(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """One end of a link. ``name`` cannot be guessed, and is the same at both ends.
 
     transport: "shared" (``path``: a Unix socket, the sender listens) or "gloo" (``host`` and
@@ -80,17 +76,17 @@ class LinkEnd(Message):
     port: int = 0
 
 
-class Form(Message):
-    """Close the links there are and open these. ``origin``: from the engine itself, for what the
-    first rank's cache lacks."""
+class Form(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Close the links there are and open these. ``origin``: from the engine itself, for what this
+    rank's cache lacks when it is the first of a job."""
 
     generation: int
     upstream: LinkEnd | None
     downstream: LinkEnd
-    origin: LinkEnd | None
+    origin: LinkEnd
 
 
-class Formed(Message):
+class Formed(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """``error``: why not. ``costs``: of the link from upstream, if there is one."""
 
     generation: int
@@ -98,31 +94,31 @@ class Formed(Message):
     error: str | None = None
 
 
-class Prepare(Message):
-    """A prompt will run ahead: find what of it is cached. ``adapter``: name, folder, digest."""
+class Prepare(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """A prompt will run ahead: find what of it is cached. ``adapter``: folder, digest."""
 
     job: int
     token_ids: bytes
     namespace: bytes
     segments: list[tuple[int, int]]
-    adapter: tuple[str, str, bytes] | None
+    adapter: tuple[str, bytes] | None
 
 
-class Prepared(Message):
+class Prepared(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """KV of tokens ``[0, held)`` is here."""
 
     job: int
     held: int
 
 
-class Declined(Message):
+class Declined(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """This rank cannot take part in the job; it can in others."""
 
     job: int
     reason: str
 
 
-class Run(Message):
+class Run(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Compute KV of tokens ``[start, end)``, those before come from ``source``: "upstream",
     "origin" or "" where nothing is lacking. Send what the next rank lacks below ``end``: it holds
     ``[0, next_held)``."""
@@ -134,13 +130,13 @@ class Run(Message):
     next_held: int
 
 
-class Cancel(Message):
+class Cancel(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Drop the job, whatever has become of it; its end is not reported."""
 
     job: int
 
 
-class Progress(Message):
+class Progress(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Sent now and then while a job is under way: the layer it has come to, and for how long it
     has waited there for another rank."""
 
@@ -149,7 +145,7 @@ class Progress(Message):
     waited: float
 
 
-class Finished(Message):
+class Finished(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The chunk is computed and handed to its link. ``seconds``: from Run on; ``idle``: those spent
     waiting for KV; ``sent_bytes``: of keys and values."""
 
@@ -159,7 +155,7 @@ class Finished(Message):
     sent_bytes: int
 
 
-class Failed(Message):
+class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The job cannot go on here."""
 
     job: int
@@ -167,6 +163,4 @@ class Failed(Message):
 
 
 ToRank = Hello | Form | Prepare | Run | Cancel
-FromRank = (
-    Welcome | Refused | Formed | Prepared | Declined | Progress | Finished | Failed
-)
+FromRank = Welcome | Refused | Formed | Prepared | Declined | Progress | Finished | Failed

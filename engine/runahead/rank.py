@@ -22,20 +22,18 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
 
-from headstart.engine.adapters import Adapter, Adapters
+from headstart.engine.adapters import Adapter
 from headstart.engine.config import EngineConfig
 from headstart.engine.errors import ConfigError, HeadstartError
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.loading import load_model
 from headstart.engine.long_chunk import LongChunk
-from headstart.engine.models.quantize import read_smoothing
 from headstart.engine.radix_cache import Node, RadixCache
 from headstart.engine.runahead import control
 from headstart.engine.runahead.links import Opening, Pool, Receiver, Sender, Store
@@ -124,7 +122,8 @@ class _Job:
     layer: int = 0  # of a chunk without rows, which is only handed on
     begun: float = 0.0
     idle: float = 0.0
-    waiting_since: float | None = None
+    waiting_since: float | None = None  # the last look
+    stuck_since: float = 0.0  # when it last computed
     sent_bytes: int = 0
     computed: bool = field(default=False)
 
@@ -139,24 +138,13 @@ class Rank:
         self._page_size = loaded.backend.page_size
         self._pool = PagePool(self._runner.num_pages, self._page_size)
         self._cache = RadixCache(self._pool)
-        self._adapters = Adapters(
-            loaded.config,
-            loaded.backend,
-            cache(
-                lambda: (
-                    read_smoothing(loaded.config, loaded.folder)
-                    if loaded.weights == "int8"
-                    else None
-                )
-            ),
-            config.engine.max_adapters,
-        )
+        self._caching = config.engine.prefix_caching
+        self._adapters = loaded.adapters(config.engine.max_adapters)
         self._memory = Pool(
             loaded.backend.kv_pages(self._runner.kv), loaded.backend.kv_memory(self._runner.kv)
         )
         self._identity = identity(loaded)
         self._costs = rank_costs(loaded, config.engine.cache_dir)
-        self._budget = config.engine.max_batched_tokens
         self._transport = config.transport
         address = control.endpoint(config.listen)
         host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
@@ -183,13 +171,15 @@ class Rank:
         poller.register(self._socket, zmq.POLLIN)
         watched: set[int] = set()
         while not ended():
-            descriptors = {end.fileno() for end in self._ends.values() if hasattr(end, "fileno")}
+            descriptors = {end.fileno() for end in self._receivers() if end.error is None}
             for gone in watched - descriptors:
                 poller.unregister(gone)
             for new in descriptors - watched:
                 poller.register(new, zmq.POLLIN)
             watched = descriptors
             poller.poll(self._patience())
+            for end in self._receivers():
+                end.read()
             self._receive()
             self._open()
             self._compute()
@@ -203,6 +193,9 @@ class Rank:
         if head is not None or self._opening or self._leaving:
             return 5
         return 500
+
+    def _receivers(self) -> list[Receiver]:
+        return [end for name, end in self._ends.items() if name != "downstream"]
 
     def _head(self) -> _Job | None:
         return next((job for job in self._jobs.values() if job.neighbours is not None), None)
@@ -314,7 +307,8 @@ class Rank:
             adapter=adapter,
         )
         root = self._cache.root(message.namespace)
-        node, pages = self._cache.match(root, seq.cache_keys(self._page_size), len(token_ids))
+        limit = len(token_ids) if self._caching else 0
+        node, pages = self._cache.match(root, seq.cache_keys(self._page_size), limit)
         self._cache.lock(node)
         self._pool.retain(pages)
         seq.pages = list(pages)
@@ -322,13 +316,14 @@ class Rank:
         self._jobs[message.job] = _Job(message.job, seq, node, held)
         self._send(Prepared(message.job, held))
 
-    def _adapter(self, wanted: tuple[str, str, bytes] | None) -> Adapter | None:
+    def _adapter(self, wanted: tuple[str, bytes] | None) -> Adapter | None:
         """The adapter, loaded now if need be. Raises HeadstartError."""
         if wanted is None:
             return None
-        _, path, digest = wanted
-        name = digest.hex()  # two engines' names may mean different ones
+        path, digest = wanted
+        name = digest.hex()  # what the engine calls it may come to mean another
         if name not in self._adapters:
+            self._adapters.make_room()
             self._adapters.load(name, path)
         adapter = self._adapters.get(name)
         if adapter.digest != digest:
@@ -371,19 +366,21 @@ class Rank:
         if first < end:
             entry = ScheduledSequence(seq, first, end - first, False)
             job.chunk = LongChunk(entry, self._runner, page_size, job.neighbours)
-        job.begun = time.perf_counter()
+        job.begun = job.stuck_since = time.perf_counter()
 
     def _compute(self) -> None:
         job = self._head()
         if job is None:
             return
         assert job.neighbours is not None
+        begin = time.perf_counter()
+        if job.waiting_since is not None:
+            job.idle += begin - job.waiting_since
         done = self._advance(job)
         now = time.perf_counter()
         waits = not done and (job.chunk is None or job.chunk.waits)
-        if job.waiting_since is not None:
-            job.idle += now - job.waiting_since
-        job.waiting_since = now if waits else None
+        if not waits:
+            job.stuck_since = now
         if done:
             seconds = now - job.begun
             self._send(Finished(job.id, seconds, job.idle, job.sent_bytes))
@@ -395,12 +392,13 @@ class Rank:
         elif now - self._told > PROGRESS_SECONDS:
             self._told = now
             layer = job.layer if job.chunk is None else job.chunk.layer
-            self._send(Progress(job.id, layer, job.idle))
+            self._send(Progress(job.id, layer, now - job.stuck_since))
+        job.waiting_since = now if waits else None
 
     def _advance(self, job: _Job) -> bool:
         """Compute some of the job, or hand some on; whether that is all."""
         if job.chunk is not None:
-            return job.chunk.advance(self._budget) is not None
+            return job.chunk.advance(1) is not None
         assert job.neighbours is not None
         while job.layer < self._layers:
             if not (job.neighbours.arrived(job.layer) and job.neighbours.written(job.layer)):
@@ -425,7 +423,7 @@ class Rank:
                 continue
             self._leaving.remove(job)
             seq, node = job.seq, job.node
-            if job.computed:
+            if job.computed and self._caching:
                 first, last = node.depth // self._page_size, job.end // self._page_size
                 keys = seq.cache_keys(self._page_size)
                 self._cache.insert(node, keys, seq.pages[first:last])

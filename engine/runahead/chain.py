@@ -1,0 +1,758 @@
+"""Chain: the prefill ranks as their engine sees them; itself the last rank of the chain.
+
+    rank 0 ──▶ rank 1 ──▶ engine        KV, over links; what a rank's cache lacks comes from the
+      ▲───────────┴─────────┘           engine the other way
+
+    scheduler: this prompt runs ahead
+        Prepare ─▶ all ranks            what of it is cached there?
+        plan                            where to cut, and whether it pays at all (cuts.py)
+        Run ─▶ those that take part     they compute; the engine's own chunk, a LongChunk, goes on
+        logits                          as their KV arrives, beside the steps of others
+
+Faults. A rank that has gone, hangs, or hands on nothing for ``runahead_timeout`` costs the prompts
+that run ahead at that moment their time so far: the engine prefills them itself. The rank is left
+out, greeted again until it answers, and taken into a newly formed chain. Nothing here ever waits.
+
+The engine's thread calls ``poll`` before each step and now and then while there are none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import zmq
+from torch import Tensor
+from zmq.utils.monitor import recv_monitor_message
+
+from headstart.engine.config import EngineConfig
+from headstart.engine.errors import ConfigError
+from headstart.engine.kv_pool import PagePool
+from headstart.engine.loading import LoadedModel
+from headstart.engine.long_chunk import LongChunk
+from headstart.engine.messages import RunaheadStats
+from headstart.engine.runahead import control, costs
+from headstart.engine.runahead.cuts import CutTable, Plan, Positions, even_cuts, plan
+from headstart.engine.runahead.links import Opening, Pool, Receiver, Sender, readable
+from headstart.engine.runahead.measure import about_prefill, identity, rank_costs
+from headstart.engine.runahead.messages import (
+    Cancel,
+    Declined,
+    Failed,
+    Finished,
+    Form,
+    Formed,
+    FromRank,
+    Hello,
+    LinkEnd,
+    Prepare,
+    Prepared,
+    Progress,
+    Refused,
+    Run,
+    ToRank,
+    Welcome,
+)
+from headstart.engine.runahead.rank import OPENING_SECONDS, JobNeighbours, RankConfig
+from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+CUTS = ("auto", "even", "predicted", "modelled")
+TRANSPORTS = ("auto", "gloo")
+GREETING_SECONDS = 0.25
+"""Between two greetings of a rank that does not answer."""
+OUT_SECONDS = 5.0
+"""For how long a rank that hung, or handed on nothing, is left out."""
+RESPAWN_SECONDS = 1.0
+"""Between two starts of a local rank."""
+WORTH = 0.95
+"""A prompt runs ahead if that is predicted to take this share of the local time, or less."""
+
+
+class Report(msgspec.Struct, frozen=True):
+    """How one prompt ran ahead. Per rank, the engine last: idle seconds (waiting for KV) and bytes
+    of KV sent."""
+
+    bounds: tuple[int, ...]
+    predicted_seconds: float
+    seconds: float
+    idle: tuple[float, ...]
+    sent_bytes: tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Rank:
+    """A prefill rank. ``welcome`` is what it answered; None: it is not there, or left out."""
+
+    name: str
+    address: str
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    config: RankConfig | None = None  # of a local one, which is started here
+    cores: list[int] | None = None
+    process: subprocess.Popen[bytes] | None = None
+    welcome: Welcome | None = None
+    formed: Formed | None = None
+    origin: Sender | None = None  # the link from the engine
+    greeted: float = -1e9
+    started: float = -1e9
+    out_until: float = -1e9
+    heard: float = 0.0
+    reason: str = ""  # why it is out, said once
+
+
+@dataclass(slots=True, eq=False)
+class Ahead:
+    """A prompt that runs ahead. ``failed``: why the engine has to compute it alone after all."""
+
+    id: int
+    seq: Sequence
+    ranks: list[_Rank]
+    begun: float
+    held: dict[int, int] = field(default_factory=dict)  # by place in the chain
+    plan: Plan | None = None
+    chunk: LongChunk | None = None
+    neighbours: JobNeighbours | None = None
+    unsent: list[tuple[Sender, int]] = field(default_factory=list)  # layers for the first rank
+    origin_bytes: int = 0
+    finished: dict[int, Finished] = field(default_factory=dict)
+    idle: float = 0.0
+    waiting_since: float | None = None
+    stuck_since: float = 0.0
+    failed: str | None = None
+    local: bool = False  # it is quicker alone: no fault
+
+    @property
+    def entry(self) -> ScheduledSequence:
+        assert self.chunk is not None
+        return self.chunk.entry
+
+    @property
+    def waits(self) -> bool:
+        return self.chunk is None or self.chunk.waits
+
+    def pieces(self, num_tokens: int) -> int:
+        return 0 if self.chunk is None else self.chunk.pieces(num_tokens)
+
+    def advance(self, pieces: int) -> Tensor | None:
+        """See LongChunk.advance."""
+        if self.chunk is None:
+            return None
+        begin = time.perf_counter()
+        if self.waiting_since is not None:
+            self.idle += begin - self.waiting_since
+        layer = self.chunk.layer
+        logits = self.chunk.advance(pieces)
+        now = time.perf_counter()
+        if not self.chunk.waits or self.chunk.layer != layer:
+            self.stuck_since = now
+        self.waiting_since = now if logits is None and self.chunk.waits else None
+        return logits
+
+
+class _Lent(NamedTuple):
+    """Pages that a rank may be reading, with a reference to each."""
+
+    job: Ahead
+    sender: Sender
+    pages: list[int]
+
+
+class Chain:
+    """Starts, greets, connects and watches the ranks, and runs prompts ahead over them.
+
+    ``forced_bounds``: cuts of the next prompts, for measurements. ``last``: the latest report.
+    """
+
+    def __init__(self, config: EngineConfig, loaded: LoadedModel, pool: PagePool) -> None:
+        if config.runahead_cuts not in CUTS:
+            raise ConfigError(f"--runahead-cuts must be {', '.join(CUTS)}")
+        if config.runahead_transport not in TRANSPORTS:
+            raise ConfigError(f"--runahead-transport must be {', '.join(TRANSPORTS)}")
+        if config.runahead_hosts and config.runahead_secret is None:
+            raise ConfigError("--runahead-hosts needs the secret that the ranks were started with")
+        self.forced_bounds: list[int] | None = None
+        self.last: Report | None = None
+        self._config = config
+        self._loaded = loaded
+        self._runner = loaded.runner
+        self._pool = pool
+        # Before anything is kept in the pages that this writes to.
+        self._costs = rank_costs(loaded, config.cache_dir)
+        self._page_size = loaded.backend.page_size
+        self._layers = loaded.config.num_layers
+        self._memory = Pool(
+            loaded.backend.kv_pages(self._runner.kv), loaded.backend.kv_memory(self._runner.kv)
+        )
+        self._identity = identity(loaded)
+        self._secret = config.runahead_secret or secrets.token_urlsafe(24)
+        self._session = secrets.randbits(62)
+        self._folder = Path(tempfile.mkdtemp(prefix="headstart-"))  # for this user alone
+        self._token = secrets.token_hex(16)
+        (self._folder / "token").write_text(self._token)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromRank)
+        self._context = zmq.Context()
+        self._ids = itertools.count(1)
+        self._generation = 0
+        self._live: list[_Rank] = []  # of the chain as formed, or being formed
+        self._forming: float | None = None  # since when
+        self._retry: float | None = None  # when to form again, after a failure
+        self._opening: dict[str, Opening] = {}
+        self._receiver: Receiver | None = None
+        self._chain: costs.Chain | None = None
+        self._table = CutTable()
+        self._least = 0
+        self._jobs: dict[int, Ahead] = {}
+        self._lent: list[_Lent] = []
+        self._stats = RunaheadStats()
+        self._ranks: list[_Rank] = []
+        for address in config.runahead_hosts:
+            self._add(f"rank {len(self._ranks)} ({address})", address)
+        for i in range(config.runahead - 1):
+            address = f"ipc://{self._folder}/rank-{i}.sock"
+            self._add(f"rank {len(self._ranks)} (local)", address, self._local(address))
+
+    def _add(self, name: str, address: str, local: RankConfig | None = None) -> None:
+        socket = control.connect(
+            self._context, address, self._secret, self._config.runahead_timeout
+        )
+        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        monitor = socket.get_monitor_socket(events)
+        self._ranks.append(_Rank(name, address, socket, monitor, local))
+
+    def _local(self, address: str) -> RankConfig:
+        """A rank on this machine: as the engine, with a share of its KV memory."""
+        loaded, count = self._loaded, self._config.runahead - 1
+        shape = self._runner.decoder.shape
+        page_bytes = loaded.backend.kv_bytes_per_page(shape, self._layers)
+        sequence = -(-loaded.max_model_len // self._page_size)
+        pages = max(self._runner.num_pages // (2 * count), sequence)
+        return RankConfig(
+            engine=msgspec.structs.replace(
+                self._config,
+                weights=loaded.weights,
+                kv_memory=pages * page_bytes,
+                max_model_len=loaded.max_model_len,
+                threads=loaded.threads,
+                adapters={},
+                runahead=1,
+                runahead_hosts=[],
+                runahead_secret=None,
+            ),
+            listen=address,
+            secret=self._secret,
+            transport=self._config.runahead_transport,
+        )
+
+    # ---------------------------------------------------------------- for the engine
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank is there and the chain is formed."""
+        return self._chain is not None and len(self._live) == len(self._ranks)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the chain as it is, the engine included."""
+        return len(self._live) + 1 if self._chain is not None else 1
+
+    @property
+    def stats(self) -> RunaheadStats:
+        return msgspec.structs.replace(
+            self._stats, ranks=len(self._ranks) + 1, ranks_live=self.num_ranks
+        )
+
+    def wants(self, seq: Sequence, start: int) -> bool:
+        """Whether ``seq``, of which ``[0, start)`` is cached, should run ahead now."""
+        return (
+            self._chain is not None
+            and len(self._jobs) < self.num_ranks
+            and seq.num_tokens - start >= max(self._least, 2)
+        )
+
+    def start(self, seq: Sequence) -> Ahead:
+        """Let ``seq`` run ahead; it has pages for all its tokens."""
+        now = time.perf_counter()
+        job = Ahead(next(self._ids), seq, list(self._live), now, stuck_since=now)
+        self._jobs[job.id] = job
+        adapter = seq.adapter
+        message = Prepare(
+            job.id,
+            seq.token_ids.tobytes(),
+            seq.namespace,
+            list(seq.segments.spans),
+            None if adapter is None else (adapter.info.path, adapter.digest),
+        )
+        for rank in job.ranks:
+            self._send(rank, message)
+        return job
+
+    def finish(self, job: Ahead) -> None:
+        """The engine has its logits."""
+        for rank in job.ranks:  # what they have finished with came before their last KV
+            self._hear(rank, time.perf_counter())
+        self._end(job)
+        self._report(job)
+
+    def cancel(self, job: Ahead) -> None:
+        """It was aborted, or has failed and is computed by the engine alone."""
+        self._end(job)
+        if job.failed is not None and not job.local:
+            self._count(failed=1)
+            logger.warning("runahead: a prompt is computed here alone: %s", job.failed)
+
+    def _end(self, job: Ahead) -> None:
+        del self._jobs[job.id]
+        if job.neighbours is not None:
+            job.neighbours.drop()
+        if job.unsent:
+            job.unsent[0][0].drop(job.id)
+            job.unsent = []
+        for place, rank in enumerate(job.ranks):
+            if place not in job.finished:
+                self._send(rank, Cancel(job.id))
+
+    def wait(self, seconds: float) -> None:
+        """Until KV arrives or a rank says something, for ``seconds`` at most."""
+        ends: list[Any] = [rank.socket.fd for rank in self._ranks]
+        if self._receiver is not None and self._receiver.error is None:
+            ends.append(self._receiver)
+        readable(ends, seconds)
+
+    def close(self) -> None:
+        """End the local ranks and close all links."""
+        for job in list(self._jobs.values()):
+            job.failed = "the engine ends"
+        self._close_links()
+        for rank in self._ranks:
+            if rank.process is not None:
+                assert rank.process.stdin is not None
+                rank.process.stdin.close()
+        for rank in self._ranks:
+            if rank.process is not None:
+                try:
+                    rank.process.wait(5)
+                except subprocess.TimeoutExpired:
+                    rank.process.kill()
+                    rank.process.wait()
+            rank.socket.disable_monitor()
+            rank.monitor.close()
+            rank.socket.close()
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def pages_lent(self) -> Iterator[int]:
+        """Pages to which the chain holds a reference, once for each."""
+        for lent in self._lent:
+            yield from lent.pages
+
+    def poll(self) -> None:
+        """Hear what ranks say, notice what they do not, and act on it. Never waits."""
+        now = time.perf_counter()
+        for rank in self._ranks:
+            self._supervise(rank, now)
+            self._hear(rank, now)
+            if rank.welcome is None and now - rank.greeted > GREETING_SECONDS:
+                rank.greeted = now
+                hello = Hello(self._session, self._identity, str(self._folder), self._token)
+                self._send(rank, hello)
+        there = [rank for rank in self._ranks if rank.welcome is not None]
+        if there != self._live or (self._retry is not None and now > self._retry):
+            self._form(there, now)
+        elif self._forming is not None:
+            self._connect(now)
+        if self._receiver is not None:
+            self._receiver.read()
+        for job in self._jobs.values():
+            self._push(job)
+            if job.failed is None:
+                self._watch(job, now)
+        for lent in list(self._lent):
+            if not lent.job.unsent and lent.sender.taken(lent.job.id):
+                self._lent.remove(lent)
+                self._pool.release(lent.pages)
+
+    # ---------------------------------------------------------------- ranks
+
+    def _supervise(self, rank: _Rank, now: float) -> None:
+        """Start a local rank, and again when it has ended."""
+        if rank.config is None:
+            return
+        if rank.process is not None:
+            status = rank.process.poll()
+            if status is None:
+                return
+            self._leave_out(rank, f"it ended (exit status {status})", 0.0)
+            rank.process = None
+        if now - rank.started < RESPAWN_SECONDS:
+            return
+        rank.started = now
+        environment = {"GOMP_SPINCOUNT": "20000", "OMP_PROC_BIND": "false", **os.environ}
+        rank.process = subprocess.Popen(
+            [sys.executable, "-m", "headstart.engine.runahead.rank"],
+            stdin=subprocess.PIPE,
+            env=environment,
+        )
+        assert rank.process.stdin is not None
+        try:
+            rank.process.stdin.write(msgspec.json.encode(rank.config) + b"\n")
+            rank.process.stdin.flush()
+        except OSError:  # it has ended already: its exit status says more
+            return
+
+    def _send(self, rank: _Rank, message: ToRank) -> None:
+        with contextlib.suppress(zmq.Again):  # nobody is connected: it is greeted when it is back
+            rank.socket.send(self._encoder.encode(message), zmq.DONTWAIT)
+
+    def _hear(self, rank: _Rank, now: float) -> None:
+        while rank.monitor.poll(0):
+            event = recv_monitor_message(rank.monitor)
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                self._hangs(rank, "the connection to it broke", 0.0)
+            else:
+                self._refuse(rank, "it knows another secret")
+        while True:
+            try:
+                message = self._decoder.decode(rank.socket.recv(zmq.DONTWAIT))
+            except zmq.Again:
+                return
+            except msgspec.DecodeError as error:
+                self._refuse(rank, f"it speaks another version ({error})")
+                continue
+            rank.heard = now
+            match message:
+                case Welcome() if message.session == self._session and now > rank.out_until:
+                    if rank.welcome is None:
+                        rank.welcome, rank.reason = message, ""
+                        logger.info("runahead: %s is there", rank.name)
+                case Refused() if message.session == self._session:
+                    self._refuse(rank, message.reason)
+                case Formed() if message.generation == self._generation:
+                    rank.formed = message
+                case Prepared() | Declined() | Progress() | Finished() | Failed():
+                    job = self._jobs.get(message.job)
+                    if job is not None and job.failed is None and rank in job.ranks:
+                        self._note(job, rank, message)
+
+    def _refuse(self, rank: _Rank, reason: str) -> None:
+        """It will not do, as it is; said once."""
+        if rank.reason != reason:
+            rank.reason = reason
+            logger.error("runahead: %s cannot take part: %s", rank.name, reason)
+
+    def _leave_out(self, rank: _Rank, reason: str, seconds: float) -> None:
+        """From now on, and for ``seconds`` at least."""
+        rank.out_until = time.perf_counter() + seconds
+        if rank.welcome is None:
+            return
+        rank.welcome = None
+        self._count(left_out=1)
+        logger.warning("runahead: %s is left out: %s", rank.name, reason)
+        for job in self._jobs.values():
+            if rank in job.ranks and job.failed is None:
+                job.failed = f"{rank.name}: {reason}"
+
+    # ---------------------------------------------------------------- forming
+
+    def _form(self, ranks: list[_Rank], now: float) -> None:
+        """Connect these ranks and the engine to a chain."""
+        self._close_links()
+        for job in self._jobs.values():
+            job.failed = job.failed or "the chain was formed anew"
+        self._live = ranks
+        self._retry = None
+        self._generation += 1
+        self._forming = now if ranks else None
+        upstream: LinkEnd | None = None
+        for i, rank in enumerate(ranks):
+            rank.formed = None
+            behind = ranks[i + 1] if i + 1 < len(ranks) else None
+            here, there = self._ends(rank, behind, sends=True)
+            origin, own = self._ends(rank, None, sends=False)
+            self._send(rank, Form(self._generation, upstream, here, origin))
+            upstream = there
+            self._opening[rank.name] = Opening(True, own, self._memory, None, OPENING_SECONDS)
+        if upstream is not None:
+            self._opening[""] = Opening(False, upstream, self._memory, None, OPENING_SECONDS)
+
+    def _ends(self, rank: _Rank, other: _Rank | None, *, sends: bool) -> tuple[LinkEnd, LinkEnd]:
+        """The ends of a link between ``rank`` and another one, None being the engine."""
+        assert rank.welcome is not None
+        name = secrets.token_hex(16)
+        shares = rank.welcome.shares and self._config.runahead_transport == "auto"
+        if other is None:
+            shares &= self._memory.memory is not None
+        else:
+            assert other.welcome is not None
+            shares &= other.welcome.shares
+        if shares:
+            end = LinkEnd(name, "shared", path=f"{self._folder}/{name}")
+            return end, end
+        host, port = rank.welcome.host, rank.welcome.store_port
+        return LinkEnd(name, "gloo"), LinkEnd(name, "gloo", host=host, port=port)
+
+    def _connect(self, now: float) -> None:
+        """Take the links that are open; the chain is formed once all are."""
+        assert self._forming is not None
+        late = now - self._forming > OPENING_SECONDS + self._config.runahead_timeout
+        if late:
+            for rank in self._live:
+                if rank.formed is None:
+                    self._leave_out(rank, "it did not open its links", OUT_SECONDS)
+            return
+        if not all(rank.formed for rank in self._live):
+            return
+        if not all(opening.done for opening in self._opening.values()):
+            return
+        errors = [
+            f"{rank.name}: {rank.formed.error}"
+            for rank in self._live
+            if rank.formed is not None and rank.formed.error
+        ]
+        errors += [opening.error for opening in self._opening.values() if opening.error]
+        if errors:
+            logger.warning("runahead: the chain could not be formed: %s", "; ".join(errors))
+            self._close_links()
+            self._retry = now + RESPAWN_SECONDS
+            return
+        self._forming = None
+        self._receiver = self._opening[""].end
+        for rank in self._live:
+            rank.origin = self._opening[rank.name].end
+        self._opening = {}
+        self._describe()
+
+    def _describe(self) -> None:
+        """What the chain costs, and from how many tokens on it pays."""
+        assert self._receiver is not None
+        welcomes = [rank.welcome for rank in self._live if rank.welcome is not None]
+        links = [rank.formed.costs for rank in self._live[1:] if rank.formed is not None]
+        token_bytes = self._memory.pages.shape[2] // self._page_size
+        self._chain = costs.Chain(
+            layers=self._layers,
+            token_bytes=token_bytes,
+            ranks=(*(welcome.costs for welcome in welcomes), self._costs),
+            links=(*(link for link in links if link is not None), self._receiver.costs),
+            back=self._receiver.costs,
+        )
+        self._table = CutTable.load(self._machine_folder, self.about())
+        least = self._config.runahead_min
+        self._least = self._pays_from() if least is None else least
+        logger.info(
+            "runahead: a chain of %d, for prompts of %d tokens or more that are not cached",
+            self.num_ranks,
+            self._least,
+        )
+
+    @property
+    def _machine_folder(self) -> Path | None:
+        folder = self._config.cache_dir
+        return None if folder is None else Path(folder) / "machine"
+
+    def about(self) -> dict[str, Any]:
+        """What searched cuts depend on."""
+        transport = self._config.runahead_transport
+        hosts = list(self._config.runahead_hosts)
+        return {**about_prefill(self._loaded), "transport": transport, "hosts": hosts}
+
+    def _pays_from(self) -> int:
+        """The shortest prompt, in pages, for which the chain is predicted to be worth it."""
+        assert self._chain is not None
+        most = self._loaded.max_model_len
+        nothing = [0] * self.num_ranks
+
+        def pays(pages: int) -> bool:
+            assert self._chain is not None
+            found = plan(self._chain, nothing, pages * self._page_size, self._page_size)
+            return found.seconds <= WORTH * found.local_seconds
+
+        low, high = 1, 2
+        while not pays(high):
+            low, high = high, 2 * high
+            if high * self._page_size > most:
+                return most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if pays(middle) else (middle, high)
+        return high * self._page_size
+
+    def _close_links(self) -> None:
+        self._chain = None
+        self._forming = None
+        for opening in self._opening.values():
+            opening.close()
+        self._opening = {}
+        for rank in self._ranks:
+            if rank.origin is not None:
+                rank.origin.close()
+                rank.origin = None
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
+
+    # ---------------------------------------------------------------- jobs
+
+    def _note(
+        self, job: Ahead, rank: _Rank, message: Prepared | Declined | Progress | Finished | Failed
+    ) -> None:
+        place = job.ranks.index(rank)
+        match message:
+            case Prepared(_, held):
+                job.held[place] = held
+                if len(job.held) == len(job.ranks) and job.plan is None:
+                    self._run(job)
+            case Declined(_, reason):
+                job.failed = f"{rank.name} cannot compute it: {reason}"
+            case Finished():
+                job.finished[place] = message
+            case Failed(_, reason):
+                job.failed = f"{rank.name}: {reason}"
+                # Its links are not what they were; new ones are quickly made.
+                self._retry = self._retry or time.perf_counter()
+            case Progress():
+                pass
+
+    def _run(self, job: Ahead) -> None:
+        """All ranks have said what they hold: cut the prompt, and set them to work."""
+        assert self._chain is not None
+        assert self._receiver is not None
+        seq, page_size = job.seq, self._page_size
+        length = seq.num_tokens
+        held = [*(job.held[place] for place in range(len(job.ranks))), seq.num_computed_tokens]
+        job.plan = self._cut(held, length, seq)
+        first, bounds = job.plan.first, job.plan.bounds
+        if len(bounds) == 2:
+            job.failed, job.local = "it is quicker alone", True
+            return
+        for place, rank in enumerate(job.ranks):
+            if place < first:
+                self._send(rank, Cancel(job.id))
+                continue
+            start, end = bounds[place - first : place - first + 2]
+            source = ""
+            if held[place] < start:
+                source = "origin" if place == first else "upstream"
+            self._send(rank, Run(job.id, start, end, source, held[place + 1]))
+            if source == "origin":
+                assert rank.origin is not None
+                pages = seq.pages[held[place] // page_size : start // page_size]
+                rank.origin.offer(job.id, pages)
+                self._pool.retain(pages)
+                self._lent.append(_Lent(job, rank.origin, pages))
+                job.unsent = [(rank.origin, layer) for layer in range(self._layers)]
+                job.origin_bytes = len(pages) * self._memory.pages[:, 0].numel()
+        start = bounds[-2]
+        receiver = None
+        if start > seq.num_computed_tokens:
+            receiver = self._receiver
+            first_page, last_page = seq.num_computed_tokens // page_size, -(-start // page_size)
+            receiver.expect(job.id, seq.pages[first_page:last_page])
+        job.neighbours = JobNeighbours(job.id, receiver, None)
+        entry = ScheduledSequence(seq, start, length - start, True)
+        job.chunk = LongChunk(entry, self._runner, page_size, job.neighbours)
+        job.stuck_since = time.perf_counter()
+
+    def _cut(self, held: list[int], length: int, seq: Sequence) -> Plan:
+        assert self._chain is not None
+        segments, cached = seq.segments, held[-1]
+        found = plan(self._chain, held, length, self._page_size, segments)
+        positions = Positions(cached, length, self._page_size, segments)
+        ranks = len(held)
+        cuts: Items[int] | None = None
+        if self.forced_bounds is not None:
+            cuts = self.forced_bounds
+        elif self._config.runahead_cuts == "even":
+            cuts = even_cuts(positions, ranks)
+        elif self._config.runahead_cuts != "modelled" and not any(held):
+            cuts = self._table.predict(ranks, positions)
+        if cuts is None:
+            if len(found.bounds) == 2 and self._config.runahead_min is not None:
+                cuts = even_cuts(positions, ranks)  # asked for, whether it pays or not
+            else:
+                return found
+        first = ranks - (len(cuts) - 1)
+        some = self._chain.last(len(cuts) - 1)
+        seconds = costs.first_token_seconds(some, held[first:], cuts) if len(cuts) > 2 else 0.0
+        return Plan(first, tuple(cuts), seconds, found.local_seconds)
+
+    def _push(self, job: Ahead) -> None:
+        """Send the first rank what it lacks, as fast as the link takes it."""
+        while job.unsent and job.failed is None:
+            sender, layer = job.unsent[0]
+            if not sender.send(job.id, layer):
+                return
+            job.unsent.pop(0)
+
+    def _watch(self, job: Ahead, now: float) -> None:
+        """Give up a job that does not get on; and the rank that is to blame, if it is known."""
+        patience = self._config.runahead_timeout
+        if job.neighbours is not None and job.neighbours.error is not None:
+            job.failed = f"the link from {job.ranks[-1].name}: {job.neighbours.error}"
+            self._retry = self._retry or now
+            return
+        if job is not next(iter(self._jobs.values())):
+            job.stuck_since = now  # its turn has not come
+            return
+        if job.plan is None:
+            if now - job.stuck_since > patience:
+                silent = [r for i, r in enumerate(job.ranks) if i not in job.held]
+                for rank in silent:
+                    self._hangs(rank, "it does not answer")
+            return
+        slow = now - job.begun > 2 * job.plan.local_seconds + patience
+        if slow or (job.waits and now - job.stuck_since > patience):
+            for place in range(job.plan.first, len(job.ranks)):
+                rank = job.ranks[place]
+                if place not in job.finished:
+                    self._hangs(rank, "it is too slow" if slow else "it hands on nothing")
+                    return
+            job.failed = f"nothing comes from {job.ranks[-1].name}"
+            self._retry = self._retry or now
+
+    def _hangs(self, rank: _Rank, reason: str, seconds: float = OUT_SECONDS) -> None:
+        self._leave_out(rank, reason, seconds)
+        if rank.process is not None:
+            rank.process.kill()  # and it is started again
+
+    def _report(self, job: Ahead) -> None:
+        assert job.plan is not None
+        seconds = time.perf_counter() - job.begun
+        missing = Finished(job.id, 0.0, 0.0, 0)  # of a rank that has gone since
+        places = range(job.plan.first, len(job.ranks))
+        finished = [job.finished.get(place, missing) for place in places]
+        self.last = Report(
+            job.plan.bounds,
+            job.plan.seconds,
+            seconds,
+            (*(each.idle for each in finished), job.idle),
+            (*(each.sent_bytes for each in finished), job.origin_bytes),
+        )
+        self._count(
+            prompts=1,
+            tokens=job.plan.bounds[-1] - job.plan.bounds[0],
+            seconds=seconds,
+            predicted_seconds=job.plan.seconds,
+            idle_seconds=job.idle,
+            bytes_sent=sum(self.last.sent_bytes),
+        )
+
+    def _count(self, **more: float) -> None:
+        changed = {name: getattr(self._stats, name) + value for name, value in more.items()}
+        self._stats = msgspec.structs.replace(self._stats, **changed)
