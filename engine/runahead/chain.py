@@ -50,6 +50,7 @@ from headstart.engine.runahead.cuts import CutTable, Plan, Positions, even_cuts,
 from headstart.engine.runahead.links import Opening, Pool, Receiver, Sender, readable
 from headstart.engine.runahead.measure import about_prefill, identity, rank_costs
 from headstart.engine.runahead.messages import (
+    Bye,
     Cancel,
     Declined,
     Failed,
@@ -340,7 +341,13 @@ class Chain:
         """End the local ranks and close all links."""
         for job in list(self._jobs.values()):
             job.failed = "the engine ends"
+        ends = [rank.origin for rank in self._ranks] + [self._receiver]
+        for rank in self._ranks:
+            self._send(rank, Bye())
         self._close_links()
+        for end in ends:
+            if end is not None:
+                end.join(1.0)
         for rank in self._ranks:
             if rank.process is not None:
                 assert rank.process.stdin is not None

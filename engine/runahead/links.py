@@ -13,6 +13,8 @@ shared   Ranks of one machine: the receiver maps the sender's pool and copies th
 gloo     torch.distributed between two processes: one packed buffer a layer. A thread at each end
          waits for it, so that those who compute need not.
 
+A thread must not outlive its interpreter, hence ``join``.
+
 An end that fails keeps the reason in ``error`` and says no to everything from then on.
 """
 
@@ -81,7 +83,11 @@ class Sender(Protocol):
         """Send no more of it. ``taken`` says when its pages may be changed."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Say goodbye. ``join`` waits until that is done, for some seconds at most."""
+        ...
+
+    def join(self, timeout: float) -> None: ...
 
 
 class Receiver(Protocol):
@@ -108,7 +114,11 @@ class Receiver(Protocol):
         """Take no more of it."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Take nothing more. ``join`` waits for the other end's goodbye, for some seconds."""
+        ...
+
+    def join(self, timeout: float) -> None: ...
 
 
 # ------------------------------------------------------------------------- shared memory
@@ -226,6 +236,9 @@ class SharedSender:
         with contextlib.suppress(OSError):
             self._records.connection.shutdown(socket.SHUT_WR)
 
+    def join(self, timeout: float) -> None:
+        """Nothing to wait for."""
+
 
 class SharedReceiver:
     """See Receiver. ``costs`` are those of a copy."""
@@ -284,6 +297,9 @@ class SharedReceiver:
         self._records.connection.close()
         self._records.error = self._records.error or "closed"
 
+    def join(self, timeout: float) -> None:
+        """Nothing to wait for."""
+
     def _runs_of(self, job: int) -> list[tuple[int, int, int]]:
         """(own first page, theirs, how many): pages come in runs while a pool is fresh."""
         if job not in self._runs:
@@ -334,7 +350,8 @@ class GlooSender:
         self._lock = threading.Lock()
         for _ in range(2):
             self._put(_PROBE, 0, torch.zeros(PROBE_BYTES, dtype=torch.uint8))
-        threading.Thread(target=self._run, args=(group,), daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(group,), daemon=True)
+        self._thread.start()
 
     def offer(self, job: int, pages: list[int]) -> None:
         self._pages[job] = torch.tensor(pages, dtype=torch.int64)
@@ -353,6 +370,9 @@ class GlooSender:
 
     def close(self) -> None:
         self._queue.put(None)
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
 
     def _put(self, job: int, layer: int, data: Tensor) -> None:
         with self._lock:
@@ -392,7 +412,8 @@ class GlooReceiver:
         self._dropped: set[int] = set()
         self._closed = False
         self._probes = 0
-        threading.Thread(target=self._run, args=(group,), daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(group,), daemon=True)
+        self._thread.start()
 
     def __del__(self) -> None:
         os.close(self._event)
@@ -449,6 +470,9 @@ class GlooReceiver:
         with self._changed:
             self._closed = True
             self._changed.notify()
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
 
     def _run(self, group: Any) -> None:
         try:

@@ -1,6 +1,6 @@
 """What the engine, the last rank of the chain, and its prefill ranks say to each other.
 
-engine -> rank    Hello, Form, Prepare, Run, Cancel
+engine -> rank    Hello, Form, Prepare, Run, Cancel, Bye
 rank -> engine    Welcome or Refused; Formed; Prepared or Declined; Progress, Finished, Failed
 
 KV goes from rank to rank over links (links.py), never this way. Jobs, one for each prompt that runs
@@ -136,6 +136,10 @@ class Cancel(msgspec.Struct, tag=True, array_like=True, frozen=True):
     job: int
 
 
+class Bye(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """The engine ends: close the links."""
+
+
 class Progress(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Sent now and then while a job is under way: the layer it has come to, and for how long it
     has waited there for another rank."""
@@ -162,5 +166,5 @@ class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
     reason: str
 
 
-ToRank = Hello | Form | Prepare | Run | Cancel
+ToRank = Hello | Form | Prepare | Run | Cancel | Bye
 FromRank = Welcome | Refused | Formed | Prepared | Declined | Progress | Finished | Failed

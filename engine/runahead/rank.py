@@ -39,6 +39,7 @@ from headstart.engine.runahead import control
 from headstart.engine.runahead.links import Opening, Pool, Receiver, Sender, Store
 from headstart.engine.runahead.measure import identity, rank_costs
 from headstart.engine.runahead.messages import (
+    Bye,
     Cancel,
     Declined,
     Failed,
@@ -225,6 +226,8 @@ class Rank:
                     case Cancel(job):
                         if job in self._jobs:
                             self._drop(self._jobs[job])
+                    case Bye():
+                        self._close_links()
 
     # ---------------------------------------------------------------- engine and links
 
@@ -286,6 +289,15 @@ class Rank:
         for end in (*self._ends.values(), *self._opening.values()):
             end.close()
         self._ends, self._opening = {}, {}
+
+    def close(self) -> None:
+        """Leave the chain."""
+        ends = list(self._ends.values())
+        self._close_links()
+        for end in ends:
+            end.join(1.0)
+        self._socket.close()
+        self._context.term()
 
     # ---------------------------------------------------------------- jobs
 
@@ -462,7 +474,9 @@ def main() -> None:
     poller = zmq.Poller()
     poller.register(sys.stdin.fileno(), zmq.POLLIN)
     try:
-        Rank(config).serve(ended=lambda: bool(poller.poll(0)))
+        rank = Rank(config)
+        rank.serve(ended=lambda: bool(poller.poll(0)))
+        rank.close()
     except HeadstartError as error:
         print(f"runahead rank: error: {error}", file=sys.stderr)
         sys.exit(1)
