@@ -1,4 +1,4 @@
-"""The ``headstart`` command: serve a model, pull one, plan a batch.
+"""The ``headstart`` command: serve a model, pull one, plan a batch, be a rank of a chain.
 
 Errors that a user can act on are one line on stderr and exit status 1; wrong usage exits 2.
 """
@@ -12,20 +12,27 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+
+import msgspec
 
 from headstart import __version__
-from headstart.engine.config import EngineConfig, default_home
 from headstart.engine.errors import ConfigError, HeadstartError
-from headstart.server.flag_values import (
-    byte_size,
-    count,
-    existing_folder,
-    named_folder,
-    port_number,
-    positive,
+from headstart.engine.runahead.placement import Placement
+from headstart.server.flag_values import positive
+from headstart.server.flags import (
+    SECRET_VARIABLE,
+    adapters,
+    add_adapter_flags,
+    add_cache_dir,
+    add_engine_flags,
+    add_http_flags,
+    add_runahead_flags,
+    add_runahead_rank_flags,
+    engine_config,
+    model_names,
+    runahead_secret,
+    server_settings,
 )
-from headstart.server.settings import ServerSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,10 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(run=run_serve, refuse=serve.error)
     serve.add_argument("model", metavar="MODEL", help="name, hub id, or path of a model")
-    _add_cache_dir(serve)
-    _add_http_flags(serve)
-    _add_engine_flags(serve)
-    _add_adapter_flags(serve)
+    add_cache_dir(serve)
+    add_http_flags(serve)
+    add_engine_flags(serve)
+    add_adapter_flags(serve)
+    add_runahead_flags(serve)
 
     plan = commands.add_parser(
         "plan",
@@ -73,227 +81,56 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch", type=positive, default=16, help="requests at a time")
     plan.add_argument("--suffix", type=positive, default=128, help="tokens of its own each has")
     plan.add_argument("--measure", action="store_true", help="run such steps, too")
-    _add_cache_dir(plan)
-    _add_engine_flags(plan)
+    add_cache_dir(plan)
+    add_engine_flags(plan)
+
+    rank = commands.add_parser(
+        "runahead-rank",
+        help="compute the beginnings of long prompts for a server on another machine",
+        description="A prefill rank of KV-Runahead. The server that names it in --runahead-hosts "
+        "has to have the same model, weights and version, and the same secret.",
+        formatter_class=formatter,
+    )
+    rank.set_defaults(run=run_rank)
+    rank.add_argument("model", metavar="MODEL", help="as for serve")
+    rank.add_argument(
+        "--listen",
+        required=True,
+        metavar="HOST:PORT",
+        help="an address of this machine that the other ranks reach; KV comes and goes through "
+        "further ports of HOST, in the clear: a private network",
+    )
+    add_cache_dir(rank)
+    add_engine_flags(rank)
+    add_runahead_rank_flags(rank.add_argument_group("KV-Runahead"))
+
+    tune = commands.add_parser(
+        "runahead-tune",
+        help="search where prompts are best cut for a chain of ranks, and keep that",
+        description="Measures the time to the first token with cuts around even ones, ever nearer "
+        "to the best, and keeps the result for --runahead-cuts auto and predicted.",
+        formatter_class=formatter,
+    )
+    tune.set_defaults(run=run_tune)
+    tune.add_argument("model", metavar="MODEL", help="as for serve")
+    tune.add_argument(
+        "--lengths",
+        type=positive,
+        nargs="+",
+        default=[1024, 2048, 4096, 8000],
+        metavar="TOKENS",
+        help="of prompts; those between are interpolated",
+    )
+    tune.add_argument("--repeats", type=positive, default=2, help="of each measurement")
+    add_cache_dir(tune)
+    add_engine_flags(tune)
+    add_runahead_flags(tune)
 
     pull = commands.add_parser("pull", help="fetch and convert a model", formatter_class=formatter)
     pull.set_defaults(run=run_pull)
     pull.add_argument("model", metavar="NAME|HUB-ID|PATH", help="what to fetch")
-    _add_cache_dir(pull)
+    add_cache_dir(pull)
     return parser
-
-
-def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cache-dir", type=Path, default=default_home(), help="where models are kept"
-    )
-
-
-def _add_http_flags(parser: argparse.ArgumentParser) -> None:
-    limits = ServerSettings()
-    http = parser.add_argument_group("HTTP")
-    http.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    http.add_argument("--port", type=port_number, default=8000, help="0 picks a free one")
-    http.add_argument(
-        "--served-model-name",
-        nargs="+",
-        metavar="NAME",
-        help="names clients may use; answers carry the first (default: from MODEL)",
-        default=argparse.SUPPRESS,
-    )
-    http.add_argument(
-        "--max-body-size",
-        type=byte_size,
-        default=limits.max_body_bytes,
-        help="largest request body, bytes or 8MiB",
-    )
-    http.add_argument("--max-n", type=positive, default=limits.max_n, help="largest n")
-    http.add_argument(
-        "--max-prompts",
-        type=positive,
-        default=limits.max_prompts,
-        help="most prompts in one request",
-    )
-    http.add_argument(
-        "--max-choices",
-        type=positive,
-        default=limits.max_choices,
-        help="most choices in one request, prompts times n",
-    )
-    http.add_argument(
-        "--max-stop", type=positive, default=limits.max_stop, help="most stop strings"
-    )
-    http.add_argument(
-        "--shutdown-timeout",
-        type=positive,
-        default=30,
-        metavar="SECONDS",
-        help="how long running requests may take to end after SIGTERM",
-    )
-    http.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-        help="least to log",
-    )
-
-
-def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "--backend", choices=("auto", "cpu", "reference"), default="auto", help="who computes"
-    )
-    engine.add_argument(
-        "--isa",
-        choices=("auto", "avx512_bf16", "avx512", "avx2", "portable"),
-        default="auto",
-        help="instruction set of the CPU kernels",
-    )
-    engine.add_argument(
-        "--weights",
-        choices=("auto", "f32", "bf16", "int8"),
-        default="auto",
-        help="format of the weights",
-    )
-    engine.add_argument(
-        "--kv-memory",
-        type=byte_size,
-        help="size of the KV cache, as 2GiB or 500MB (default: from free memory)",
-        default=argparse.SUPPRESS,
-    )
-    engine.add_argument(
-        "--max-model-len",
-        type=positive,
-        metavar="TOKENS",
-        help="longest prompt plus answer (default: what the model and the memory allow)",
-        default=argparse.SUPPRESS,
-    )
-    engine.add_argument(
-        "--max-batched-tokens",
-        type=positive,
-        default=512,
-        metavar="TOKENS",
-        help="token budget of one step",
-    )
-    engine.add_argument(
-        "--max-running", type=positive, default=64, help="sequences computed in one step"
-    )
-    engine.add_argument(
-        "--threads",
-        type=positive,
-        help="threads of the kernels (default: one per core)",
-        default=argparse.SUPPRESS,
-    )
-    engine.add_argument(
-        "--no-prefix-caching",
-        action="store_true",
-        help="forget the KV of finished requests",
-    )
-    engine.add_argument(
-        "--relay",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="read a prefix that running requests share once for all of them: where it is "
-        "predicted to pay, always, never",
-    )
-    engine.add_argument(
-        "--relay-check",
-        type=count,
-        default=0,
-        metavar="N",
-        help="on every Nth step that does so, compute it without, too, compare, and stop doing so "
-        "if they differ; 0: at start-up only",
-    )
-
-
-def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("segment masks and LoRA adapters")
-    group.add_argument(
-        "--segment-mask",
-        choices=("causal", "turns"),
-        help="of chats that name none (default: what the config of the model declares, else "
-        "causal); an adapter's config comes before it",
-        default=argparse.SUPPRESS,
-    )
-    group.add_argument(
-        "--lora",
-        type=named_folder,
-        nargs="+",
-        action="extend",
-        metavar="NAME=PATH",
-        help="adapters to load, each a folder; requests ask for NAME as their model",
-        default=argparse.SUPPRESS,
-    )
-    group.add_argument(
-        "--max-loras", type=positive, default=32, metavar="N", help="adapters loaded at a time"
-    )
-    group.add_argument(
-        "--lora-dir",
-        type=existing_folder,
-        metavar="DIR",
-        help="folder whose adapters may be loaded, and any unloaded, at run time over HTTP "
-        "(default: none may)",
-        default=argparse.SUPPRESS,
-    )
-
-
-def adapters(args: argparse.Namespace) -> dict[str, str]:
-    """Name to folder, of ``--lora``; ends the process for wrong usage, as argparse does."""
-    given: list[tuple[str, Path]] = getattr(args, "lora", [])
-    folders: dict[str, str] = {}
-    for name, path in given:
-        if name in folders:
-            args.refuse(f"argument --lora: the name {name!r} is given twice")
-        if name in model_names(args):
-            args.refuse(f"argument --lora: {name!r} is the model's name")
-        folders[name] = str(path)
-    if len(folders) > getattr(args, "max_loras", len(folders)):
-        args.refuse(f"argument --lora: {len(folders)} adapters, and --max-loras {args.max_loras}")
-    return folders
-
-
-def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
-    """The engine's share of the flags."""
-    return EngineConfig(
-        model_path=str(folder),
-        backend=args.backend,
-        isa=args.isa,
-        weights=args.weights,
-        kv_memory=getattr(args, "kv_memory", None),
-        max_model_len=getattr(args, "max_model_len", None),
-        max_batched_tokens=args.max_batched_tokens,
-        max_running=args.max_running,
-        threads=getattr(args, "threads", None),
-        prefix_caching=not args.no_prefix_caching,
-        relay=args.relay,
-        relay_check=args.relay_check,
-        adapters=adapters(args),
-        max_adapters=getattr(args, "max_loras", 32),
-        cache_dir=str(args.cache_dir),
-        log_level=getattr(args, "log_level", "warning"),
-    )
-
-
-def server_settings(args: argparse.Namespace) -> ServerSettings:
-    """The server's share of the flags."""
-    return ServerSettings(
-        max_body_bytes=args.max_body_size,
-        max_n=args.max_n,
-        max_prompts=args.max_prompts,
-        max_choices=args.max_choices,
-        max_stop=args.max_stop,
-        segment_mask=getattr(args, "segment_mask", None),
-        lora_dir=getattr(args, "lora_dir", None),
-    )
-
-
-def model_names(args: argparse.Namespace) -> list[str]:
-    """What the model is called: as asked for, or by the last part of a path."""
-    given: list[str] | None = getattr(args, "served_model_name", None)
-    if given:
-        return given
-    path = Path(args.model)
-    return [path.resolve().name if path.exists() else args.model]
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -313,6 +150,11 @@ def bind(host: str, port: int) -> socket.socket:
 def run_serve(args: argparse.Namespace) -> int:
     """``headstart serve``."""
     adapters(args)  # wrong usage is told before anything slow happens
+    if args.runahead is None:
+        placement = Placement.from_environment()
+        if not placement.serves:
+            return run_rank(args, placement)
+        args.runahead_hosts = placement.others()
     # The tokenizer's own thread pool would take cores from the engine.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(
@@ -343,6 +185,52 @@ def run_serve(args: argparse.Namespace) -> int:
         serve(app, listener, failures, drain_seconds=args.shutdown_timeout)
     if failures:
         raise failures[0]
+    return 0
+
+
+def run_rank(args: argparse.Namespace, placement: Placement | None = None) -> int:
+    """``headstart runahead-rank``, or a rank of ``headstart serve --runahead env``."""
+    logging.basicConfig(
+        level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    _exit_on_sigterm(0)
+    secret = runahead_secret(args)
+    if secret is None:
+        raise ConfigError(f"a rank needs --runahead-secret-file, or {SECRET_VARIABLE} set")
+    from headstart.engine.models.store import resolve
+    from headstart.engine.runahead.rank import Rank, RankConfig
+
+    listen = args.listen if placement is None else placement.address
+    folder = resolve(args.model, args.cache_dir, ProgressLines())
+    config = msgspec.structs.replace(engine_config(args, folder), runahead_hosts=[])
+    rank = Rank(
+        RankConfig(engine=config, listen=listen, secret=secret, transport=args.runahead_transport)
+    )
+    logging.getLogger(__name__).info("listening on %s", listen)
+    if placement is not None:
+        placement.publish()
+    try:
+        rank.serve()
+    finally:
+        rank.close()
+    return 0
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    """``headstart runahead-tune``."""
+    logging.basicConfig(level="WARNING", format="%(levelname)s: %(message)s", stream=sys.stderr)
+    from headstart.engine.engine import Engine
+    from headstart.engine.models.store import resolve
+    from headstart.engine.runahead.tune import tune
+
+    if args.runahead in (None, 1) and not getattr(args, "runahead_hosts", []):
+        raise ConfigError("there is nothing to tune: name ranks with --runahead, --runahead-hosts")
+    engine = Engine(engine_config(args, resolve(args.model, args.cache_dir, ProgressLines())))
+    try:
+        for line in tune(engine, args.lengths, args.repeats):
+            print(line, flush=True)
+    finally:
+        engine.close()
     return 0
 
 

@@ -22,6 +22,22 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_or_env(text: str) -> int | None:
+    """A whole number above 0, or None for ``env``."""
+    return None if text == "env" else positive(text)
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
 def count(text: str) -> int:
     """A whole number, 0 included."""
     return 0 if text == "0" else positive(text)

@@ -38,7 +38,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats
-        relay = stats.relay
+        relay, runahead = stats.relay, stats.runahead
         pages = max(1, stats.pages_total)
         gauges = (
             ("engine_up", "1 when the engine is ready", float(self._engine.ready)),
@@ -62,6 +62,8 @@ class EngineCollector(Collector):
                 "Of a logit, against plain attention, relative to the largest logit",
                 relay.largest_difference,
             ),
+            ("runahead_ranks", "Ranks of the chain for long prompts, 1: none", runahead.ranks),
+            ("runahead_ranks_live", "Those that take part now", runahead.ranks_live),
         )
         counters = (
             ("prompt_tokens", "Prompt tokens, cached ones included", stats.prompt_tokens),
@@ -98,6 +100,34 @@ class EngineCollector(Collector):
                 "relay_kv_distinct_bytes",
                 "The same had each page been read once a step",
                 relay.bytes_distinct,
+            ),
+            ("runahead_prompts", "Prompts computed by a chain of ranks", runahead.prompts),
+            (
+                "runahead_failed",
+                "Prompts that a chain began, and the engine computed alone",
+                runahead.failed,
+            ),
+            ("runahead_left_out", "Ranks that were left out of the chain", runahead.left_out),
+            ("runahead_tokens", "Prompt tokens computed by the chain", runahead.tokens),
+            (
+                "runahead_seconds",
+                "From the start of these prompts to their first token",
+                runahead.seconds,
+            ),
+            (
+                "runahead_predicted_seconds",
+                "The same as predicted when they were cut",
+                runahead.predicted_seconds,
+            ),
+            (
+                "runahead_idle_seconds",
+                "In which the engine waited for the KV of other ranks",
+                runahead.idle_seconds,
+            ),
+            (
+                "runahead_sent_bytes",
+                "Keys and values sent from rank to rank",
+                runahead.bytes_sent,
             ),
             ("engine_restarts", "Engine starts after it had died", self._engine.restarts),
         )

@@ -269,6 +269,12 @@ class Chain:
         """Whether every rank is there and the chain is formed."""
         return self._chain is not None and len(self._live) == len(self._ranks)
 
+    def __str__(self) -> str:
+        """Which ranks are missing, and why."""
+        missing = [rank for rank in self._ranks if rank.welcome is None]
+        told = [f"{rank.name} {rank.reason or 'does not answer'}" for rank in missing]
+        return ", ".join(told) or "its links are not open"
+
     @property
     def num_ranks(self) -> int:
         """Ranks of the chain as it is, the engine included."""
@@ -559,7 +565,7 @@ class Chain:
             links=(*(link for link in links if link is not None), self._receiver.costs),
             back=self._receiver.costs,
         )
-        self._table = CutTable.load(self._machine_folder, self.about())
+        self._table = CutTable.load(self.machine_folder, self._about())
         least = self._config.runahead_min
         self._least = self._pays_from() if least is None else least
         logger.info(
@@ -568,12 +574,17 @@ class Chain:
             self._least,
         )
 
+    def tuned(self, bounds: Items[int]) -> None:
+        """Keep these cuts as the best of their length."""
+        self._table = self._table.with_cuts(bounds)
+        self._table.save(self.machine_folder, self._about())
+
     @property
-    def _machine_folder(self) -> Path | None:
+    def machine_folder(self) -> Path | None:
         folder = self._config.cache_dir
         return None if folder is None else Path(folder) / "machine"
 
-    def about(self) -> dict[str, Any]:
+    def _about(self) -> dict[str, Any]:
         """What searched cuts depend on."""
         transport = self._config.runahead_transport
         hosts = list(self._config.runahead_hosts)

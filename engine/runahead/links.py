@@ -538,6 +538,11 @@ class Store:
         )
 
 
+def meeting(host: str, port: int, hosts: bool, timeout: timedelta) -> Any:
+    """A torch.distributed store, hosted here or found there; raises RuntimeError."""
+    return dist.TCPStore(host, port, None, hosts, timeout, wait_for_workers=False)
+
+
 class Opening:
     """An end of a link while it is being opened, in a thread. ``end``, or ``error``, once done."""
 
@@ -621,17 +626,15 @@ def _connection(spec: LinkEnd, listener: socket.socket | None, timeout: float) -
 def _group(sends: bool, spec: LinkEnd, store: Store | None, timeout: float) -> Any:
     """The process group of a link's two ends: 0 sends, 1 receives."""
     if spec.port:
-        meeting: Any = dist.TCPStore(
-            spec.host, spec.port, None, False, timedelta(seconds=timeout), wait_for_workers=False
-        )
+        store_there = meeting(spec.host, spec.port, False, timedelta(seconds=timeout))
         host = own_address(spec.host)
     else:
         assert store is not None
-        meeting, host = store.store, store.host
+        store_there, host = store.store, store.host
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = timedelta(seconds=timeout)
-    prefixed = dist.PrefixStore(spec.name, meeting)
+    prefixed = dist.PrefixStore(spec.name, store_there)
     prefixed.set_timeout(timedelta(seconds=timeout))
     return dist.ProcessGroupGloo(prefixed, 0 if sends else 1, 2, options)
 
