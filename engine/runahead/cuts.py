@@ -177,7 +177,7 @@ def modelled_cuts(chain: Chain, held: Sequence[int], positions: Positions) -> Tr
         return first_token_seconds(chain, held, bounds)
 
     found: list[Trial] = []
-    for wanted in (even, _equal_times(chain, held, positions)):
+    for wanted in (even, _equal_times(chain, positions)):
         start = positions.bounds(wanted, held)
         if start is None:
             return None
@@ -185,7 +185,7 @@ def modelled_cuts(chain: Chain, held: Sequence[int], positions: Positions) -> Tr
     return min(found, key=lambda trial: trial.seconds)
 
 
-def _equal_times(chain: Chain, held: Sequence[int], positions: Positions) -> list[float]:
+def _equal_times(chain: Chain, positions: Positions) -> list[float]:
     """Cuts between chunks that take each rank as long to compute."""
     end = float(positions.end)
     low, high = 0.0, chain.ranks[-1].seconds(positions.start, positions.end - positions.start)
@@ -194,8 +194,7 @@ def _equal_times(chain: Chain, held: Sequence[int], positions: Positions) -> lis
         middle = (low + high) / 2
         at = float(positions.start)
         cuts = []
-        for rank, own in zip(chain.ranks, held, strict=True):
-            at = max(at, own)
+        for rank in chain.ranks:
             at += rank.tokens(at, middle)
             cuts.append(min(at, end))
         if at < end:

@@ -54,7 +54,7 @@ def test_tokens_is_the_inverse_of_seconds(
 ) -> None:
     costs = RankCosts(fixed, per_token, per_pair)
     assert costs.tokens(start, costs.seconds(start, num)) == pytest.approx(num)
-    assert costs.tokens(start, fixed) == 0
+    assert costs.tokens(start, fixed) == costs.tokens(start, fixed / 2) == 0
 
 
 def test_tokens_that_take_no_time() -> None:
