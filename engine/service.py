@@ -71,12 +71,20 @@ class Service:
                 self._send(Step(outputs, engine.stats))
                 busy = True
             else:
-                engine.attend_chain()
+                self._attend(engine)
                 busy = engine.prepare_memory()
         engine.close()
 
     def fail(self, message: str) -> None:
         self._send(Failed(message))
+
+    def _attend(self, engine: Engine) -> None:
+        """Hear prefill ranks while nothing runs, and tell if one has come or gone."""
+        if engine.runahead is not None:
+            before = engine.runahead.stats
+            engine.attend_chain()
+            if engine.runahead.stats != before:
+                self._send(Step([], engine.stats))
 
     def _send(self, message: ToServer) -> None:
         self._socket.send(self._encoder.encode(message))

@@ -214,6 +214,7 @@ class Chain:
         self._generation = 0
         self._live: list[_Rank] = []  # of the chain as formed, or being formed
         self._forming: float | None = None  # since when
+        self._grows = False  # a rank has come; no more prompts run ahead until it takes part
         self._retry: float | None = None  # when to form again, after a failure
         self._opening: dict[str, Opening] = {}
         self._receiver: Receiver | None = None
@@ -290,6 +291,7 @@ class Chain:
         """Whether ``seq``, of which ``[0, start)`` is cached, should run ahead now."""
         return (
             self._chain is not None
+            and not self._grows
             and len(self._jobs) < self.num_ranks
             and seq.num_tokens - start >= max(self._least, 2)
         )
@@ -387,6 +389,10 @@ class Chain:
                 hello = Hello(self._session, self._identity, str(self._folder), self._token)
                 self._send(rank, hello)
         there = [rank for rank in self._ranks if rank.welcome is not None]
+        # Ranks that have come wait for the prompts that run ahead without them.
+        self._grows = self._chain is not None and set(there) > set(self._live)
+        if self._grows and self._jobs:
+            there = self._live
         if there != self._live or (self._retry is not None and now > self._retry):
             self._form(there, now)
         elif self._forming is not None:
