@@ -35,6 +35,7 @@ from headstart.engine.messages import (
 )
 from headstart.engine.model_runner import warm_up
 from headstart.engine.models.decoder import Decoder
+from headstart.engine.pages_ahead import PagesAhead
 from headstart.engine.radix_cache import RadixCache
 from headstart.engine.relay import MODES, Relay, RelayPlan
 from headstart.engine.relay_guard import RelayGuard
@@ -49,8 +50,6 @@ logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 0.002
 """How long a step without anything to compute waits for KV of other processes."""
-MEMORY_AHEAD = 256 << 20
-"""Bytes of KV memory kept ready beyond what has been used."""
 
 
 class Engine:
@@ -95,11 +94,10 @@ class Engine:
         self._relayed = RelayStats()
         self._folder = folder
         self._sampler = Sampler(model.vocab_size, backend.argmax)
-        self._pages_ahead = MEMORY_AHEAD // self._page_bytes
+        self._pages_ahead = PagesAhead(self._runner, self._pool, self._page_bytes)
         self._beside: list[LongChunk | Ahead] = []
         self._max_batched_tokens = config.max_batched_tokens
         self._adapters = loaded.adapters(config.max_adapters)
-        self._prepared = 0
         self._steps = 0
         self._step_seconds = 0.0
         self.model = ModelInfo(
@@ -137,19 +135,8 @@ class Engine:
         )
 
     def prepare_memory(self) -> bool:
-        """Make the next slice of untouched KV memory ready; False if enough of it is.
-
-        The system zeroes memory when it is first touched, which costs a cold prompt a quarter of
-        its time. Called while there is nothing to compute, in slices of some 20 ms.
-        """
-        first = max(self._prepared, self._pool.high_water)
-        wanted = min(self._pool.high_water + self._pages_ahead, self._pool.num_pages)
-        last = min(first + self._pages_ahead // 8 + 1, wanted)
-        if first >= last:
-            return False
-        self._runner.prepare_pages(first, last)
-        self._prepared = last
-        return True
+        """Make the next slice of untouched KV memory ready; False if enough of it is."""
+        return self._pages_ahead.prepare()
 
     @property
     def decoder(self) -> Decoder:

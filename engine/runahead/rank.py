@@ -34,6 +34,7 @@ from headstart.engine.errors import ConfigError, HeadstartError
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.loading import load_model
 from headstart.engine.long_chunk import LongChunk
+from headstart.engine.pages_ahead import PagesAhead
 from headstart.engine.radix_cache import Node, RadixCache
 from headstart.engine.runahead import control
 from headstart.engine.runahead.links import Opening, Pool, Receiver, Sender, Store
@@ -144,6 +145,7 @@ class Rank:
         self._memory = Pool(
             loaded.backend.kv_pages(self._runner.kv), loaded.backend.kv_memory(self._runner.kv)
         )
+        self._pages_ahead = PagesAhead(self._runner, self._pool, self._memory.pages[:, 0].numel())
         self._identity = identity(loaded)
         self._costs = rank_costs(loaded, config.engine.cache_dir)
         self._transport = config.transport
@@ -193,7 +195,7 @@ class Rank:
             return 0
         if head is not None or self._opening or self._leaving:
             return 5
-        return 500
+        return 0 if self._pages_ahead.prepare() else 500
 
     def _receivers(self) -> list[Receiver]:
         return [end for name, end in self._ends.items() if name != "downstream"]

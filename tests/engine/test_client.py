@@ -87,6 +87,8 @@ class Engine:
 
     def warm_up(self): pass
     def prepare_memory(self): return False
+    def close(self): pass
+    runahead = None
     has_work = property(lambda self: self.running)
 
     # The answer: rank of the adapter, segments, then the number of adapters at each step.
