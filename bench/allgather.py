@@ -97,15 +97,22 @@ class GatherRank:
         self._page_bytes = backend.kv_bytes_per_page(attention_shape(model), 1)
         self._group = _group(config)
         self._waited = 0.0
+        self._tokens: list[int] = []
+        self._attention = CAUSAL
 
-    def prefill(self, tokens: Sequence[int], attention: str) -> dict[str, Any]:
-        """This rank's part of a prompt; all ranks are asked the same.
+    def prepare(self, tokens: list[int], attention: str) -> dict[str, Any]:
+        """The prompt that will be started, the same on all ranks."""
+        self._tokens, self._attention = tokens, attention
+        return {}
+
+    def start(self) -> dict[str, Any]:
+        """Compute this rank's part of the prompt.
 
         ``token``: the greedy first one, of the last rank alone. ``end``: when it was there, by
         ``time.perf_counter()``. ``idle_s``: seconds in gathers. ``sent_bytes``: keys and values.
         """
         begin, self._waited = time.perf_counter(), 0.0
-        config = self._config
+        config, tokens = self._config, self._tokens
         each = chunk_pages(len(tokens), self._page_size, config.ranks)
         start = config.rank * each * self._page_size
         end = min(start + each * self._page_size, len(tokens))
@@ -119,7 +126,7 @@ class GatherRank:
         )
         entry = ScheduledSequence(prompt, start, end - start, samples=last)
         batch = build_batch([entry], self._page_size)
-        if attention == DENSE:
+        if self._attention == DENSE:
             batch = _seeing_all(batch, prompt)
         logits = self._gathering(self._runner.run_beside(batch), each)
         token = self._runner.backend.argmax(logits)[0] if last else None
@@ -253,13 +260,7 @@ def main() -> None:
     """A rank: its configuration is the first line; then a prompt, and a line that starts it."""
     rank = GatherRank(msgspec.convert(msgspec.json.decode(sys.stdin.readline()), GatherConfig))
     print('{"ready": true}', flush=True)
-    prompt: dict[str, Any] = {}
-
-    def answer(request: dict[str, Any]) -> dict[str, Any]:
-        prompt.update(request)
-        return {} if request else rank.prefill(**prompt)
-
-    answer_lines(answer)
+    answer_lines(lambda request: rank.prepare(**request) if request else rank.start())
 
 
 if __name__ == "__main__":

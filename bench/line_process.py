@@ -5,6 +5,7 @@ While it waits for a line it computes nothing. What it says on stderr goes to ou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import subprocess
@@ -80,15 +81,20 @@ class LineProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
+        ended(self._process, 0.0 if error else PATIENCE)
+
+
+def ended(process: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:
+    """Close its stdin, at which it should end; what has not within ``patience`` s is killed."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
-        try:
-            process.wait(0 if error else PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout is not None:
         process.stdout.close()
 
 
