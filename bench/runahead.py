@@ -37,13 +37,7 @@ from headstart.bench.allgather import DENSE, start_gathering
 from headstart.bench.command import exit_status
 from headstart.bench.links import Link, Place, linked, parse_link, require_namespaces
 from headstart.bench.prefill_run import Contestant, PrefillRun
-from headstart.bench.runahead_report import (
-    BASELINES,
-    METHODS,
-    NOT_THE_MODEL,
-    Row,
-    tables,
-)
+from headstart.bench.runahead_report import BASELINES, METHODS, NOT_THE_MODEL, Row, tables
 from headstart.bench.runahead_worker import Chain, searched_bounds, start_chain
 from headstart.bench.serve import at_least, fresh_seed, now, positive
 from headstart.engine.config import default_home

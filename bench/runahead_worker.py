@@ -7,6 +7,7 @@ and, as a command, the engine's process, which answers lines as bench/allgather.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import subprocess
 import sys
@@ -40,13 +41,17 @@ class EngineProcess:
         self._engine = engine
         self._runs_ahead = runs_ahead
         engine.warm_up()
-        give_up = time.monotonic() + CHAIN_SECONDS
-        while runs_ahead and not engine.runahead.whole:
-            engine.attend_chain()
-            if time.monotonic() > give_up:
-                raise BenchError(f"the chain is not whole after {CHAIN_SECONDS:.0f} s")
+        self._form_chain()
         self._tokens: list[int] = []
         self._prompts = 0
+
+    def _form_chain(self) -> None:
+        give_up = time.monotonic() + CHAIN_SECONDS
+        while self._runs_ahead and not self._engine.runahead.whole:
+            self._engine.attend_chain()
+            time.sleep(0.001)
+            if time.monotonic() > give_up:
+                raise BenchError(f"the chain is not whole after {CHAIN_SECONDS:.0f} s")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -63,8 +68,10 @@ class EngineProcess:
         while self._engine.prepare_memory():
             pass
         if self._runs_ahead:
-            self._engine.attend_chain()
+            self._engine.attend_chain()  # what ranks said since the last prompt
+            self._form_chain()
             self._engine.runahead.forced_bounds = bounds
+            self._engine.runahead.last = None
         return {}
 
     def start(self) -> dict[str, Any]:
@@ -82,6 +89,8 @@ class EngineProcess:
         answer = {"end": time.perf_counter(), "token": outputs[0].token_ids[0]}
         if self._runs_ahead:
             report = self._engine.runahead.last
+            if report is None:
+                raise BenchError("the engine computed a prompt alone: see its log")
             answer["idle_s"] = list(report.idle)
             answer["sent_bytes"] = list(report.sent_bytes)
             answer["bounds"] = list(report.bounds)
@@ -192,6 +201,7 @@ def main() -> None:
     """The engine's process: its settings are the first line."""
     settings = msgspec.json.decode(sys.stdin.readline())
     config = msgspec.convert(settings, EngineConfig)
+    logging.basicConfig(level=config.log_level.upper())
     engine = EngineProcess(Engine(config), runs_ahead="runahead_hosts" in settings)
     print(msgspec.json.encode(engine.about).decode(), flush=True)
     answer_lines(lambda request: engine.prepare(**request) if request else engine.start())
