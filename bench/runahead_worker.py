@@ -143,6 +143,7 @@ def start_chain(
         "model_path": model_path,
         "weights": weights,
         "threads": threads,
+        "max_model_len": max_tokens + 1,
         "kv_memory": 2 * (max_tokens + 64) * _kv_bytes(model_path),
         "relay": "off",
         "log_level": "warning",
