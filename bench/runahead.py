@@ -9,9 +9,9 @@ length all methods take turns, A B C C B A ..., with new prompts of random token
     allgather        the paper's baseline, with causal attention (bench/allgather.py)
     allgather-dense  the same with dense attention, as the paper counts it
     even             runs ahead, with equal chunks
-    searched         ... cut where it was fastest in a search made just before
-    predicted        ... cut by the engine, by its table of searched cuts
-    modelled         ... cut by the engine, by its model of times
+    searched         ... cut where it was fastest in a search made before
+    predicted        ... cut by a table of what was searched for the other lengths
+    modelled         ... cut by the engine's model of times
 
 Markdown tables on stdout, one JSON line per method and point with --json, progress on stderr.
 bench/README.md defines every figure. Exit status: 0, 1 if something cannot run or first tokens
@@ -37,8 +37,20 @@ from headstart.bench.allgather import DENSE, start_gathering
 from headstart.bench.command import exit_status
 from headstart.bench.links import Link, Place, linked, parse_link, require_namespaces
 from headstart.bench.prefill_run import Contestant, PrefillRun
-from headstart.bench.runahead_report import BASELINES, METHODS, NOT_THE_MODEL, Row, tables
-from headstart.bench.runahead_worker import Chain, searched_bounds, start_chain
+from headstart.bench.runahead_report import (
+    BASELINES,
+    METHODS,
+    NOT_THE_MODEL,
+    SEARCHING,
+    Row,
+    tables,
+)
+from headstart.bench.runahead_worker import (
+    Chain,
+    predicted_bounds,
+    searched_bounds,
+    start_chain,
+)
 from headstart.bench.serve import at_least, fresh_seed, now, positive
 from headstart.engine.config import default_home
 from headstart.engine.models.store import resolve
@@ -105,11 +117,10 @@ def contestants(setup: Setup, places: Sequence[Place]) -> Iterator[dict[str, Con
             )
             found["allgather"] = gathering
             found["allgather-dense"] = gathering.with_attention(DENSE)
-        if ranks > 1 and {"even", "searched"} & set(methods):
-            found["even"] = found["searched"] = chain(places, "even", setup.threads)
-        for cuts in ("predicted", "modelled"):
-            if ranks > 1 and cuts in methods:
-                found[cuts] = chain(places, cuts, setup.threads)
+        if ranks > 1 and {"even", *SEARCHING} & set(methods):
+            found |= dict.fromkeys(("even", *SEARCHING), chain(places, "even", setup.threads))
+        if ranks > 1 and "modelled" in methods:
+            found["modelled"] = chain(places, "modelled", setup.threads)
         yield {method: found[method] for method in METHODS if method in methods and method in found}
 
 
@@ -172,15 +183,14 @@ def measure_point(
     ]
 
 
-def search(chain: Chain, ranks: int, tokens: int, chance: random.Random) -> Chain:
-    """The chain with the cuts that are fastest for prompts of this length."""
+def search(chain: Chain, ranks: int, tokens: int, chance: random.Random) -> list[int]:
+    """The cuts that are fastest for prompts of this length."""
 
-    def measure(bounds: list[int]) -> float:
+    def seconds(bounds: list[int]) -> float:
         prompt = random_prompt(chance, tokens, chain.vocab_size)
-        seconds, _ = time_to_first_token(chain.with_bounds(bounds), prompt)
-        return seconds
+        return time_to_first_token(chain.with_bounds(bounds), prompt)[0]
 
-    return chain.with_bounds(searched_bounds(chain, measure, tokens, ranks))
+    return searched_bounds(chain, seconds, tokens, ranks)
 
 
 def measure(setup: Setup, link: Link, ranks: int, lengths: Sequence[int]) -> Iterator[Row]:
@@ -190,13 +200,31 @@ def measure(setup: Setup, link: Link, ranks: int, lengths: Sequence[int]) -> Ite
         chains = [c for c in methods.values() if isinstance(c, Chain)]
         # Every vocabulary of a model served begins with bytes and special tokens.
         vocab_size = chains[0].vocab_size if chains else 256
+        searching = next((methods[m] for m in SEARCHING if m in methods), None)
+        searched: dict[int, list[int]] = {}
+        if isinstance(searching, Chain):
+            searched = {n: search(searching, ranks, n, chance) for n in lengths}
         for tokens in lengths:
-            taking_part = dict(methods)
-            if isinstance(chain := methods.get("searched"), Chain):
-                taking_part["searched"] = search(chain, ranks, tokens, chance)
-            yield from measure_point(
-                setup, link.name, ranks, tokens, taking_part, chance, vocab_size
-            )
+            cut = _with_cuts(methods, searched, ranks, tokens)
+            yield from measure_point(setup, link.name, ranks, tokens, cut, chance, vocab_size)
+
+
+def _with_cuts(
+    methods: Mapping[str, Contestant], searched: Mapping[int, list[int]], ranks: int, tokens: int
+) -> dict[str, Contestant]:
+    """The methods for prompts of ``tokens`` tokens; none is predicted from its own search."""
+    cut = dict(methods)
+    if isinstance(chain := methods.get("searched"), Chain):
+        cut["searched"] = chain.with_bounds(searched[tokens])
+    if isinstance(chain := methods.get("predicted"), Chain):
+        others = [bounds for length, bounds in searched.items() if length != tokens]
+        bounds = predicted_bounds(chain, others, tokens, ranks)
+        if bounds is None:
+            print("note: one length alone predicts nothing", file=sys.stderr)
+            del cut["predicted"]
+        else:
+            cut["predicted"] = chain.with_bounds(bounds)
+    return cut
 
 
 def _median(values: Iterable[float | None]) -> float | None:
@@ -205,7 +233,9 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _medians(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [statistics.median(column) for column in zip(*rows, strict=True)]
+    """Of each rank. A prompt may be cut for fewer ranks: those cut as the last one was count."""
+    alike = [row for row in rows if len(row) == len(rows[-1])]
+    return [statistics.median(column) for column in zip(*alike, strict=True)]
 
 
 # ------------------------------------------------------------------ the command

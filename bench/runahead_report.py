@@ -14,6 +14,7 @@ from headstart.bench.report import markdown
 ALONE = ("local", "threads")
 BASELINES = ("allgather", "allgather-dense")
 RUNAHEAD = ("even", "searched", "predicted", "modelled")
+SEARCHING = ("searched", "predicted")
 METHODS = (*ALONE, *BASELINES, *RUNAHEAD)
 NOT_THE_MODEL = "allgather-dense"
 """Its first token is not the model's."""

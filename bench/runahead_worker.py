@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,6 +190,19 @@ def searched_bounds(
     trials = search_cuts(measure, positions, even_cuts(positions, ranks))
     best: list[int] = min(trials, key=lambda trial: trial.seconds).bounds
     return best
+
+
+def predicted_bounds(
+    chain: Chain, searched: Iterable[list[int]], tokens: int, ranks: int
+) -> list[int] | None:
+    """The cuts of ``tokens`` tokens by a table of what was searched; None for want of any."""
+    from headstart.engine.runahead.cuts import CutTable, Positions
+
+    table = CutTable()
+    for bounds in searched:
+        table = table.with_cuts(bounds)
+    found: list[int] | None = table.predict(ranks, Positions(0, tokens, chain.page_size))
+    return found
 
 
 def _kv_bytes(model_path: str) -> int:
