@@ -173,12 +173,16 @@ def _disturbed(namespace: str, gbit: float, chance: random.Random) -> Iterator[N
         assert tc.stdin is not None
         pipe = tc.stdin
 
+        def leave(share: float) -> None:
+            pipe.write(f"qdisc change dev eth0 root {limit(gbit * share)}\n")
+            pipe.flush()
+
         def disturb() -> None:
-            while not done.wait(chance.uniform(*QUIET_SECONDS)):
-                for share, seconds in ((LEFT_BY_OTHERS, chance.uniform(*BURST_SECONDS)), (1.0, 0)):
-                    pipe.write(f"qdisc change dev eth0 root {limit(gbit * share)}\n")
-                    pipe.flush()
-                    done.wait(seconds)
+            with contextlib.suppress(BrokenPipeError):  # told below
+                while not done.wait(chance.uniform(*QUIET_SECONDS)):
+                    leave(LEFT_BY_OTHERS)
+                    done.wait(chance.uniform(*BURST_SECONDS))
+                    leave(1.0)
 
         thread = threading.Thread(target=disturb, daemon=True)
         thread.start()
@@ -187,7 +191,10 @@ def _disturbed(namespace: str, gbit: float, chance: random.Random) -> Iterator[N
         finally:
             done.set()
             thread.join()
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        if tc.wait():
+            raise BenchError(f"the jitter of {namespace} ended early: tc, status {tc.returncode}")
 
 
 def _address(rank: int) -> str:
