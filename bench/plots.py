@@ -7,7 +7,7 @@ equal files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from headstart.bench.runahead_report import ALONE, BASELINES, Row
 
 if TYPE_CHECKING:
     from headstart.bench.relay import Point
@@ -180,11 +182,92 @@ def segments_plot(
     return save(figure, folder, "segments")
 
 
-def _panels(title: str, count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with a title over `count` panels side by side, on a light grid."""
-    figure = Figure(figsize=(1.8 + 4.6 * count, 4.6), layout="constrained", facecolor="white")
+def runahead_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
+    """Per number of ranks: runahead-ttft-N, runahead-ratio-N and runahead-idle-N, over the prompt.
+
+    A panel per link, a line per method; those that do not run ahead are dashed.
+    """
+    paths = []
+    for ranks in sorted({row.ranks for row in rows}):
+        mine = [row for row in rows if row.ranks == ranks]
+        for name, figure in _runahead_figures(mine, f"{rows[0].model}, ranks: {ranks}"):
+            paths += save(figure, folder, f"runahead-{name}-{ranks}")
+    return paths
+
+
+def _runahead_figures(rows: Sequence[Row], about: str) -> Iterator[tuple[str, Figure]]:
+    """The figures of one number of ranks, by name; those without data are left out."""
+    title = f"Time to first token\n{about}"
+    yield "ttft", _runahead_figure(rows, title, "ms", lambda row: 1000 * row.ttft)
+    baseline = {row.point: row.ttft for row in rows if row.method == "allgather"}
+    if baseline:
+        figure = _runahead_figure(
+            rows,
+            f"TTFT against all-gather with causal attention; above 1: ahead\n{about}",
+            "all-gather ÷ method",
+            lambda row: baseline.get(row.point, math.nan) / row.ttft,
+        )
+        for axes in figure.axes:
+            _mark_parity(axes)
+        yield "ratio", figure
+    moving = [row for row in rows if row.sent_bytes]
+    if moving:
+        figure = _runahead_figure(
+            moving,
+            f"What all ranks together wait for one another, and send\n{about}",
+            "seconds waiting",
+            lambda row: sum(row.idle_s),
+            last=("MB sent", lambda row: sum(row.sent_bytes) / 1e6),
+        )
+        yield "idle", figure
+
+
+def _runahead_figure(
+    rows: Sequence[Row],
+    title: str,
+    label: str,
+    figure_of: Callable[[Row], float],
+    last: tuple[str, Callable[[Row], float]] | None = None,
+) -> Figure:
+    """A panel per link of one figure; ``last`` adds a panel of another one, on the first link."""
+    links = list(dict.fromkeys(row.link for row in rows))
+    panels = [(link, label, figure_of, link) for link in links]
+    if last is not None:
+        panels.append((links[0], *last, "on any link"))
+    figure, each = _panels(title, len(panels), columns=3)
+    methods = list(dict.fromkeys(row.method for row in rows))
+    colours = dict(zip(methods, _colours(range(len(methods))).values(), strict=True))
+    for axes, (link, y_label, value_of, name) in zip(each, panels, strict=True):
+        here = [row for row in rows if row.link == link]
+        for method in methods:
+            line = sorted((r for r in here if r.method == method), key=lambda r: r.prompt_tokens)
+            lengths = [row.prompt_tokens for row in line]
+            values = [value_of(row) for row in line]
+            _draw(axes, lengths, values, colours[method], dashed=method in (*ALONE, *BASELINES))
+        axes.set_xscale("log", base=2)
+        _measured_ticks(axes, [row.prompt_tokens for row in here])
+        axes.set_ylim(bottom=0.0)
+        axes.set_xlabel("prompt (tokens)")
+        axes.set_ylabel(y_label)
+        axes.set_title(name, fontsize=10, color=GREY)
+    _legend(
+        figure,
+        [
+            _key(m, color=c, linestyle="--" if m in (*ALONE, *BASELINES) else "-")
+            for m, c in colours.items()
+        ],
+    )
+    return figure
+
+
+def _panels(title: str, count: int, columns: int | None = None) -> tuple[Figure, list[Axes]]:
+    """A figure with a title over `count` panels, `columns` (else all) side by side, on a grid."""
+    across = min(count, columns or count)
+    down = -(-count // across)
+    size = (1.8 + 4.6 * across, 4.6 * down)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=11)
-    axes = [figure.add_subplot(1, count, i + 1) for i in range(count)]
+    axes = [figure.add_subplot(down, across, i + 1) for i in range(count)]
     for panel in axes:
         panel.grid(color="0.9", linewidth=0.8)
         panel.set_axisbelow(True)
