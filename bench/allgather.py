@@ -35,7 +35,7 @@ from headstart.bench.line_process import LineProcess, answer_lines
 from headstart.bench.links import Place, free_port
 from headstart.bench.prefill_run import PrefillRun
 from headstart.engine.batch import Batch, build_batch
-from headstart.engine.engine import choose_weights
+from headstart.engine.loading import choose_weights
 from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder, warm_up
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.sampling_params import SamplingParams
