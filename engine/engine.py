@@ -59,6 +59,8 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        if config.relay not in MODES:
+            raise ConfigError(f"--relay must be {', '.join(MODES)}; got {config.relay}")
         loaded = load_model(config)
         model, backend, folder = loaded.config, loaded.backend, loaded.folder
         max_model_len, shape = loaded.max_model_len, loaded.runner.decoder.shape
@@ -69,8 +71,6 @@ class Engine:
         self._pool = PagePool(num_pages, backend.page_size)
         self._cache = RadixCache(self._pool)
         self.runahead: Chain | None = None
-        if config.runahead > 1 or config.runahead_hosts:
-            self.runahead = Chain(config, loaded, self._pool)
         self._scheduler = Scheduler(
             self._pool,
             self._cache,
@@ -79,10 +79,8 @@ class Engine:
             max_model_len=max_model_len,
             eos_token_ids=model.eos_token_ids,
             prefix_caching=config.prefix_caching,
-            runs_ahead=None if self.runahead is None else self.runahead.wants,
+            runs_ahead=self._runs_ahead,
         )
-        if config.relay not in MODES:
-            raise ConfigError(f"--relay must be {', '.join(MODES)}; got {config.relay}")
         costs_folder = None if config.cache_dir is None else Path(config.cache_dir) / "machine"
         self._relay = Relay(
             config.relay if config.prefix_caching else "off",
@@ -112,6 +110,13 @@ class Engine:
             segment_mask=model.segment_mask,
             adapters=[self.load_adapter(*entry) for entry in config.adapters.items()],
         )
+
+        # Last, since it is to be closed.
+        if config.runahead > 1 or config.runahead_hosts:
+            self.runahead = Chain(config, loaded, self._pool)
+
+    def _runs_ahead(self, seq: Sequence, start: int) -> bool:
+        return self.runahead is not None and self.runahead.wants(seq, start)
 
     def warm_up(self) -> None:
         """Have ready what the first requests would wait for: weights, kernels, RelayAttention."""

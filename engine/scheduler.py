@@ -131,7 +131,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Collection[int],
         prefix_caching: bool = True,
-        runs_ahead: Callable[[Sequence, int], bool] | None = None,
+        runs_ahead: Callable[[Sequence, int], bool] = lambda seq, start: False,
     ) -> None:
         if max_batched_tokens < 1 or max_running < 1:
             raise ValueError(f"nothing can run: {max_batched_tokens=}, {max_running=}")
@@ -332,9 +332,7 @@ class Scheduler:
             reserved += self._pages_to_come(seq)
 
     def _may_run_ahead(self, seq: Sequence, start: int) -> bool:
-        if self._runs_ahead is None or self._long is not None:
-            return False
-        return self._runs_ahead(seq, start)
+        return self._long is None and self._runs_ahead(seq, start)
 
     def _start(self, step: _Step, seq: Sequence, num_tokens: int, ahead: bool) -> None:
         """Run a sequence that holds its lock and ``pages`` of the cache, without references."""

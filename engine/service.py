@@ -62,8 +62,14 @@ class Service:
         from headstart.engine.engine import Engine
 
         engine = Engine(config)
-        engine.warm_up()
-        self._send(Ready(engine.model))
+        try:
+            engine.warm_up()
+            self._send(Ready(engine.model))
+            self._serve(engine)
+        finally:
+            engine.close()
+
+    def _serve(self, engine: Engine) -> None:
         busy = True
         while self._receive(engine, wait=not busy):
             if engine.has_work:
@@ -73,7 +79,6 @@ class Service:
             else:
                 self._attend(engine)
                 busy = engine.prepare_memory()
-        engine.close()
 
     def fail(self, message: str) -> None:
         self._send(Failed(message))

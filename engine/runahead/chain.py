@@ -225,11 +225,15 @@ class Chain:
         self._lent: list[_Lent] = []
         self._stats = RunaheadStats()
         self._ranks: list[_Rank] = []
-        for address in config.runahead_hosts:
-            self._add(f"rank {len(self._ranks)} ({address})", address)
-        for i in range(config.runahead - 1):
-            address = f"ipc://{self._folder}/rank-{i}.sock"
-            self._add(f"rank {len(self._ranks)} (local)", address, self._local(address))
+        try:
+            for address in config.runahead_hosts:
+                self._add(f"rank {len(self._ranks)} ({address})", address)
+            for i in range(config.runahead - 1):
+                address = f"ipc://{self._folder}/rank-{i}.sock"
+                self._add(f"rank {len(self._ranks)} (local)", address, self._local(address))
+        except ConfigError:
+            self.close()
+            raise
 
     def _add(self, name: str, address: str, local: RankConfig | None = None) -> None:
         socket = control.connect(
@@ -346,9 +350,11 @@ class Chain:
         readable(ends, seconds)
 
     def close(self) -> None:
-        """End the local ranks and close all links."""
-        for job in list(self._jobs.values()):
-            job.failed = "the engine ends"
+        """End the local ranks and close all links; once is enough."""
+        if self._context.closed:
+            return
+        for job in self._jobs.values():
+            job.failed = job.failed or "the engine ends"
         ends = [rank.origin for rank in self._ranks] + [self._receiver]
         for rank in self._ranks:
             self._send(rank, Bye())
@@ -356,21 +362,20 @@ class Chain:
         for end in ends:
             if end is not None:
                 end.join(1.0)
+        processes = [rank.process for rank in self._ranks if rank.process is not None]
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in processes:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         for rank in self._ranks:
-            if rank.process is not None:
-                assert rank.process.stdin is not None
-                rank.process.stdin.close()
-        for rank in self._ranks:
-            if rank.process is not None:
-                try:
-                    rank.process.wait(5)
-                except subprocess.TimeoutExpired:
-                    rank.process.kill()
-                    rank.process.wait()
             rank.socket.disable_monitor()
-            rank.monitor.close()
-            rank.socket.close()
-        self._context.term()
+            rank.monitor.close(0)
+        self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def pages_lent(self) -> Iterator[int]:

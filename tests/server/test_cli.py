@@ -21,6 +21,7 @@ from headstart import __version__
 from headstart.engine.errors import ConfigError
 from headstart.engine.models.store import FORMAT
 from headstart.server import cli
+from headstart.server.flags import SECRET_VARIABLE
 
 
 def parse(*argv: str):
@@ -106,6 +107,84 @@ def test_every_flag_gets_where_it_belongs(tmp_path):
     settings = cli.server_settings(args)
     assert (settings.max_body_bytes, settings.max_n, settings.max_prompts) == (1024**2, 2, 3)
     assert (settings.max_choices, settings.max_stop) == (4, 5)
+
+
+def test_runahead_flags(tmp_path, monkeypatch):
+    monkeypatch.delenv(SECRET_VARIABLE, raising=False)
+    (tmp_path / "secret").write_text("of the file, long enough\n")
+    args = parse(
+        *("serve", "m", "--runahead", "3", "--runahead-hosts", "a:1", "b:2"),
+        *("--runahead-hosts", "c:3", "--runahead-secret-file", str(tmp_path / "secret")),
+        *("--runahead-min", "500", "--runahead-cuts", "even", "--runahead-timeout", "0.5"),
+        *("--runahead-transport", "gloo"),
+    )
+    config = cli.engine_config(args, tmp_path)
+    assert (config.runahead, config.runahead_hosts) == (3, ["a:1", "b:2", "c:3"])
+    assert config.runahead_secret == "of the file, long enough"
+    assert (config.runahead_min, config.runahead_cuts) == (500, "even")
+    assert (config.runahead_timeout, config.runahead_transport) == (0.5, "gloo")
+
+
+def test_the_secret_may_come_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv(SECRET_VARIABLE, "of the environment")
+    args = parse("runahead-rank", "m", "--listen", "127.0.0.1:7000")
+    config = cli.engine_config(args, tmp_path)
+    assert (config.runahead_secret, config.runahead) == ("of the environment", 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--runahead", "0"], "--runahead: '0' is not a whole number above 0"),
+        (["--runahead", "all"], "--runahead: 'all' is not a whole number above 0"),
+        (["--runahead-min", "-1"], "--runahead-min: '-1' is not a whole number above 0"),
+        (["--runahead-cuts", "odd"], "--runahead-cuts: invalid choice: 'odd'"),
+        (["--runahead-timeout", "0"], "--runahead-timeout: '0' is not a number of seconds above 0"),
+        (["--runahead-timeout", "nan"], "'nan' is not a number of seconds above 0"),
+        (["--runahead-timeout", "soon"], "'soon' is not a number of seconds above 0"),
+        (["--runahead-transport", "nccl"], "--runahead-transport: invalid choice: 'nccl'"),
+    ],
+)
+def test_wrong_runahead_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("serve", "m", *flags)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "message"),
+    [
+        (["runahead-rank", "m", "--listen", "a:1"], {}, "a rank needs --runahead-secret-file"),
+        (
+            ["runahead-rank", "m", "--listen", "a:1", "--runahead-secret-file", "missing"],
+            {},
+            "--runahead-secret-file: [Errno 2] No such file or directory: 'missing'",
+        ),
+        (["runahead-tune", "m"], {}, "there is nothing to tune"),
+        (["serve", "m", "--runahead", "env"], {}, "--runahead env needs RANK, WORLD_SIZE"),
+        (
+            ["serve", "m", "--runahead", "env"],
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "RANK 2 of WORLD_SIZE 2: there is no chain of these",
+        ),
+        (
+            ["serve", "m", "--runahead", "env"],
+            {"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "'x' is missing or no number",
+        ),
+    ],
+)
+def test_ranks_that_cannot_be(argv, environment, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in (SECRET_VARIABLE, "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(argv) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("headstart: error: ")
+    assert message in error
 
 
 def test_adapter_flags(tmp_path, monkeypatch):
