@@ -41,6 +41,7 @@ def listen(context: zmq.Context[zmq.Socket[bytes]], address: str, secret: str) -
     try:
         socket.bind(endpoint(address))
     except zmq.ZMQError as error:
+        socket.close()
         raise ConfigError(f"a runahead rank cannot listen on {address}: {error}") from error
     return socket
 
@@ -66,5 +67,6 @@ def connect(
     try:
         socket.connect(endpoint(address))
     except zmq.ZMQError as error:
+        socket.close()
         raise ConfigError(f"{address!r} is no address of a runahead rank: {error}") from error
     return socket

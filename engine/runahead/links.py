@@ -40,6 +40,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
+from headstart.engine.errors import ConfigError
 from headstart.engine.runahead.costs import LinkCosts
 from headstart.engine.runahead.messages import LinkEnd
 from headstart.kernels.shared_memory import SharedMemory, attach
@@ -527,10 +528,17 @@ def _first_line(error: Exception) -> str:
 
 
 class Store:
-    """A rank's torch.distributed store on ``host``, where the two ends of its links meet."""
+    """A rank's torch.distributed store on ``host``, where the two ends of its links meet.
+
+    Raises ConfigError where ``host`` is no address of this machine.
+    """
 
     def __init__(self, host: str) -> None:
-        listener = socket.create_server((host, 0))
+        try:
+            listener = socket.create_server((host, 0))
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"a runahead rank cannot listen on {host}: {reason}") from error
         self.host = host
         self.port: int = listener.getsockname()[1]
         self.store = dist.TCPStore(
