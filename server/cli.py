@@ -18,7 +18,7 @@ import msgspec
 from headstart import __version__
 from headstart.engine.errors import ConfigError, HeadstartError
 from headstart.engine.runahead.placement import Placement
-from headstart.server.flag_values import positive
+from headstart.server.flag_values import host_port, positive
 from headstart.server.flags import (
     SECRET_VARIABLE,
     adapters,
@@ -95,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     rank.add_argument("model", metavar="MODEL", help="as for serve")
     rank.add_argument(
         "--listen",
+        type=host_port,
         required=True,
         metavar="HOST:PORT",
         help="an address of this machine that the other ranks reach; KV comes and goes through "

@@ -50,6 +50,14 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def host_port(text: str) -> str:
+    """``HOST:PORT``."""
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port_number(port)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return text
+
+
 def byte_size(text: str) -> int:
     """``2GiB``, ``500MB``, ``1.5G`` (binary), or bytes."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([a-z]*)", text.strip().lower())

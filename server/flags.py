@@ -12,6 +12,7 @@ from headstart.server.flag_values import (
     byte_size,
     count,
     existing_folder,
+    host_port,
     named_folder,
     port_number,
     positive,
@@ -205,6 +206,7 @@ def add_runahead_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--runahead-hosts",
+        type=host_port,
         nargs="+",
         action="extend",
         metavar="HOST:PORT",

@@ -142,6 +142,9 @@ def test_the_secret_may_come_from_the_environment(tmp_path, monkeypatch):
         (["--runahead-timeout", "0"], "--runahead-timeout: '0' is not a number of seconds above 0"),
         (["--runahead-timeout", "nan"], "'nan' is not a number of seconds above 0"),
         (["--runahead-timeout", "soon"], "'soon' is not a number of seconds above 0"),
+        (["--runahead-hosts", "a:1", "nonsense"], "--runahead-hosts: 'nonsense' is not HOST:PORT"),
+        (["--runahead-hosts", "a:0"], "'a:0' is not HOST:PORT"),
+        (["--runahead-hosts", "a:22x"], "'22x' is not a port"),
         (["--runahead-transport", "nccl"], "--runahead-transport: invalid choice: 'nccl'"),
     ],
 )
