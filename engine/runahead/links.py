@@ -53,6 +53,7 @@ _SHARED_COSTS = LinkCosts(latency=5e-5, seconds_per_byte=2.5e-10)  # a copy with
 _GLOO_LATENCY = 2e-4
 _BYE, _PROBE = -1, -2  # in place of a job
 _FOREVER = timedelta(days=10_000)
+_UNEXPECTED = "what came is not what was expected"
 
 
 class Pool(NamedTuple):
@@ -280,6 +281,9 @@ class SharedReceiver:
         self.read()
         if self._records.error is not None or self._ready.get(job, 0) <= layer:
             return False
+        if len(self._offers[job]) != len(self._expected[job]):
+            self._records.error = _UNEXPECTED
+            return False
         for to, of, count in self._runs_of(job):
             self._own[layer, to : to + count] = self._theirs[layer, of : of + count]
         self._copied[job] = layer + 1
@@ -449,7 +453,7 @@ class GlooReceiver:
             self._changed.notify()
         pages = self._expected[job]
         if len(data) * self._pool.pages.shape[1] != len(pages) * self._layer_bytes:
-            self.error = "what came is not what was expected"
+            self.error = _UNEXPECTED
             return False
         self._pool.pages[layer].index_copy_(0, pages, data.view(len(pages), -1))
         self._done[job] = layer + 1
