@@ -206,34 +206,38 @@ class SharedSender:
         socket.send_fds(connection, [greeting], [pool.memory.descriptor])
         self._records = _Records(connection)
         self._offered: set[int] = set()
+        self._closed = False
 
     @property
     def error(self) -> str | None:
-        return self._records.error
+        return "closed" if self._closed else self._records.error
 
     def offer(self, job: int, pages: list[int]) -> None:
         self._offered.add(job)
         self._records.put(_Offer(job, array("i", pages).tobytes()))
 
     def send(self, job: int, layer: int) -> bool:
-        if not self._records.flush():
+        if self._closed or not self._records.flush():
             return False
         self._records.put(_Ready(job, layer))
         return True
 
     def taken(self, job: int) -> bool:
-        self._records.flush()
+        if not self._closed:
+            self._records.flush()
         for record in self._records.get():
             if isinstance(record, _Taken):
                 self._offered.discard(record.job)
         return self._records.error is not None or job not in self._offered
 
     def drop(self, job: int) -> None:
-        if job in self._offered:
+        if job in self._offered and not self._closed:
             self._records.put(_Dropped(job))
 
     def close(self) -> None:
-        # The receiver may be copying: its end of file says that it is not.
+        # The receiver may be copying: its end of file says that it is not. Writing on would be an
+        # error of this end's own, which says nothing of the other.
+        self._closed = True
         with contextlib.suppress(OSError):
             self._records.connection.shutdown(socket.SHUT_WR)
 
