@@ -395,10 +395,10 @@ class GlooSender:
                 # Both under way before either is waited for.
                 works = [group.send([header], 1, 0), group.send([data], 1, 0)]
                 for work in works:
-                    work.wait()
+                    work.wait(_FOREVER)  # until there is room: a peer that is gone is an error
                 with self._lock:
                     self._queued -= len(data)
-            group.send([torch.tensor([_BYE, 0, 0])], 1, 0).wait()
+            group.send([torch.tensor([_BYE, 0, 0])], 1, 0).wait(_FOREVER)
         except RuntimeError as error:
             self.error = _first_line(error)
 
