@@ -672,7 +672,8 @@ class Chain:
             first_page, last_page = seq.num_computed_tokens // page_size, -(-start // page_size)
             receiver.expect(job.id, seq.pages[first_page:last_page])
         job.neighbours = JobNeighbours(job.id, receiver, None)
-        entry = ScheduledSequence(seq, start, length - start, True)
+        first_row = max(start, seq.num_computed_tokens)  # what is cached others may be reading
+        entry = ScheduledSequence(seq, first_row, length - first_row, True)
         job.chunk = LongChunk(entry, self._runner, page_size, job.neighbours)
         job.stuck_since = time.perf_counter()
 
