@@ -285,7 +285,7 @@ class Chain:
         return (
             self._chain is not None
             and len(self._jobs) < self.num_ranks
-            and seq.num_tokens - start >= max(self._least, 2)
+            and seq.num_tokens - start >= max(self._least, self._page_size + 1)
         )
 
     def start(self, seq: Sequence) -> Ahead:
