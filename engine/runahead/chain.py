@@ -724,7 +724,8 @@ class Chain:
                 for rank in silent:
                     self._hangs(rank, "it does not answer")
             return
-        slow = now - job.begun > 2 * job.plan.local_seconds + patience
+        # Time in which others' prompts or steps were computed is nobody's fault.
+        slow = job.idle > 2 * job.plan.local_seconds + patience
         if slow or (job.waits and now - job.stuck_since > patience):
             for place in range(job.plan.first, len(job.ranks)):
                 rank = job.ranks[place]
