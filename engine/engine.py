@@ -206,6 +206,8 @@ class Engine:
     def abort(self, request_ids: list[int]) -> None:
         """End these requests and free what they hold; unknown ids are ignored."""
         self._scheduler.abort(request_ids)
+        # Now, not with the next step: there may be none, while the ranks go on.
+        self._beside = [chunk for chunk in self._beside if self._goes_on(chunk)]
 
     def step(self) -> list[Output]:
         """Compute one step for whatever the scheduler chose; new tokens of all sequences."""
