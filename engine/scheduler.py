@@ -118,7 +118,8 @@ class Scheduler:
     max_running:         sequences that hold pages at a time; never more than the token budget,
                          so that each gets a row in every step once it decodes
     max_model_len:       a sequence ends when prompt and output are this long
-    runs_ahead:          whether a sequence, cached up to a position, should run ahead now
+    runs_ahead:          whether a sequence, cached up to a position, should run ahead now, behind
+                         so many others
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Collection[int],
         prefix_caching: bool = True,
-        runs_ahead: Callable[[Sequence, int], bool] | None = None,
+        runs_ahead: Callable[[Sequence, int, int], bool] | None = None,
     ) -> None:
         if max_batched_tokens < 1 or max_running < 1:
             raise ValueError(f"nothing can run: {max_batched_tokens=}, {max_running=}")
@@ -334,7 +335,7 @@ class Scheduler:
     def _may_run_ahead(self, seq: Sequence, start: int) -> bool:
         if self._runs_ahead is None or self._long is not None:
             return False
-        return self._runs_ahead(seq, start)
+        return self._runs_ahead(seq, start, len(self._ahead))
 
     def _start(self, step: _Step, seq: Sequence, num_tokens: int, ahead: bool) -> None:
         """Run a sequence that holds its lock and ``pages`` of the cache, without references."""

@@ -280,11 +280,12 @@ class Chain:
             self._stats, ranks=len(self._ranks) + 1, ranks_live=self.num_ranks
         )
 
-    def wants(self, seq: Sequence, start: int) -> bool:
-        """Whether ``seq``, of which ``[0, start)`` is cached, should run ahead now."""
+    def wants(self, seq: Sequence, start: int, num_ahead: int) -> bool:
+        """Whether ``seq``, of which ``[0, start)`` is cached, should run ahead of the engine now,
+        behind ``num_ahead`` others."""
         return (
             self._chain is not None
-            and len(self._jobs) < self.num_ranks
+            and num_ahead < self.num_ranks
             and seq.num_tokens - start >= max(self._least, self._page_size + 1)
         )
 
