@@ -368,6 +368,8 @@ class GlooSender:
         if self.error is not None or self._queued > STAGED_BYTES:
             return False
         self._put(job, layer, self._pool.pages[layer].index_select(0, self._pages[job]).view(-1))
+        if layer + 1 == len(self._pool.pages):
+            del self._pages[job]
         return True
 
     def taken(self, job: int) -> bool:
