@@ -41,7 +41,7 @@ from headstart.kernels.backend import instruction_sets
 PAGE = 32
 NEW = 4
 SECRET = "a secret of the tests"
-SECONDS = 60.0
+SECONDS = 8.0
 """A deadline, for what takes parts of a second."""
 KV = 1e-4  # largest difference of a key or value; measured 0
 
@@ -118,6 +118,24 @@ class Alone:
                     output += step.token_ids
             self._known[key] = output, kv_of(self.engine, self.engine, prompt).clone()
         return self._known[key]
+
+
+def at_layer(layer: int) -> Callable[[Rank], bool]:
+    """For ``hold``: the rank's first job has come to this layer."""
+
+    def hold(rank: Rank) -> bool:
+        jobs = list(rank._jobs.values())
+        return bool(jobs) and jobs[0].chunk is not None and jobs[0].chunk.layer >= layer
+
+    return hold
+
+
+def always(rank: Rank) -> bool:
+    return True
+
+
+def never(rank: Rank) -> bool:
+    return False
 
 
 class RankThread:
@@ -269,6 +287,15 @@ class Cluster:
     def num_failed(self) -> int:
         return self.chain.stats.failed
 
+    def reset(self) -> None:
+        """As good as new, whatever a test did."""
+        for rank in self.ranks:
+            rank.hold, rank.slowness = never, 0.0
+            rank.held.clear()
+        self.engine.abort(list(self.outputs))
+        self.chain.forced_bounds = None
+        self.wait_for(lambda: self.chain.whole)
+
     def settle(self) -> None:
         """Until nothing is under way any more."""
         self.wait_for(lambda: all(r.idle for r in self.ranks) and not self.chain._lent)
@@ -370,8 +397,7 @@ def lasting(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         key = (ranks, transport)
         if key not in made:
             made[key] = Cluster(llama, tmp_path_factory.mktemp("ranks"), transport, Options(ranks))
-        made[key].wait_for(lambda: made[key].chain.whole)
-        made[key].chain.forced_bounds = None
+        made[key].reset()
         return made[key]
 
     yield get
@@ -706,3 +732,376 @@ def test_a_rank_with_another_adapter_under_that_name_declines(
     other = Prompt(some(300), adapter="a")
     cluster.prove(alone, other, outputs=cluster.run(other))
     assert (cluster.num_ahead, cluster.num_failed) == (2, 1)
+
+
+# --------------------------------------------------------------------- beside each other
+
+
+def test_others_decode_in_every_step_and_short_prompts_do_not_wait(
+    lasting: Any, alone: Alone
+) -> None:
+    cluster = lasting(2)
+    decoding = [Prompt(some(20), new=400), Prompt(some(40), new=400)]
+    ids = [cluster.add(prompt) for prompt in decoding]
+    cluster.step_until(lambda: all(cluster.outputs[i] for i in ids))
+    cluster.ranks[1].hold = at_layer(1)
+    long, ahead = Prompt(some(400)), cluster.num_ahead
+    long_id = cluster.add(long)
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            before = [len(cluster.outputs[i]) for i in ids]
+            cluster.step()
+            assert [len(cluster.outputs[i]) for i in ids] == [n + 1 for n in before]
+
+    while not cluster.ranks[1].held.is_set():
+        steps(1)
+    steps(5)
+    short = Prompt(some(25), new=2)
+    short_id = cluster.add(short)
+    steps(10)
+    assert len(cluster.outputs[short_id]) == 2
+    assert not cluster.outputs[long_id]
+    cluster.ranks[1].hold = never
+    cluster.finish()
+    assert cluster.num_ahead == ahead + 1
+    prompts = [*decoding, long, short]
+    outputs = [cluster.outputs[i] for i in (*ids, long_id, short_id)]
+    cluster.prove(alone, *prompts, outputs=outputs)
+
+
+def test_long_prompts_are_pipelined(lasting: Any, alone: Alone, transport: str) -> None:
+    cluster = lasting(2, transport)
+    cluster.ranks[1].hold = at_layer(1)
+    prompts, ahead = [Prompt(some(n)) for n in (300, 200, 400, 310)], cluster.num_ahead
+    ids = [cluster.add(prompt) for prompt in prompts]
+    cluster.step_until(lambda: len(cluster.ranks[0].rank._jobs) == 0 and cluster.chain._jobs)
+    cluster.step_until(lambda: all(1 not in j.finished for j in cluster.chain._jobs.values()))
+    assert len(cluster.chain._jobs) == cluster.chain.num_ranks == 3
+    cluster.ranks[1].hold = never
+    cluster.finish()
+    assert cluster.num_ahead >= ahead + 3
+    cluster.prove(alone, *prompts, outputs=[cluster.outputs[i] for i in ids])
+
+
+def test_the_second_of_two_equal_prompts_hits_the_cache(lasting: Any, alone: Alone) -> None:
+    cluster = lasting(2)
+    prompt, ahead = Prompt(some(321)), cluster.num_ahead
+    outputs = cluster.run(prompt, prompt)
+    assert cluster.num_ahead == ahead + 1
+    assert cluster.cached[max(cluster.cached)] == 320
+    cluster.prove(alone, prompt, prompt, outputs=outputs)
+
+
+def test_no_rank_is_too_slow_for_having_others_before_it(
+    make_cluster: MakeCluster, alone: Alone
+) -> None:
+    cluster = make_cluster(3, engine={"runahead_timeout": 1.0})
+    for rank in cluster.ranks:
+        rank.slowness = 0.15
+    prompts = [Prompt(some(n)) for n in (300, 250, 400, 310)]
+    outputs = cluster.run(*prompts)
+    assert (cluster.num_ahead, cluster.chain.stats.left_out) == (4, 0)
+    for rank in cluster.ranks:
+        rank.slowness = 0.0
+    cluster.prove(alone, *prompts, outputs=outputs)
+
+
+# -------------------------------------------------------------------------------- aborts
+
+
+def stalled(cluster: Cluster, stage: str) -> list[Any]:
+    """Has the ranks stop at this stage of the next prompts; what ``abort`` waits for."""
+    first, second = cluster.ranks
+    for rank in cluster.ranks:
+        rank.held.clear()
+    if stage == "not prepared":
+        first.hold = second.hold = always
+        assert first.held.wait(SECONDS)
+        assert second.held.wait(SECONDS)
+    elif stage == "prepared by one":
+        second.hold = always
+        assert second.held.wait(SECONDS)
+    elif stage == "chunk not begun":
+        first.hold = lambda rank: bool(rank._jobs)
+    elif stage == "first half-way":
+        first.hold = at_layer(1)
+    elif stage == "second half-way":
+        second.hold = at_layer(1)
+    return [rank for rank in cluster.ranks if rank.hold is not never]
+
+
+STAGES = [
+    "not prepared",
+    "prepared by one",
+    "chunk not begun",
+    "first half-way",
+    "second half-way",
+    "computed",
+]
+
+
+@pytest.mark.parametrize("idle", [False, True], ids=["busy", "idle"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_aborts(lasting: Any, alone: Alone, transport: str, stage: str, idle: bool) -> None:
+    """Nothing of the aborted prompt is left, and nothing of it is wrong in any cache."""
+    cluster = lasting(2, transport)
+    prompt, other = Prompt(some(300)), Prompt(some(280))
+    id_ = cluster.add(prompt)
+    used, left_out = cluster.engine._pool.num_used, cluster.chain.stats.left_out
+    try:
+        held = stalled(cluster, stage)
+        cluster.step()
+        if stage == "computed":
+            cluster.step_until(lambda: all(len(j.finished) == 2 for j in jobs(cluster)))
+        elif held[0].hold is not always:
+            cluster.step_until(held[0].held.is_set)
+        for _ in range(3):
+            if not cluster.outputs[id_]:
+                cluster.step()
+        assert not cluster.outputs[id_] or stage == "computed"
+        cluster.engine.abort([id_])
+        cluster.check()
+        output_id = None if idle else cluster.add(other)
+        if not idle:
+            cluster.step()
+    finally:
+        for rank in cluster.ranks:
+            rank.hold = never
+    if idle:
+        cluster.wait_for(lambda: not cluster.chain._jobs)
+        cluster.settle()
+        assert cluster.engine._pool.num_used - cluster.engine._cache.num_pages == 0
+    else:
+        cluster.finish()
+        assert output_id is not None
+        cluster.prove(alone, other, outputs=[cluster.outputs[output_id]])
+    assert cluster.chain.stats.left_out == left_out
+    assert used is not None
+    cluster.prove(alone, prompt)
+    cluster.prove(alone, prompt, outputs=cluster.run(prompt))
+    assert cluster.chain.whole
+
+
+def jobs(cluster: Cluster) -> list[Any]:
+    return list(cluster.chain._jobs.values())
+
+
+def test_an_aborted_prompt_behind_others(lasting: Any, alone: Alone, transport: str) -> None:
+    cluster = lasting(2, transport)
+    cluster.ranks[0].hold = at_layer(0)
+    prompts = [Prompt(some(n)) for n in (300, 310, 320)]
+    ids = [cluster.add(prompt) for prompt in prompts]
+    cluster.step_until(lambda: len(jobs(cluster)) == 3 and cluster.ranks[0].held.is_set())
+    cluster.engine.abort([ids[1]])
+    cluster.step()
+    cluster.ranks[0].hold = never
+    cluster.finish()
+    cluster.prove(alone, *prompts)
+    for i in (0, 2):
+        assert cluster.outputs[ids[i]] == alone(prompts[i])[0]
+    cluster.prove(alone, prompts[1], outputs=cluster.run(prompts[1]))
+
+
+# --------------------------------------------------------------------------- little memory
+
+
+PAGE_BYTES = 3 * 2 * 2 * 16 * PAGE * 4
+"""Layers, keys and values, heads, their size, tokens, float32."""
+
+
+def test_a_rank_with_too_little_memory(
+    make_cluster: MakeCluster, alone: Alone, transport: str
+) -> None:
+    """It says so; that prompt is computed by the engine, shorter ones run ahead still."""
+    small = {"kv_memory": 6 * PAGE_BYTES, "max_model_len": 192}
+    cluster = make_cluster(2, transport, rank=small)
+    assert cluster.ranks[0].rank._pool.num_pages == 6
+    long, short = Prompt(some(400)), Prompt(some(150))
+    cluster.prove(alone, long, outputs=cluster.run(long))
+    assert (cluster.num_ahead, cluster.num_failed) == (0, 1)
+    cluster.wait_for(lambda: cluster.chain.whole)
+    cluster.prove(alone, short, outputs=cluster.run(short))
+    assert cluster.num_ahead == 1
+    assert cluster.chain.stats.left_out == 0
+
+
+def test_ranks_evict(make_cluster: MakeCluster, alone: Alone, transport: str) -> None:
+    small = {"kv_memory": 24 * PAGE_BYTES}
+    cluster = make_cluster(2, transport, rank=small)
+    prompts = [Prompt(some(n)) for n in (500, 400, 300, 450, 350)]
+    prompts += [Prompt(p.tokens[:200] + some(100)) for p in prompts]
+    for prompt in prompts:
+        cluster.forget()
+        cluster.prove(alone, prompt, outputs=cluster.run(prompt))
+    assert cluster.num_ahead == len(prompts)
+    cluster.prove(alone, *prompts)
+
+
+def test_a_full_rank_frees_what_an_aborted_prompt_was_sent(
+    make_cluster: MakeCluster, alone: Alone, transport: str
+) -> None:
+    """It was aborted before the rank could say that it has no room for it."""
+    cluster = make_cluster(2, transport)
+    with cluster.ranks[1].lock:
+        pool = cluster.ranks[1].rank._pool
+        taken = pool.allocate(pool.num_free)
+    cluster.ranks[1].rank.check = lambda: None  # type: ignore[method-assign]
+    cluster.ranks[1].hold = lambda rank: bool(rank._jobs)
+    prompt = Prompt(some(300))
+    id_ = cluster.add(prompt)
+    cluster.step_until(lambda: any(0 in job.finished for job in jobs(cluster)))
+    cluster.engine.abort([id_])
+    cluster.wait_for(lambda: not jobs(cluster))
+    cluster.ranks[1].hold = never
+    cluster.settle()
+    assert cluster.chain.whole
+    with cluster.ranks[1].lock:
+        pool.release(taken)
+    cluster.prove(alone, prompt, outputs=cluster.run(prompt))
+
+
+# --------------------------------------------------------------------------------- faults
+
+
+def closes(name: str) -> Callable[[Rank], bool]:
+    """For ``hold``, in the rank's thread: close one of its links."""
+
+    def hold(rank: Rank) -> bool:
+        if name in rank._ends:
+            rank._ends[name].close()
+        return False
+
+    return hold
+
+
+FAULTS = ["upstream", "downstream", "origin", "gone"]
+
+
+@pytest.mark.parametrize("stage", ["before", "during", "after"])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_link_or_rank_that_goes_costs_no_request(
+    make_cluster: MakeCluster, alone: Alone, transport: str, place: int, fault: str, stage: str
+) -> None:
+    cluster = make_cluster(2, transport)
+    broken = cluster.ranks[place]
+    prompts = [Prompt(some(300)), Prompt(some(200))]
+    beside = Prompt(some(10), new=60)
+    ids = [cluster.add(beside)]
+    struck = threading.Event()
+
+    def strike(rank: Rank) -> bool:
+        if not struck.is_set():
+            struck.set()
+            if fault == "gone":
+                broken.end()
+            elif fault in rank._ends:
+                rank._ends[fault].close()
+        return False
+
+    def during(rank: Rank) -> bool:
+        return strike(rank) if at_layer(0)(rank) else False
+
+    if stage == "before":
+        broken.hold = strike
+        cluster.wait_for(struck.is_set)
+    elif stage == "during":
+        broken.hold = during
+    ids += [cluster.add(prompt) for prompt in prompts]
+    if stage == "after":
+        cluster.step_until(lambda: any(place in job.finished for job in jobs(cluster)))
+        broken.hold = strike
+    cluster.finish()
+    broken.hold = strike
+    cluster.wait_for(struck.is_set)
+    for id_, prompt in zip(ids, [beside, *prompts], strict=True):
+        assert cluster.outputs[id_] == alone(prompt)[0]
+    if fault == "gone":
+        broken.join()
+        cluster.ranks[place] = RankThread(broken.config)
+        cluster.wait_for(lambda: not cluster.chain.whole)
+    # The chain is whole again, at the latest once another prompt has met a closed link.
+    for _ in range(2):
+        cluster.wait_for(lambda: cluster.chain.whole)
+        last = Prompt(some(300))
+        ahead = cluster.num_ahead
+        cluster.prove(
+            alone, last, *prompts, outputs=[*cluster.run(last), *[alone(p)[0] for p in prompts]]
+        )
+    assert cluster.num_ahead == ahead + 1
+
+
+def test_a_slow_rank_is_waited_for(lasting: Any, alone: Alone, transport: str) -> None:
+    cluster, prompt = lasting(2, transport), Prompt(some(400))
+    cluster.ranks[0].slowness = 0.1
+    ahead, left_out = cluster.num_ahead, cluster.chain.stats.left_out
+    outputs = cluster.run(prompt)
+    cluster.ranks[0].slowness = 0.0
+    assert (cluster.num_ahead, cluster.chain.stats.left_out) == (ahead + 1, left_out)
+    cluster.prove(alone, prompt, outputs=outputs)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("stage", ["not prepared", "half-way"])
+def test_a_rank_that_stands_still_is_left_out_and_comes_back(
+    make_cluster: MakeCluster,
+    alone: Alone,
+    monkeypatch: pytest.MonkeyPatch,
+    place: int,
+    stage: str,
+) -> None:
+    monkeypatch.setattr(chain_module, "OUT_SECONDS", 0.5)
+    cluster = make_cluster(2, engine={"runahead_timeout": 0.7})
+    rank, prompt = cluster.ranks[place], Prompt(some(300))
+    rank.hold = at_layer(0) if stage == "half-way" else always
+    id_ = cluster.add(prompt)
+    cluster.finish()
+    assert cluster.outputs[id_] == alone(prompt)[0]
+    assert cluster.num_failed == 1
+    assert cluster.chain.stats.left_out == 1
+    rank.hold = never
+    cluster.wait_for(lambda: cluster.chain.whole)
+    other = Prompt(some(300))
+    cluster.prove(alone, prompt, other, outputs=[alone(prompt)[0], *cluster.run(other)])
+    assert cluster.num_ahead == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_use(make_cluster: MakeCluster, alone: Alone, transport: str, seed: int) -> None:
+    """Prompts that share beginnings, aborts, evictions, slow and closed links, all at once."""
+    draw = random.Random(seed)
+    cluster = make_cluster(3, transport, rank={"kv_memory": 40 * PAGE_BYTES})
+    begin = some(300)
+    prompts: dict[int, Prompt] = {}
+    for _ in range(150):
+        deed = draw.random()
+        if deed < 0.2 and len(prompts) < 30:
+            tokens = begin[: draw.randrange(300)] + some(draw.randrange(1, 200))
+            cut = sorted(draw.sample(range(len(tokens) + 1), 2)) if len(tokens) > 2 else [0, 1]
+            spans = ((cut[0], cut[1]),) if draw.random() < 0.3 else ()
+            prompt = Prompt(tokens, spans, draw.choice([b"", b"a"]), new=draw.randrange(1, 9))
+            prompts[cluster.add(prompt)] = prompt
+        elif deed < 0.25 and prompts:
+            cluster.engine.abort([draw.choice(list(prompts))])
+        elif deed < 0.3:
+            draw.choice(cluster.ranks).slowness = draw.choice([0.0, 0.002])
+        elif deed < 0.33:
+            cluster.engine._cache.evict(draw.randrange(30))
+        elif deed < 0.34:
+            name = draw.choice(["upstream", "downstream", "origin"])
+            draw.choice(cluster.ranks).hold = closes(name)
+        else:
+            for rank in cluster.ranks:
+                rank.hold = never
+            cluster.step()
+    for rank in cluster.ranks:
+        rank.hold, rank.slowness = never, 0.0
+    cluster.finish()
+    for id_, prompt in prompts.items():
+        expected = alone(prompt)[0]
+        assert cluster.outputs[id_] == expected[: len(cluster.outputs[id_])]
+    cluster.wait_for(lambda: cluster.chain.whole)
+    cluster.prove(alone, *prompts.values())
+    cluster.engine._cache.clear()
+    assert cluster.engine._pool.num_used == 0
