@@ -631,15 +631,16 @@ def _connection(spec: LinkEnd, listener: socket.socket | None, timeout: float) -
 def _group(sends: bool, spec: LinkEnd, store: Store | None, timeout: float) -> Any:
     """The process group of a link's two ends: 0 sends, 1 receives."""
     if spec.port:
-        meeting: Any = dist.TCPStore(
-            spec.host, spec.port, None, False, timedelta(seconds=timeout), wait_for_workers=False
-        )
-        host = own_address(spec.host)
+        host, port, own = spec.host, spec.port, own_address(spec.host)
     else:
         assert store is not None
-        meeting, host = store.store, store.host
+        host, port, own = store.host, store.port, store.host
+    # A connection for each opening: while one waits for its other end, no other gets through.
+    meeting = dist.TCPStore(
+        host, port, None, False, timedelta(seconds=timeout), wait_for_workers=False
+    )
     options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]
     options._timeout = timedelta(seconds=timeout)
     prefixed = dist.PrefixStore(spec.name, meeting)
     prefixed.set_timeout(timedelta(seconds=timeout))
