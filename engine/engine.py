@@ -115,8 +115,8 @@ class Engine:
         if config.runahead > 1 or config.runahead_hosts:
             self.runahead = Chain(config, loaded, self._pool)
 
-    def _runs_ahead(self, seq: Sequence, start: int) -> bool:
-        return self.runahead is not None and self.runahead.wants(seq, start)
+    def _runs_ahead(self, seq: Sequence, start: int, num_ahead: int) -> bool:
+        return self.runahead is not None and self.runahead.wants(seq, start, num_ahead)
 
     def warm_up(self) -> None:
         """Have ready what the first requests would wait for: weights, kernels, RelayAttention."""
@@ -198,6 +198,8 @@ class Engine:
     def abort(self, request_ids: list[int]) -> None:
         """End these requests and free what they hold; unknown ids are ignored."""
         self._scheduler.abort(request_ids)
+        # Now, not with the next step: there may be none, while the ranks go on.
+        self._beside = [chunk for chunk in self._beside if self._goes_on(chunk)]
 
     def step(self) -> list[Output]:
         """Compute one step for whatever the scheduler chose; new tokens of all sequences."""

@@ -118,7 +118,8 @@ class Scheduler:
     max_running:         sequences that hold pages at a time; never more than the token budget,
                          so that each gets a row in every step once it decodes
     max_model_len:       a sequence ends when prompt and output are this long
-    runs_ahead:          whether a sequence, cached up to a position, should run ahead now
+    runs_ahead:          whether a sequence, cached up to a position, should run ahead now, behind
+                         so many others
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Collection[int],
         prefix_caching: bool = True,
-        runs_ahead: Callable[[Sequence, int], bool] = lambda seq, start: False,
+        runs_ahead: Callable[[Sequence, int, int], bool] = lambda seq, start, num_ahead: False,
     ) -> None:
         if max_batched_tokens < 1 or max_running < 1:
             raise ValueError(f"nothing can run: {max_batched_tokens=}, {max_running=}")
@@ -332,7 +333,7 @@ class Scheduler:
             reserved += self._pages_to_come(seq)
 
     def _may_run_ahead(self, seq: Sequence, start: int) -> bool:
-        return self._long is None and self._runs_ahead(seq, start)
+        return self._long is None and self._runs_ahead(seq, start, len(self._ahead))
 
     def _start(self, step: _Step, seq: Sequence, num_tokens: int, ahead: bool) -> None:
         """Run a sequence that holds its lock and ``pages`` of the cache, without references."""

@@ -291,13 +291,14 @@ class Chain:
             self._stats, ranks=len(self._ranks) + 1, ranks_live=self.num_ranks
         )
 
-    def wants(self, seq: Sequence, start: int) -> bool:
-        """Whether ``seq``, of which ``[0, start)`` is cached, should run ahead now."""
+    def wants(self, seq: Sequence, start: int, num_ahead: int) -> bool:
+        """Whether ``seq``, of which ``[0, start)`` is cached, should run ahead of the engine now,
+        behind ``num_ahead`` others."""
         return (
             self._chain is not None
             and not self._grows
-            and len(self._jobs) < self.num_ranks
-            and seq.num_tokens - start >= max(self._least, 2)
+            and num_ahead < self.num_ranks
+            and seq.num_tokens - start >= max(self._least, self._page_size + 1)
         )
 
     def start(self, seq: Sequence) -> Ahead:
@@ -694,7 +695,8 @@ class Chain:
             first_page, last_page = seq.num_computed_tokens // page_size, -(-start // page_size)
             receiver.expect(job.id, seq.pages[first_page:last_page])
         job.neighbours = JobNeighbours(job.id, receiver, None)
-        entry = ScheduledSequence(seq, start, length - start, True)
+        first_row = max(start, seq.num_computed_tokens)  # what is cached others may be reading
+        entry = ScheduledSequence(seq, first_row, length - first_row, True)
         job.chunk = LongChunk(entry, self._runner, page_size, job.neighbours)
         job.stuck_since = time.perf_counter()
 
@@ -745,7 +747,8 @@ class Chain:
                 for rank in silent:
                     self._hangs(rank, "it does not answer")
             return
-        slow = now - job.begun > 2 * job.plan.local_seconds + patience
+        # Time in which others' prompts or steps were computed is nobody's fault.
+        slow = job.idle > 2 * job.plan.local_seconds + patience
         if slow or (job.waits and now - job.stuck_since > patience):
             for place in range(job.plan.first, len(job.ranks)):
                 rank = job.ranks[place]

@@ -54,6 +54,7 @@ _SHARED_COSTS = LinkCosts(latency=5e-5, seconds_per_byte=2.5e-10)  # a copy with
 _GLOO_LATENCY = 2e-4
 _BYE, _PROBE = -1, -2  # in place of a job
 _FOREVER = timedelta(days=10_000)
+_UNEXPECTED = "what came is not what was expected"
 
 
 class Pool(NamedTuple):
@@ -206,34 +207,38 @@ class SharedSender:
         socket.send_fds(connection, [greeting], [pool.memory.descriptor])
         self._records = _Records(connection)
         self._offered: set[int] = set()
+        self._closed = False
 
     @property
     def error(self) -> str | None:
-        return self._records.error
+        return "closed" if self._closed else self._records.error
 
     def offer(self, job: int, pages: list[int]) -> None:
         self._offered.add(job)
         self._records.put(_Offer(job, array("i", pages).tobytes()))
 
     def send(self, job: int, layer: int) -> bool:
-        if not self._records.flush():
+        if self._closed or not self._records.flush():
             return False
         self._records.put(_Ready(job, layer))
         return True
 
     def taken(self, job: int) -> bool:
-        self._records.flush()
+        if not self._closed:
+            self._records.flush()
         for record in self._records.get():
             if isinstance(record, _Taken):
                 self._offered.discard(record.job)
         return self._records.error is not None or job not in self._offered
 
     def drop(self, job: int) -> None:
-        if job in self._offered:
+        if job in self._offered and not self._closed:
             self._records.put(_Dropped(job))
 
     def close(self) -> None:
-        # The receiver may be copying: its end of file says that it is not.
+        # The receiver may be copying: its end of file says that it is not. Writing on would be an
+        # error of this end's own, which says nothing of the other.
+        self._closed = True
         with contextlib.suppress(OSError):
             self._records.connection.shutdown(socket.SHUT_WR)
 
@@ -280,6 +285,9 @@ class SharedReceiver:
             return True
         self.read()
         if self._records.error is not None or self._ready.get(job, 0) <= layer:
+            return False
+        if len(self._offers[job]) != len(self._expected[job]):
+            self._records.error = _UNEXPECTED
             return False
         for to, of, count in self._runs_of(job):
             self._own[layer, to : to + count] = self._theirs[layer, of : of + count]
@@ -361,6 +369,8 @@ class GlooSender:
         if self.error is not None or self._queued > STAGED_BYTES:
             return False
         self._put(job, layer, self._pool.pages[layer].index_select(0, self._pages[job]).view(-1))
+        if layer + 1 == len(self._pool.pages):
+            del self._pages[job]
         return True
 
     def taken(self, job: int) -> bool:
@@ -388,10 +398,10 @@ class GlooSender:
                 # Both under way before either is waited for.
                 works = [group.send([header], 1, 0), group.send([data], 1, 0)]
                 for work in works:
-                    work.wait()
+                    work.wait(_FOREVER)  # until there is room: a peer that is gone is an error
                 with self._lock:
                     self._queued -= len(data)
-            group.send([torch.tensor([_BYE, 0, 0])], 1, 0).wait()
+            group.send([torch.tensor([_BYE, 0, 0])], 1, 0).wait(_FOREVER)
         except RuntimeError as error:
             self.error = _first_line(error)
 
@@ -450,7 +460,7 @@ class GlooReceiver:
             self._changed.notify()
         pages = self._expected[job]
         if len(data) * self._pool.pages.shape[1] != len(pages) * self._layer_bytes:
-            self.error = "what came is not what was expected"
+            self.error = _UNEXPECTED
             return False
         self._pool.pages[layer].index_copy_(0, pages, data.view(len(pages), -1))
         self._done[job] = layer + 1
@@ -634,13 +644,14 @@ def _connection(spec: LinkEnd, listener: socket.socket | None, timeout: float) -
 def _group(sends: bool, spec: LinkEnd, store: Store | None, timeout: float) -> Any:
     """The process group of a link's two ends: 0 sends, 1 receives."""
     if spec.port:
-        store_there = meeting(spec.host, spec.port, False, timedelta(seconds=timeout))
-        host = own_address(spec.host)
+        host, port, own = spec.host, spec.port, own_address(spec.host)
     else:
         assert store is not None
-        store_there, host = store.store, store.host
+        host, port, own = store.host, store.port, store.host
+    # A connection for each opening: while one waits for its other end, no other gets through.
+    store_there = meeting(host, port, False, timedelta(seconds=timeout))
     options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]
     options._timeout = timedelta(seconds=timeout)
     prefixed = dist.PrefixStore(spec.name, store_there)
     prefixed.set_timeout(timedelta(seconds=timeout))

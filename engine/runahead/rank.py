@@ -102,6 +102,11 @@ class JobNeighbours:
         ends = (self._receiver, self._sender)
         return next((end.error for end in ends if end is not None and end.error), None)
 
+    def forget(self) -> None:
+        """All of it has arrived, and has been sent."""
+        if self._receiver is not None:
+            self._receiver.drop(self._job)
+
     def drop(self) -> None:
         """Want and send no more of it."""
         for end in (self._receiver, self._sender):
@@ -352,6 +357,9 @@ class Rank:
         page_size, seq = self._page_size, job.seq
         start, end = message.start, message.end
         job.end = end
+        receiver: Receiver | None = self._ends.get(message.source)
+        # Before anything can fail: what is sent here for it must not stay in the link.
+        job.neighbours = JobNeighbours(job.id, receiver, None)
         missing = self._pool.pages_for(end) - len(seq.pages)
         if missing > self._pool.num_free:
             self._cache.evict(missing - self._pool.num_free)
@@ -359,7 +367,6 @@ class Rank:
             self._fail(job, f"its KV memory is full: {missing} pages wanted")
             return
         seq.pages += self._pool.allocate(max(missing, 0))
-        receiver: Receiver | None = self._ends.get(message.source)
         if message.source:
             if receiver is None:
                 self._fail(job, f"it has no link to {message.source}")
@@ -401,6 +408,7 @@ class Rank:
             job.computed = True
             del self._jobs[job.id]
             self._leaving.append(job)
+            job.neighbours.forget()
         elif job.neighbours.error is not None:
             self._fail(job, job.neighbours.error)
         elif now - self._told > PROGRESS_SECONDS:
