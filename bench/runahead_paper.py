@@ -7,8 +7,10 @@ then again under noise on the links. Nothing is measured; the assumptions are th
 
 Two baselines: *dense* computes all scores and masks half of them away, as the paper counts;
 *causal* computes what is seen. For other hardware: `--calibration FILE`, a JSON object as in
-Calibration, or its figures one by one. Markdown on stdout. Exit status: 0, 1 for a file that is
-not such an object, 2 for wrong arguments.
+Calibration, or its figures one by one. How far the simulation itself can be trusted: `--rows FILE`
+sets it beside what `python -m headstart.bench.runahead --json FILE` measured, calibrated by the
+times of one rank alone. Markdown on stdout. Exit status: 0, 1 for a file that is not such an object
+or rows, 2 for wrong arguments.
 """
 
 import argparse
@@ -17,11 +19,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from headstart.bench.command import EXPECTED, exit_status
+from headstart.bench.links import parse_link
 from headstart.bench.report import markdown
+from headstart.bench.runahead_report import ALONE, BASELINES, NOT_THE_MODEL, Row
 from headstart.bench.serve import at_least, positive
 from headstart.engine.runahead.costs import (
     Chain,
@@ -50,6 +55,8 @@ LATENCY = 10e-6
 NOISE = 1.0
 """Assumed: each message takes up to twice as long, by chance."""
 SEEDS = range(10)
+LOOPBACK_GBIT = 25.0
+"""What TCP gets through the loopback of the machine that rows were measured on (bench/links.py)."""
 
 
 class Calibration(msgspec.Struct, frozen=True):
@@ -233,6 +240,46 @@ link is what holds up the chain; from then on more ranks gain nothing, and noise
 much as the ring. How strong the paper's noise was it does not say: that factor is assumed."""
 
 
+def measured_costs(rows: Sequence[Row]) -> RankCosts:
+    """Of the ranks that were measured, from prompts that one of them computed alone."""
+    alone = [(0, row.prompt_tokens, row.ttft) for row in rows if row.method == "local"]
+    if not alone:
+        raise ValueError("there are no rows of `local`, which the simulation is calibrated by")
+    return RankCosts.fit(alone)
+
+
+def beside_measured(rows: Sequence[Row], layers: int, token_bytes: int) -> str:
+    """Simulated and measured times, where each rank had a core."""
+    rank = measured_costs(rows)
+    heads = ["link", "ranks", "tokens", "method", "measured ms", "simulated ms", "off by"]
+    lines = []
+    for row in rows:
+        if row.method in ALONE or row.ranks * row.threads > row.cores:
+            continue
+        gbit = parse_link(row.link).gbit
+        link = LinkCosts(LATENCY, 8e-9 / (LOOPBACK_GBIT if gbit is None else gbit))
+        chain = Calibration(layers, token_bytes, rank, link).chain(row.ranks)
+        if row.method in BASELINES:
+            attention: Literal["causal", "dense"]
+            attention = "dense" if row.method == NOT_THE_MODEL else "causal"
+            seconds = simulate_gathered(chain, row.prompt_tokens, attention).seconds
+        else:
+            some = chain.last(len(row.bounds) - 1)
+            seconds = simulate(some, [0] * (len(row.bounds) - 1), row.bounds).seconds
+        lines.append(
+            [
+                row.link,
+                str(row.ranks),
+                str(row.prompt_tokens),
+                row.method,
+                f"{row.ttft * 1e3:.0f}",
+                f"{seconds * 1e3:.0f}",
+                f"{seconds / row.ttft - 1:+.1%}",
+            ]
+        )
+    return markdown(heads, lines)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     command = argparse.ArgumentParser(
@@ -243,6 +290,7 @@ def parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add("--ranks", nargs="+", type=at_least(1), default=list(RANKS), metavar="N")
     add("--lengths", nargs="+", type=at_least(1), default=list(LENGTHS), metavar="N")
+    add("--rows", type=Path, metavar="FILE", help="of a measurement, to be simulated")
     other = command.add_argument_group("other hardware")
     add = other.add_argument
     add("--calibration", type=Path, metavar="FILE", help="as JSON; or")
@@ -263,7 +311,7 @@ def calibrated(command: argparse.ArgumentParser, args: argparse.Namespace) -> Ca
             command.error("--calibration says all; no other figure goes with it")
         return msgspec.json.decode(args.calibration.read_bytes(), type=Calibration)
     if args.per_token is None:
-        if any(figure is not None for figure in figures):
+        if any(figure is not None for figure in figures) and not args.rows:
             command.error("figures of other hardware need --per-token")
         return None
     return Calibration(
@@ -277,6 +325,10 @@ def calibrated(command: argparse.ArgumentParser, args: argparse.Namespace) -> Ca
 def run(command: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Print the tables."""
     own = calibrated(command, args)
+    if args.rows:
+        rows = [msgspec.json.decode(line, type=Row) for line in args.rows.read_bytes().splitlines()]
+        print(beside_measured(rows, args.layers or 30, args.kv_bytes or 768))
+        return 0
     if own is not None:
         print(table(grid(own, args.ranks, args.lengths)))
         return 0
