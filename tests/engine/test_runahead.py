@@ -44,7 +44,7 @@ from headstart.kernels.backend import instruction_sets
 PAGE = 32
 NEW = 4
 SECRET = "a secret of the tests"
-SECONDS = 25.0
+SECONDS = 60.0
 """A deadline, for what takes parts of a second."""
 KV = 1e-4  # largest difference of a key or value; measured 0
 
@@ -1213,6 +1213,8 @@ def test_another_engine_takes_a_rank_over(
 ) -> None:
     """The first one's jobs end there; it computes them itself."""
     monkeypatch.setattr(Chain._hangs, "__defaults__", (0.1,))
+    for name in ("OPENING_SECONDS", "OUT_SECONDS"):
+        monkeypatch.setattr(f"headstart.engine.runahead.chain.{name}", 0.1)
     cluster = make_cluster(2, transport, engine={"runahead_timeout": 1.0})
     first, second = cluster.ranks
     second.hold = at_layer(1)

@@ -123,8 +123,7 @@ def test_processes_compute_as_one_engine_does(server: Server, alone: Alone) -> N
 
 
 @pytest.mark.parametrize("place", [0, 1])
-@pytest.mark.parametrize("steps", [None, 1, 2, 4])
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize(("name", "steps"), [("SIGKILL", None), ("SIGKILL", 2), ("SIGSTOP", 1)])
 def test_a_rank_that_dies_or_stops_costs_no_request(
     server: Server,
     alone: Alone,
