@@ -970,6 +970,41 @@ def test_a_full_rank_frees_what_an_aborted_prompt_was_sent(
     cluster.prove(alone, prompt, outputs=cluster.run(prompt))
 
 
+def test_a_rank_keeps_pages_until_the_next_one_has_them(
+    make_cluster: MakeCluster, alone: Alone
+) -> None:
+    """Nothing is cached: a page given back too early is written to for the next prompt."""
+    cluster = make_cluster(2, rank={"prefix_caching": False})
+    first, second = cluster.ranks
+    second.hold = lambda rank: bool(rank._jobs)
+    prompts = [Prompt(some(300)), Prompt(some(310))]
+    ids = [cluster.add(prompt) for prompt in prompts]
+    cluster.step_until(lambda: len([job for job in jobs(cluster) if 0 in job.finished]) == 2)
+    second.hold = never
+    cluster.finish()
+    assert cluster.num_ahead == 2
+    cluster.prove(alone, *prompts, outputs=[cluster.outputs[i] for i in ids])
+    assert first.rank._pool.num_used == 0
+
+
+def test_the_engine_keeps_pages_until_the_first_rank_has_them(lasting: Any) -> None:
+    cluster, prompt = lasting(2), Prompt(some(300))
+    cluster.forget()
+    cluster.run_here(Prompt(prompt.tokens[:160], new=1))
+    cluster.ranks[0].hold = lambda rank: bool(rank._jobs)
+    id_ = cluster.add(prompt)
+    cluster.step_until(lambda: jobs(cluster) and jobs(cluster)[0].plan is not None)
+    cluster.engine.abort([id_])
+    cluster.engine._cache.clear()
+    for _ in range(10):
+        cluster.engine.attend_chain()
+        cluster.check()
+    assert cluster.engine._pool.num_used == 5
+    cluster.ranks[0].hold = never
+    cluster.settle()
+    assert cluster.engine._pool.num_used == 0
+
+
 # --------------------------------------------------------------------------------- faults
 
 
