@@ -390,7 +390,7 @@ class Chain:
         for rank in self._ranks:
             self._supervise(rank, now)
             self._hear(rank, now)
-            if rank.welcome is None and now - rank.greeted > GREETING_SECONDS:
+            if rank.welcome is None and now > max(rank.out_until, rank.greeted + GREETING_SECONDS):
                 rank.greeted = now
                 hello = Hello(self._session, self._identity, str(self._folder), self._token)
                 self._send(rank, hello)
@@ -463,12 +463,13 @@ class Chain:
                 continue
             rank.heard = now
             match message:
-                case Welcome() if message.session == self._session and now > rank.out_until:
+                case Welcome() if message.session == self._session:
                     if rank.welcome is None:
                         rank.welcome, rank.reason = message, ""
                         logger.info("runahead: %s is there", rank.name)
                 case Refused() if message.session == self._session:
                     self._refuse(rank, message.reason)
+                    self._leave_out(rank, message.reason, OUT_SECONDS)
                 case Formed() if message.generation == self._generation:
                     rank.formed = message
                 case Prepared() | Declined() | Progress() | Finished() | Failed():
@@ -509,15 +510,15 @@ class Chain:
         for i, rank in enumerate(ranks):
             rank.formed = None
             behind = ranks[i + 1] if i + 1 < len(ranks) else None
-            here, there = self._ends(rank, behind, sends=True)
-            origin, own = self._ends(rank, None, sends=False)
+            here, there = self._ends(rank, behind)
+            origin, own = self._ends(rank, None)
             self._send(rank, Form(self._generation, upstream, here, origin))
             upstream = there
             self._opening[rank.name] = Opening(True, own, self._memory, None, OPENING_SECONDS)
         if upstream is not None:
             self._opening[""] = Opening(False, upstream, self._memory, None, OPENING_SECONDS)
 
-    def _ends(self, rank: _Rank, other: _Rank | None, *, sends: bool) -> tuple[LinkEnd, LinkEnd]:
+    def _ends(self, rank: _Rank, other: _Rank | None) -> tuple[LinkEnd, LinkEnd]:
         """The ends of a link between ``rank`` and another one, None being the engine."""
         assert rank.welcome is not None
         name = secrets.token_hex(16)

@@ -246,6 +246,8 @@ class Rank:
             return
         if message.session != self._session:
             self._close_links()
+            if self._session:
+                self._send(Refused(self._session, "another engine has taken it over"))
         self._engine, self._session = sender, message.session
         shares = self._memory.memory is not None and _reads(message)
         self._send(

@@ -7,8 +7,10 @@ their books checked at each turn. test_runahead_processes.py has real ones.
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import shutil
+import socket
 import threading
 import time
 from array import array
@@ -17,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,7 +30,10 @@ from torch import Tensor
 from headstart.engine import engine as engine_module
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
-from headstart.engine.runahead import chain as chain_module
+from headstart.engine.errors import ConfigError
+from headstart.engine.runahead import control, measure
+from headstart.engine.runahead import rank as rank_module
+from headstart.engine.runahead.chain import Chain, Report
 from headstart.engine.runahead.cuts import Positions
 from headstart.engine.runahead.rank import Rank, RankConfig
 from headstart.engine.sampling_params import SamplingParams
@@ -37,7 +44,7 @@ from headstart.kernels.backend import instruction_sets
 PAGE = 32
 NEW = 4
 SECRET = "a secret of the tests"
-SECONDS = 25.0
+SECONDS = 60.0
 """A deadline, for what takes parts of a second."""
 KV = 1e-4  # largest difference of a key or value; measured 0
 
@@ -280,6 +287,11 @@ class Cluster:
         return self.chain.stats.prompts
 
     @property
+    def last(self) -> Report:
+        assert self.chain.last is not None
+        return self.chain.last
+
+    @property
     def num_failed(self) -> int:
         return self.chain.stats.failed
 
@@ -330,7 +342,8 @@ class Cluster:
             expected, kv = alone(prompt)
             if outputs is not None:
                 assert outputs[i] == expected
-            for holder in (self.engine, *self.ranks):
+            holders: list[Engine | RankThread] = [self.engine, *self.ranks]
+            for holder in holders:
                 found = self.kv(holder, prompt)
                 assert_same_kv(found, kv[:, : found.shape[1]])
 
@@ -413,7 +426,7 @@ def test_tokens_and_kv_are_those_of_one_engine(
     prompts = [Prompt(some(n)) for n in (449, 32 * ranks + 32, 32 * ranks + 33, 200)]
     outputs = [cluster.run(prompt)[0] for prompt in prompts]
     assert cluster.num_ahead == before + len(prompts)
-    assert len(cluster.chain.last.bounds) == ranks + 2
+    assert len(cluster.last.bounds) == ranks + 2
     references(llama).check([p.tokens for p in prompts], outputs, NEW)
     cluster.prove(alone, *prompts, outputs=outputs)
     for prompt in prompts:
@@ -480,7 +493,7 @@ def test_any_cuts(lasting: Any, alone: Alone, data: st.DataObject, length: int) 
     before = cluster.num_ahead
     outputs = cluster.run(prompt)
     assert cluster.num_ahead == before + 1
-    assert cluster.chain.last.bounds == (begin, *sorted(cuts), length)
+    assert cluster.last.bounds == (begin, *sorted(cuts), length)
     cluster.prove(alone, prompt, outputs=outputs)
 
 
@@ -514,17 +527,17 @@ def test_the_first_rank_is_sent_what_it_lacks_of_the_engine_s(
     cluster, prompt = lasting(2, transport), Prompt(some(400))
     cluster.run_here(Prompt(prompt.tokens[:160], new=1))
     outputs = cluster.run(prompt)
-    assert cluster.chain.last.bounds[0] == 160
+    assert cluster.last.bounds[0] == 160
     page_bytes = cluster.chain._memory.pages[:, 0].numel()
-    assert cluster.chain.last.sent_bytes[-1] == 5 * page_bytes
+    assert cluster.last.sent_bytes[-1] == 5 * page_bytes
     cluster.prove(alone, prompt, outputs=outputs)
-    ends = cluster.chain.last.bounds
+    ends = cluster.last.bounds
     for rank, end in zip(cluster.ranks, ends[1:], strict=False):
         assert cluster.kv(rank, prompt).shape[1] == end // PAGE  # kept for the next time
     # Another with that beginning: the ranks have it now.
     other = Prompt(prompt.tokens[:192] + some(200))
     cluster.prove(alone, other, outputs=cluster.run(other))
-    assert cluster.chain.last.sent_bytes[-1] == 0
+    assert cluster.last.sent_bytes[-1] == 0
 
 
 def test_what_only_the_ranks_know_is_not_computed_again(
@@ -957,6 +970,44 @@ def test_a_full_rank_frees_what_an_aborted_prompt_was_sent(
     cluster.prove(alone, prompt, outputs=cluster.run(prompt))
 
 
+def test_a_rank_keeps_pages_until_the_next_one_has_them(
+    make_cluster: MakeCluster, alone: Alone
+) -> None:
+    """Nothing is cached: a page given back too early is written to for the next prompt."""
+    cluster = make_cluster(2, rank={"prefix_caching": False})
+    first, second = cluster.ranks
+    link = second.rank._ends["upstream"]
+    link.arrived = lambda job, layer: False  # the second takes nothing for now
+    prompts = [Prompt(some(300)), Prompt(some(310))]
+    ids = [cluster.add(prompts[0])]
+    cluster.step_until(lambda: sum(0 in job.finished for job in jobs(cluster)) == 1)
+    ids.append(cluster.add(prompts[1]))
+    cluster.step_until(lambda: sum(0 in job.finished for job in jobs(cluster)) == 2)
+    del link.arrived
+    cluster.finish()
+    assert cluster.num_ahead == 2
+    cluster.prove(alone, *prompts, outputs=[cluster.outputs[i] for i in ids])
+    assert first.rank._pool.num_used == 0
+
+
+def test_the_engine_keeps_pages_until_the_first_rank_has_them(lasting: Any) -> None:
+    cluster, prompt = lasting(2), Prompt(some(300))
+    cluster.forget()
+    cluster.run_here(Prompt(prompt.tokens[:160], new=1))
+    cluster.ranks[0].hold = lambda rank: bool(rank._jobs)
+    id_ = cluster.add(prompt)
+    cluster.step_until(lambda: jobs(cluster) and jobs(cluster)[0].plan is not None)
+    cluster.engine.abort([id_])
+    cluster.engine._cache.clear()
+    for _ in range(10):
+        cluster.engine.attend_chain()
+        cluster.check()
+    assert cluster.engine._pool.num_used == 5
+    cluster.ranks[0].hold = never
+    cluster.settle()
+    assert cluster.engine._pool.num_used == 0
+
+
 # --------------------------------------------------------------------------------- faults
 
 
@@ -1048,7 +1099,7 @@ def test_a_rank_that_stands_still_is_left_out_and_comes_back(
     place: int,
     stage: str,
 ) -> None:
-    monkeypatch.setattr(chain_module, "OUT_SECONDS", 0.5)
+    monkeypatch.setattr(Chain._hangs, "__defaults__", (0.5,))
     cluster = make_cluster(2, engine={"runahead_timeout": 0.7})
     rank, prompt = cluster.ranks[place], Prompt(some(300))
     rank.hold = at_layer(0) if stage == "half-way" else always
@@ -1102,3 +1153,159 @@ def test_random_use(make_cluster: MakeCluster, alone: Alone, transport: str, see
     cluster.prove(alone, *prompts.values())
     cluster.engine._cache.clear()
     assert cluster.engine._pool.num_used == 0
+
+
+# ------------------------------------------------------------------------------ handshake
+
+
+@pytest.fixture
+def refused(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> Iterator[Callable[..., str]]:
+    """``refused(folder, options)``: what is logged of a rank that must not take part, though
+    another one does."""
+    made: list[Cluster] = []
+
+    def get(folder: Path = llama, secret: str = SECRET, **options: Any) -> str:
+        good = RankConfig(engine=config(llama), listen=f"ipc://{tmp_path}/a", secret=SECRET)
+        other = RankConfig(
+            engine=config(folder, **options), listen=f"ipc://{tmp_path}/b", secret=secret
+        )
+        fields = {"runahead_hosts": [good.listen, other.listen], "runahead_timeout": 20.0}
+        cluster = Cluster(llama, tmp_path, options=Options(0, engine=fields))
+        made.append(cluster)
+        cluster.ranks = [RankThread(good)]
+        cluster.wait_for(lambda: cluster.chain.num_ranks == 2)
+        cluster.ranks.append(RankThread(other))
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            cluster.engine.attend_chain()
+            time.sleep(0.01)
+        assert cluster.chain.num_ranks == 2
+        assert not cluster.chain.whole
+        prompt = Prompt(some(300))
+        assert cluster.run(prompt) == [Alone(llama)(prompt)[0]]
+        assert cluster.num_ahead == 1
+        messages = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+        assert len(messages) <= 1, "said more than once"
+        return messages[0] if messages else ""
+
+    yield get
+    for cluster in made:
+        cluster.close()
+
+
+def test_a_rank_with_another_model_is_refused(
+    refused: Callable[..., str], tiny_model: Callable[..., Path]
+) -> None:
+    said = refused(tiny_model("llama", num_hidden_layers=3, seed=5))
+    assert "rank 1 " in said
+    assert "its model is" in said
+
+
+def test_a_rank_with_other_weights_is_refused(refused: Callable[..., str]) -> None:
+    said = refused(weights="bf16", isa=instruction_sets()[-1])
+    assert "rank 1 " in said
+    assert "its weights is bf16" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("version", "0.0"), ("page_size", 16), ("kv_layout", "another")]
+)
+def test_a_rank_that_differs_is_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    def identity(loaded: Any) -> Any:
+        found = measure.identity(loaded)
+        if threading.current_thread() is not threading.main_thread():
+            return found
+        identities.append(found)
+        return msgspec.structs.replace(found, **{name: value}) if len(identities) == 2 else found
+
+    identities: list[Any] = []
+    monkeypatch.setattr(rank_module, "identity", identity)  # of the second rank
+    said = refused()
+    assert "rank 1 " in said
+    assert f"its {name.replace('_', ' ')} is {value}, the engine's is" in said
+
+
+def test_a_rank_with_another_secret_never_joins(refused: Callable[..., str]) -> None:
+    refused(secret="another secret of the tests")
+
+
+def test_a_short_secret_is_refused(llama: Path, tmp_path: Path) -> None:
+    listen = f"ipc://{tmp_path}/a"
+    with pytest.raises(ConfigError, match="16 characters"):
+        Rank(RankConfig(engine=config(llama), listen=listen, secret="short"))
+    with pytest.raises(ConfigError, match="16 characters"):
+        Engine(config(llama, runahead_hosts=[listen], runahead_secret="short"))
+    with pytest.raises(ConfigError, match="needs the secret"):
+        Engine(config(llama, runahead_hosts=[listen]))
+
+
+def test_another_engine_takes_a_rank_over(
+    make_cluster: MakeCluster,
+    alone: Alone,
+    transport: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one's jobs end there; it computes them itself."""
+    monkeypatch.setattr(Chain._hangs, "__defaults__", (0.1,))
+    for name in ("OPENING_SECONDS", "OUT_SECONDS"):
+        monkeypatch.setattr(f"headstart.engine.runahead.chain.{name}", 0.1)
+    cluster = make_cluster(2, transport, engine={"runahead_timeout": 1.0})
+    first, second = cluster.ranks
+    second.hold = at_layer(1)
+    prompt = Prompt(some(300))
+    id_ = cluster.add(prompt)
+    cluster.step_until(second.held.is_set)
+    fields = cluster.chain._config
+    other = Engine(msgspec.structs.replace(fields, kv_memory=8 << 20))
+    second.hold = never
+    deadline = time.monotonic() + SECONDS
+    assert other.runahead is not None
+    while not other.runahead.whole:
+        assert time.monotonic() < deadline
+        other.attend_chain()
+        time.sleep(0.002)
+    assert not first.rank._jobs
+    assert not second.rank._jobs
+    cluster.finish()
+    assert cluster.outputs[id_] == alone(prompt)[0]
+    other.close()
+    cluster.wait_for(lambda: cluster.chain.whole)
+    again = Prompt(some(300))
+    outputs = cluster.run(again, prompt)
+    cluster.prove(alone, again, prompt, outputs=outputs)
+
+
+def test_garbage_does_a_rank_no_harm(llama: Path, alone: Alone) -> None:
+    """From strangers, and from those who know the secret."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    listen = f"127.0.0.1:{port}"
+    rank = RankThread(RankConfig(engine=config(llama), listen=listen, secret=SECRET))
+    fields = {"runahead_hosts": [listen], "runahead_timeout": 20.0}
+    cluster = Cluster(llama, llama.parent, options=Options(0, engine=fields))
+    try:
+        cluster.ranks = [rank]
+        cluster.wait_for(lambda: cluster.chain.whole)
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(random.Random(1).randbytes(10_000))
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        knows = control.connect(context, listen, SECRET, 10.0)
+        knows.immediate = False
+        for message in (b"", b"\xc1", b"\x93\x01", bytes(range(256)), b"\x92\xa3Run\x01"):
+            knows.send(message)
+            knows.send_multipart([message, message])
+        plain = context.socket(zmq.DEALER)
+        plain.connect(f"tcp://{listen}")
+        plain.send(b"Hello")
+        time.sleep(0.2)
+        for _ in range(2):
+            prompt = Prompt(some(300))
+            cluster.prove(alone, prompt, outputs=cluster.run(prompt))
+        assert cluster.num_ahead == 2
+        context.destroy(0)
+    finally:
+        cluster.close()
