@@ -82,6 +82,9 @@ OUT_SECONDS = 5.0
 """For how long a rank that hung, or handed on nothing, is left out."""
 RESPAWN_SECONDS = 1.0
 """Between two starts of a local rank."""
+NEWS, MOST_PACE, LEAST_CHUNK = 0.4, 8.0, 64
+"""How much the latest prompt changes what is known of a rank's pace, how far that may go, and how
+many tokens a chunk must have to tell."""
 WORTH = 0.95
 """A prompt runs ahead if that is predicted to take this share of the local time, or less."""
 
@@ -116,6 +119,7 @@ class _Rank:
     out_until: float = -1e9
     heard: float = 0.0
     reason: str = ""  # why it is out, said once
+    pace: float = 1.0  # seconds a chunk takes, for each that was measured when it started
 
 
 @dataclass(slots=True, eq=False)
@@ -133,6 +137,7 @@ class Ahead:
     unsent: list[tuple[Sender, int]] = field(default_factory=list)  # layers for the first rank
     origin_bytes: int = 0
     finished: dict[int, Finished] = field(default_factory=dict)
+    busy: float = 0.0
     idle: float = 0.0
     waiting_since: float | None = None
     stuck_since: float = 0.0
@@ -161,10 +166,19 @@ class Ahead:
         layer = self.chunk.layer
         logits = self.chunk.advance(pieces)
         now = time.perf_counter()
+        self.busy += now - begin
         if not self.chunk.waits or self.chunk.layer != layer:
             self.stuck_since = now
         self.waiting_since = now if logits is None and self.chunk.waits else None
         return logits
+
+
+def _mixed(pace: float, seconds: float, measured: costs.RankCosts, start: int, end: int) -> float:
+    """A rank's pace after it took ``seconds`` for a chunk; short chunks tell nothing."""
+    if end - start < LEAST_CHUNK:
+        return pace
+    latest = seconds / max(measured.seconds(start, end - start), 1e-9)
+    return pace + NEWS * (min(max(latest, 1 / MOST_PACE), MOST_PACE) - pace)
 
 
 class _Lent(NamedTuple):
@@ -219,6 +233,7 @@ class Chain:
         self._opening: dict[str, Opening] = {}
         self._receiver: Receiver | None = None
         self._chain: costs.Chain | None = None
+        self._pace = 1.0  # the engine's own, see _Rank
         self._table = CutTable()
         self._least = 0
         self._jobs: dict[int, Ahead] = {}
@@ -323,6 +338,7 @@ class Chain:
         for rank in job.ranks:  # what they have finished with came before their last KV
             self._hear(rank, time.perf_counter())
         self._end(job)
+        self._learn(job)
         self._report(job)
 
     def cancel(self, job: Ahead) -> None:
@@ -568,13 +584,12 @@ class Chain:
     def _describe(self) -> None:
         """What the chain costs, and from how many tokens on it pays."""
         assert self._receiver is not None
-        welcomes = [rank.welcome for rank in self._live if rank.welcome is not None]
         links = [rank.formed.costs for rank in self._live[1:] if rank.formed is not None]
         token_bytes = self._memory.pages.shape[2] // self._page_size
         self._chain = costs.Chain(
             layers=self._layers,
             token_bytes=token_bytes,
-            ranks=(*(welcome.costs for welcome in welcomes), self._costs),
+            ranks=self._paced(),
             links=(*(link for link in links if link is not None), self._receiver.costs),
             back=self._receiver.costs,
         )
@@ -591,6 +606,28 @@ class Chain:
         """Keep these cuts as the best of their length."""
         self._table = self._table.with_cuts(bounds)
         self._table.save(self.machine_folder, self._about())
+
+    def _paced(self) -> tuple[costs.RankCosts, ...]:
+        """What chunks cost each rank, by what they have cost lately."""
+        ranks = [
+            rank.welcome.costs.times(rank.pace) for rank in self._live if rank.welcome is not None
+        ]
+        return (*ranks, self._costs.times(self._pace))
+
+    def _learn(self, job: Ahead) -> None:
+        """Ranks that share cores, or have other work, are slower than when they were measured."""
+        if self._chain is None or job.plan is None or job.ranks != self._live:
+            return
+        first, bounds = job.plan.first, job.plan.bounds
+        for place, rank in enumerate(job.ranks):
+            if place in job.finished and rank.welcome is not None:
+                start, end = bounds[place - first : place - first + 2]
+                start = max(start, job.held[place])
+                measured = rank.welcome.costs
+                rank.pace = _mixed(rank.pace, job.finished[place].busy, measured, start, end)
+        start = job.entry.start
+        self._pace = _mixed(self._pace, job.busy, self._costs, start, bounds[-1])
+        self._chain = msgspec.structs.replace(self._chain, ranks=self._paced())
 
     @property
     def machine_folder(self) -> Path | None:
@@ -612,7 +649,7 @@ class Chain:
         def pays(pages: int) -> bool:
             assert self._chain is not None
             found = plan(self._chain, nothing, pages * self._page_size, self._page_size)
-            return found.seconds <= WORTH * found.local_seconds
+            return found.seconds <= WORTH * self._costs.seconds(0, pages * self._page_size)
 
         low, high = 1, 2
         while not pays(high):
@@ -705,6 +742,11 @@ class Chain:
         assert self._chain is not None
         segments, cached = seq.segments, held[-1]
         found = plan(self._chain, held, length, self._page_size, segments)
+        # By what the engine takes while no rank computes beside it.
+        local = self._costs.seconds(cached, length - cached)
+        found = msgspec.structs.replace(found, local_seconds=local)
+        if found.seconds >= local and self._config.runahead_min is None:
+            found = Plan(len(held) - 1, (cached, length), local, local)
         positions = Positions(cached, length, self._page_size, segments)
         ranks = len(held)
         cuts: Items[int] | None = None

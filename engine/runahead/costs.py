@@ -62,6 +62,10 @@ class RankCosts(msgspec.Struct, frozen=True):
         """Seconds of the whole chunk ``[start, start + num)``, alone; 0 for an empty one."""
         return self.linear(num) + self.attention(start, num)
 
+    def times(self, factor: float) -> RankCosts:
+        """Those of a rank that takes ``factor`` times as long."""
+        return RankCosts(self.fixed * factor, self.per_token * factor, self.per_pair * factor)
+
     def tokens(self, start: float, seconds: float) -> float:
         """How many tokens from ``start`` on take ``seconds``: the inverse of ``seconds``."""
         seconds -= self.fixed

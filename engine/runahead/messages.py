@@ -150,11 +150,11 @@ class Progress(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Finished(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The chunk is computed and handed to its link. ``seconds``: from Run on; ``idle``: those spent
+    """The chunk is computed and handed to its link. ``busy``: seconds of computing; ``idle``: of
     waiting for KV; ``sent_bytes``: of keys and values."""
 
     job: int
-    seconds: float
+    busy: float
     idle: float
     sent_bytes: int
 

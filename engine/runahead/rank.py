@@ -127,7 +127,7 @@ class _Job:
     sender: Sender | None = None
     chunk: LongChunk | None = None
     layer: int = 0  # of a chunk without rows, which is only handed on
-    begun: float = 0.0
+    busy: float = 0.0
     idle: float = 0.0
     waiting_since: float | None = None  # the last look
     stuck_since: float = 0.0  # when it last computed
@@ -389,7 +389,7 @@ class Rank:
         if first < end:
             entry = ScheduledSequence(seq, first, end - first, False)
             job.chunk = LongChunk(entry, self._runner, page_size, job.neighbours)
-        job.begun = job.stuck_since = time.perf_counter()
+        job.stuck_since = time.perf_counter()
 
     def _compute(self) -> None:
         job = self._head()
@@ -401,12 +401,12 @@ class Rank:
             job.idle += begin - job.waiting_since
         done = self._advance(job)
         now = time.perf_counter()
+        job.busy += now - begin
         waits = not done and (job.chunk is None or job.chunk.waits)
         if not waits:
             job.stuck_since = now
         if done:
-            seconds = now - job.begun
-            self._send(Finished(job.id, seconds, job.idle, job.sent_bytes))
+            self._send(Finished(job.id, job.busy, job.idle, job.sent_bytes))
             job.computed = True
             del self._jobs[job.id]
             self._leaving.append(job)

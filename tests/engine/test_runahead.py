@@ -31,6 +31,7 @@ from headstart.engine import engine as engine_module
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
+from headstart.engine.runahead import chain as chain_module
 from headstart.engine.runahead import control, measure
 from headstart.engine.runahead import rank as rank_module
 from headstart.engine.runahead.chain import Chain, Report
@@ -813,6 +814,29 @@ def test_no_rank_is_too_slow_for_having_others_before_it(
     assert (cluster.num_ahead, cluster.chain.stats.left_out) == (4, 0)
     for rank in cluster.ranks:
         rank.slowness = 0.0
+    cluster.prove(alone, *prompts, outputs=outputs)
+
+
+def test_a_rank_that_became_slow_is_known_to_be(
+    make_cluster: MakeCluster, alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what its chunks take, and not by what it waits: rank 1 waits for rank 0, and is quick."""
+    monkeypatch.setattr(chain_module, "MOST_PACE", 1e6)
+    cluster = make_cluster(2)
+    advance = Rank._advance
+
+    def slow(rank: Rank, job: Any) -> bool:
+        if rank is cluster.ranks[0].rank:
+            time.sleep(0.2)
+        return advance(rank, job)
+
+    monkeypatch.setattr(Rank, "_advance", slow)
+    prompts = [Prompt(some(400)) for _ in range(3)]
+    outputs = cluster.run(*prompts)
+    first, second = (rank.pace for rank in cluster.chain._live)
+    assert first > 5 * max(second, cluster.chain._pace)
+    assert cluster.chain._chain is not None
+    assert cluster.chain._chain.ranks == cluster.chain._paced()
     cluster.prove(alone, *prompts, outputs=outputs)
 
 

@@ -367,3 +367,9 @@ def test_noise_reaches_the_baseline() -> None:
     quiet = simulate_gathered(two, 10, "causal").seconds
     noisy = simulate_gathered(two, 10, "causal", noise=lambda: 3.0).seconds
     assert noisy == pytest.approx(quiet + 3 * 2.0)
+
+
+def test_costs_of_a_slower_rank() -> None:
+    costs = RankCosts(0.1, 0.002, 3e-6)
+    assert costs.times(2.5).seconds(640, 320) == pytest.approx(2.5 * costs.seconds(640, 320))
+    assert costs.times(1.0) == costs
