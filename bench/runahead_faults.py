@@ -104,6 +104,7 @@ async def client(
                 got = await answer(session, url, prompts[which], f"{draw.random()}")
             except (BenchError, aiohttp.ClientError, TimeoutError, KeyError) as error:
                 findings.wrong(f"a request was lost: {error!r}")
+                await asyncio.sleep(1)
                 continue
             if got != expected[which]:
                 findings.wrong(f"{len(prompts[which])} tokens: {got}, not {expected[which]}")

@@ -616,7 +616,8 @@ class Chain:
 
     def _learn(self, job: Ahead) -> None:
         """Ranks that share cores, or have other work, are slower than when they were measured."""
-        if self._chain is None or job.plan is None or job.ranks != self._live:
+        gone = any(rank.welcome is None for rank in self._live)  # just now: a new chain comes
+        if self._chain is None or job.plan is None or job.ranks != self._live or gone:
             return
         first, bounds = job.plan.first, job.plan.bounds
         for place, rank in enumerate(job.ranks):

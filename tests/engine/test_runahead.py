@@ -817,6 +817,21 @@ def test_no_rank_is_too_slow_for_having_others_before_it(
     cluster.prove(alone, *prompts, outputs=outputs)
 
 
+def test_a_rank_that_goes_as_its_prompt_ends(
+    make_cluster: MakeCluster, alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = make_cluster(2)
+    finish = Chain.finish
+
+    def gone(chain: Chain, job: Any) -> None:
+        chain._leave_out(job.ranks[0], "it went", 0.0)
+        finish(chain, job)
+
+    monkeypatch.setattr(Chain, "finish", gone)
+    prompt = Prompt(some(300))
+    assert cluster.run(prompt) == [alone(prompt)[0]]
+
+
 def test_a_rank_that_became_slow_is_known_to_be(
     make_cluster: MakeCluster, alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
