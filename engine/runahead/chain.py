@@ -62,7 +62,6 @@ from headstart.engine.runahead.messages import (
     LinkEnd,
     Prepare,
     Prepared,
-    Progress,
     Refused,
     Run,
     ToRank,
@@ -105,11 +104,9 @@ class _Rank:
     """A prefill rank. ``welcome`` is what it answered; None: it is not there, or left out."""
 
     name: str
-    address: str
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
     config: RankConfig | None = None  # of a local one, which is started here
-    cores: list[int] | None = None
     process: subprocess.Popen[bytes] | None = None
     welcome: Welcome | None = None
     formed: Formed | None = None
@@ -117,7 +114,6 @@ class _Rank:
     greeted: float = -1e9
     started: float = -1e9
     out_until: float = -1e9
-    heard: float = 0.0
     reason: str = ""  # why it is out, said once
     pace: float = 1.0  # seconds a chunk takes, for each that was measured when it started
 
@@ -256,7 +252,7 @@ class Chain:
         )
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         monitor = socket.get_monitor_socket(events)
-        self._ranks.append(_Rank(name, address, socket, monitor, local))
+        self._ranks.append(_Rank(name, socket, monitor, local))
 
     def _local(self, address: str) -> RankConfig:
         """A rank on this machine: as the engine, with a share of its KV memory."""
@@ -336,7 +332,7 @@ class Chain:
     def finish(self, job: Ahead) -> None:
         """The engine has its logits."""
         for rank in job.ranks:  # what they have finished with came before their last KV
-            self._hear(rank, time.perf_counter())
+            self._hear(rank)
         self._end(job)
         self._learn(job)
         self._report(job)
@@ -405,7 +401,7 @@ class Chain:
         now = time.perf_counter()
         for rank in self._ranks:
             self._supervise(rank, now)
-            self._hear(rank, now)
+            self._hear(rank)
             if rank.welcome is None and now > max(rank.out_until, rank.greeted + GREETING_SECONDS):
                 rank.greeted = now
                 hello = Hello(self._session, self._identity, str(self._folder), self._token)
@@ -462,7 +458,7 @@ class Chain:
         with contextlib.suppress(zmq.Again):  # nobody is connected: it is greeted when it is back
             rank.socket.send(self._encoder.encode(message), zmq.DONTWAIT)
 
-    def _hear(self, rank: _Rank, now: float) -> None:
+    def _hear(self, rank: _Rank) -> None:
         while rank.monitor.poll(0):
             event = recv_monitor_message(rank.monitor)
             if event["event"] == zmq.EVENT_DISCONNECTED:
@@ -477,7 +473,6 @@ class Chain:
             except msgspec.DecodeError as error:
                 self._refuse(rank, f"it speaks another version ({error})")
                 continue
-            rank.heard = now
             match message:
                 case Welcome() if message.session == self._session:
                     if rank.welcome is None:
@@ -488,7 +483,7 @@ class Chain:
                     self._leave_out(rank, message.reason, OUT_SECONDS)
                 case Formed() if message.generation == self._generation:
                     rank.formed = message
-                case Prepared() | Declined() | Progress() | Finished() | Failed():
+                case Prepared() | Declined() | Finished() | Failed():
                     job = self._jobs.get(message.job)
                     if job is not None and job.failed is None and rank in job.ranks:
                         self._note(job, rank, message)
@@ -679,7 +674,7 @@ class Chain:
     # ---------------------------------------------------------------- jobs
 
     def _note(
-        self, job: Ahead, rank: _Rank, message: Prepared | Declined | Progress | Finished | Failed
+        self, job: Ahead, rank: _Rank, message: Prepared | Declined | Finished | Failed
     ) -> None:
         place = job.ranks.index(rank)
         match message:
@@ -695,8 +690,6 @@ class Chain:
                 job.failed = f"{rank.name}: {reason}"
                 # Its links are not what they were; new ones are quickly made.
                 self._retry = self._retry or time.perf_counter()
-            case Progress():
-                pass
 
     def _run(self, job: Ahead) -> None:
         """All ranks have said what they hold: cut the prompt, and set them to work."""

@@ -1,7 +1,7 @@
 """What the engine, the last rank of the chain, and its prefill ranks say to each other.
 
 engine -> rank    Hello, Form, Prepare, Run, Cancel, Bye
-rank -> engine    Welcome or Refused; Formed; Prepared or Declined; Progress, Finished, Failed
+rank -> engine    Welcome or Refused; Formed; Prepared or Declined; Finished, Failed
 
 KV goes from rank to rank over links (links.py), never this way. Jobs, one for each prompt that runs
 ahead, are numbered by the engine; a session is one life of an engine.
@@ -49,7 +49,6 @@ class Welcome(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
     session: int
     costs: RankCosts
-    num_pages: int
     shares: bool
     store_port: int
     host: str
@@ -140,15 +139,6 @@ class Bye(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The engine ends: close the links."""
 
 
-class Progress(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Sent now and then while a job is under way: the layer it has come to, and for how long it
-    has waited there for another rank."""
-
-    job: int
-    layer: int
-    waited: float
-
-
 class Finished(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The chunk is computed and handed to its link. ``busy``: seconds of computing; ``idle``: of
     waiting for KV; ``sent_bytes``: of keys and values."""
@@ -167,4 +157,4 @@ class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 ToRank = Hello | Form | Prepare | Run | Cancel | Bye
-FromRank = Welcome | Refused | Formed | Prepared | Declined | Progress | Finished | Failed
+FromRank = Welcome | Refused | Formed | Prepared | Declined | Finished | Failed

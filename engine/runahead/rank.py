@@ -51,7 +51,6 @@ from headstart.engine.runahead.messages import (
     Hello,
     Prepare,
     Prepared,
-    Progress,
     Refused,
     Run,
     ToRank,
@@ -66,7 +65,6 @@ logger = logging.getLogger(__name__)
 
 OPENING_SECONDS = 10.0
 """How long the other end of a link may take to appear."""
-PROGRESS_SECONDS = 0.2
 
 
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,7 +72,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     listen:     HOST:PORT, HOST being an address that the other ranks reach, or a ZeroMQ endpoint
     secret:     what the engine has to know
-    transport:  "auto" (shared memory with ranks of the same machine), "shared" or "gloo"
+    transport:  "auto" (shared memory with ranks of the same machine) or "gloo"
     """
 
     engine: EngineConfig
@@ -130,7 +128,6 @@ class _Job:
     busy: float = 0.0
     idle: float = 0.0
     waiting_since: float | None = None  # the last look
-    stuck_since: float = 0.0  # when it last computed
     sent_bytes: int = 0
     computed: bool = field(default=False)
 
@@ -169,7 +166,6 @@ class Rank:
         self._form: Form | None = None
         self._opening: dict[str, Opening] = {}
         self._ends: dict[str, Any] = {}
-        self._told = 0.0
 
     # ---------------------------------------------------------------- the loop
 
@@ -254,7 +250,6 @@ class Rank:
             Welcome(
                 message.session,
                 self._costs,
-                self._pool.num_pages,
                 shares and self._transport != "gloo",
                 self._store.port,
                 self._store.host,
@@ -389,7 +384,6 @@ class Rank:
         if first < end:
             entry = ScheduledSequence(seq, first, end - first, False)
             job.chunk = LongChunk(entry, self._runner, page_size, job.neighbours)
-        job.stuck_since = time.perf_counter()
 
     def _compute(self) -> None:
         job = self._head()
@@ -403,8 +397,6 @@ class Rank:
         now = time.perf_counter()
         job.busy += now - begin
         waits = not done and (job.chunk is None or job.chunk.waits)
-        if not waits:
-            job.stuck_since = now
         if done:
             self._send(Finished(job.id, job.busy, job.idle, job.sent_bytes))
             job.computed = True
@@ -413,10 +405,6 @@ class Rank:
             job.neighbours.forget()
         elif job.neighbours.error is not None:
             self._fail(job, job.neighbours.error)
-        elif now - self._told > PROGRESS_SECONDS:
-            self._told = now
-            layer = job.layer if job.chunk is None else job.chunk.layer
-            self._send(Progress(job.id, layer, now - job.stuck_since))
         job.waiting_since = now if waits else None
 
     def _advance(self, job: _Job) -> bool:
