@@ -22,26 +22,23 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import torch
-import torch.distributed
 from torch import Tensor
 
 from headstart.bench.line_process import LineProcess, answer_lines
 from headstart.bench.links import Place, free_port
-from headstart.bench.prefill_run import PrefillRun
+from headstart.bench.prefill_run import PrefillRun, kv_room
 from headstart.engine.batch import Batch, build_batch
-from headstart.engine.loading import choose_weights
-from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder, warm_up
-from headstart.engine.models.config import ModelConfig
+from headstart.engine.config import EngineConfig
+from headstart.engine.loading import load_model
+from headstart.engine.model_runner import warm_up
+from headstart.engine.runahead.links import gloo_group, meeting
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence as Prompt
-from headstart.kernels.backend import instruction_sets, load_backend
 
 CAUSAL, DENSE = "causal", "dense"
 
@@ -82,19 +79,23 @@ class GatherRank:
     """A rank: the model, a KV pool, and the group of all ranks."""
 
     def __init__(self, config: GatherConfig) -> None:
-        folder = Path(config.model_path)
-        model = ModelConfig.from_folder(folder)
-        isa = instruction_sets()[0]
-        weights = choose_weights(config.weights, "cpu", isa, folder)
-        backend = load_backend("cpu", isa=isa, weights=weights, threads=config.threads)
-        decoder = load_decoder(folder, model, backend, weights, config.max_tokens)
-        pages = config.ranks * (config.max_tokens // config.ranks // backend.page_size + 2)
-        self._runner = ModelRunner(decoder, backend, pages)
-        self._runner.prepare_pages(0, pages)
+        loaded = load_model(
+            EngineConfig(
+                model_path=config.model_path,
+                backend="cpu",
+                weights=config.weights,
+                threads=config.threads,
+                max_model_len=config.max_tokens,
+                kv_memory=kv_room(config.model_path, config.max_tokens),
+            )
+        )
+        self._runner = loaded.runner
+        self._runner.prepare_pages(0, self._runner.num_pages)
         warm_up(self._runner)
         self._config = config
-        self._page_size = backend.page_size
-        self._page_bytes = backend.kv_bytes_per_page(attention_shape(model), 1)
+        self._pages = loaded.backend.kv_pages(self._runner.kv)
+        self._page_size = loaded.backend.page_size
+        self._page_bytes = self._pages.shape[2]
         self._group = _group(config)
         self._waited = 0.0
         self._tokens: list[int] = []
@@ -157,10 +158,9 @@ class GatherRank:
     def _gather(self, layer: int, each: int) -> None:
         """Chunk i is pages [i * each, (i + 1) * each) on every rank: one buffer, in its place."""
         begin = time.perf_counter()
-        size = each * self._page_bytes
-        whole = self._runner.kv.data[layer].view(torch.uint8)[: self._config.ranks * size]
-        mine = whole[self._config.rank * size :][:size]
-        self._group._allgather_base(whole, mine).wait()
+        whole = self._pages[layer, : self._config.ranks * each]
+        mine = whole[self._config.rank * each :][:each]
+        self._group._allgather_base(whole.view(-1), mine.view(-1)).wait()
         self._waited += time.perf_counter() - begin
 
 
@@ -179,14 +179,10 @@ def _seeing_all(batch: Batch, prompt: Prompt) -> Batch:
 
 def _group(config: GatherConfig) -> Any:
     """All ranks, over this rank's link; returns once they have met."""
-    dist: Any = torch.distributed  # what is used of Gloo has no types
     host, _, port = config.store.rpartition(":")
     timeout = timedelta(seconds=config.timeout)
-    store = dist.TCPStore(host, int(port), config.ranks, config.rank == 0, timeout)
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=config.address)]
-    options._timeout = timeout
-    return dist.ProcessGroupGloo(store, config.rank, config.ranks, options)
+    store = meeting(host, int(port), config.rank == 0, timeout)
+    return gloo_group(store, config.rank, config.ranks, config.address, timeout)
 
 
 # ------------------------------------------------------------------ the parent's side

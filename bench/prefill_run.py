@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
+
+from headstart.engine.models.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,13 @@ class PrefillRun:
     sent_bytes: list[int] = field(default_factory=list)
     bounds: list[int] = field(default_factory=list)
     predicted_s: float | None = None
+
+
+def kv_room(model_path: str, max_tokens: int) -> int:
+    """Bytes of KV memory for two prompts of ``max_tokens`` tokens, in float32 even."""
+    model = ModelConfig.from_folder(Path(model_path))
+    token = model.num_layers * 2 * model.num_kv_heads * model.head_dim * 4
+    return 2 * (max_tokens + 64) * token
 
 
 class Contestant(Protocol):

@@ -16,7 +16,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,34 +23,25 @@ import msgspec
 from headstart.bench.http_client import BenchError
 from headstart.bench.line_process import LineProcess, answer_lines, ended
 from headstart.bench.links import Place, free_port
-from headstart.bench.prefill_run import PrefillRun
+from headstart.bench.prefill_run import PrefillRun, kv_room
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
-from headstart.engine.models.config import ModelConfig
+from headstart.engine.runahead.cuts import CutTable, Positions, even_cuts, search_cuts
+from headstart.engine.runahead.tune import await_chain
 from headstart.engine.sampling_params import SamplingParams
-
-CHAIN_SECONDS = 120.0
-"""Within this time all ranks of a chain answer."""
 
 
 class EngineProcess:
     """An engine as a server has it, for one prompt at a time."""
 
-    def __init__(self, engine: Any, runs_ahead: bool) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._runs_ahead = runs_ahead
+        self._chain = engine.runahead
         engine.warm_up()
-        self._form_chain()
+        if self._chain is not None:
+            await_chain(engine)
         self._tokens: list[int] = []
         self._prompts = 0
-
-    def _form_chain(self) -> None:
-        give_up = time.monotonic() + CHAIN_SECONDS
-        while self._runs_ahead and not self._engine.runahead.whole:
-            self._engine.attend_chain()
-            time.sleep(0.001)
-            if time.monotonic() > give_up:
-                raise BenchError(f"the chain is not whole after {CHAIN_SECONDS:.0f} s")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -67,11 +57,11 @@ class EngineProcess:
         self._tokens = tokens
         while self._engine.prepare_memory():
             pass
-        if self._runs_ahead:
+        if self._chain is not None:
             self._engine.attend_chain()  # what ranks said since the last prompt
-            self._form_chain()
-            self._engine.runahead.forced_bounds = bounds
-            self._engine.runahead.last = None
+            await_chain(self._engine)
+            self._chain.forced_bounds = bounds
+            self._chain.last = None
         return {}
 
     def start(self) -> dict[str, Any]:
@@ -86,9 +76,9 @@ class EngineProcess:
         )
         while not (outputs := self._engine.step()):
             pass
-        answer = {"end": time.perf_counter(), "token": outputs[0].token_ids[0]}
-        if self._runs_ahead:
-            report = self._engine.runahead.last
+        answer: dict[str, Any] = {"end": time.perf_counter(), "token": outputs[0].token_ids[0]}
+        if self._chain is not None:
+            report = self._chain.last
             if report is None:
                 raise BenchError("the engine computed a prompt alone: see its log")
             answer["idle_s"] = list(report.idle)
@@ -144,7 +134,7 @@ def start_chain(
         "weights": weights,
         "threads": threads,
         "max_model_len": max_tokens + 1,
-        "kv_memory": 2 * (max_tokens + 64) * _kv_bytes(model_path),
+        "kv_memory": kv_room(model_path, max_tokens),
         "relay": "off",
         "log_level": "warning",
     }
@@ -184,31 +174,19 @@ def searched_bounds(
     chain: Chain, measure: Callable[[list[int]], float], tokens: int, ranks: int
 ) -> list[int]:
     """The cuts of a prompt of ``tokens`` tokens that ``measure(bounds)``, seconds, is least for."""
-    from headstart.engine.runahead.cuts import Positions, even_cuts, search_cuts
-
     positions = Positions(0, tokens, chain.page_size)
     trials = search_cuts(measure, positions, even_cuts(positions, ranks))
-    best: list[int] = min(trials, key=lambda trial: trial.seconds).bounds
-    return best
+    return min(trials, key=lambda trial: trial.seconds).bounds
 
 
 def predicted_bounds(
     chain: Chain, searched: Iterable[list[int]], tokens: int, ranks: int
 ) -> list[int] | None:
     """The cuts of ``tokens`` tokens by a table of what was searched; None for want of any."""
-    from headstart.engine.runahead.cuts import CutTable, Positions
-
     table = CutTable()
     for bounds in searched:
         table = table.with_cuts(bounds)
-    found: list[int] | None = table.predict(ranks, Positions(0, tokens, chain.page_size))
-    return found
-
-
-def _kv_bytes(model_path: str) -> int:
-    """Bytes of a token's keys and values, in float32, which is the most they take."""
-    model = ModelConfig.from_folder(Path(model_path))
-    return model.num_layers * 2 * model.num_kv_heads * model.head_dim * 4
+    return table.predict(ranks, Positions(0, tokens, chain.page_size))
 
 
 def main() -> None:
@@ -216,7 +194,7 @@ def main() -> None:
     settings = msgspec.json.decode(sys.stdin.readline())
     config = msgspec.convert(settings, EngineConfig)
     logging.basicConfig(level=config.log_level.upper())
-    engine = EngineProcess(Engine(config), runs_ahead="runahead_hosts" in settings)
+    engine = EngineProcess(Engine(config))
     print(msgspec.json.encode(engine.about).decode(), flush=True)
     answer_lines(lambda request: engine.prepare(**request) if request else engine.start())
 

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import zmq
 import zmq.asyncio
 
 from headstart.engine.config import EngineConfig
+from headstart.engine.cores import kernel_environment
 from headstart.engine.errors import ConfigError, EngineDeadError, HeadstartError, RequestError
 from headstart.engine.messages import (
     Abort,
@@ -226,16 +226,13 @@ class EngineClient:
         except zmq.ZMQError as error:
             raise ConfigError(f"cannot create a socket in {self._folder}: {error}") from error
         self._socket = socket
-        # Workers wait for the next parallel region by spinning, but not for long: the server's
-        # process needs the core, too.
-        environment = {"GOMP_SPINCOUNT": "20000", "OMP_PROC_BIND": "false", **os.environ}
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "headstart.engine.service",
             endpoint,
             stdin=asyncio.subprocess.PIPE,
-            env=environment,
+            env=kernel_environment(),
         )
         assert self._process.stdin is not None
         # A process that has ended already cannot be written to; its exit status says more.

@@ -62,3 +62,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     runahead_timeout: float = 5.0
     cache_dir: str | None = None
     log_level: str = "info"
+
+    @property
+    def machine_folder(self) -> Path | None:
+        """Where measurements of this machine are kept; None: nowhere."""
+        return None if self.cache_dir is None else Path(self.cache_dir) / "machine"

@@ -1,4 +1,4 @@
-"""How many CPU cores there are for this process."""
+"""How many CPU cores there are for this process, and how its children use them."""
 
 import contextlib
 import os
@@ -16,3 +16,12 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         quota, period = (cgroup / "cpu.max").read_text().split()
         cores = min(cores, int(quota) // int(period))
     return max(1, cores)
+
+
+def kernel_environment() -> dict[str, str]:
+    """The environment for a process that runs kernels; what is set already stays.
+
+    Its threads wait for the next parallel region by spinning, but not for long: others need the
+    cores, too.
+    """
+    return {"GOMP_SPINCOUNT": "20000", "OMP_PROC_BIND": "false", **os.environ}

@@ -9,7 +9,6 @@ import logging
 import time
 from array import array
 from collections.abc import Iterable
-from pathlib import Path
 
 import msgspec
 from torch import Tensor
@@ -81,12 +80,11 @@ class Engine:
             prefix_caching=config.prefix_caching,
             runs_ahead=self._runs_ahead,
         )
-        costs_folder = None if config.cache_dir is None else Path(config.cache_dir) / "machine"
         self._relay = Relay(
             config.relay if config.prefix_caching else "off",
             backend.page_size,
             backend.range_step,
-            lambda: load_costs(backend, shape, costs_folder),
+            lambda: load_costs(backend, shape, config.machine_folder),
         )
         self._guard = RelayGuard(self._relay, self._runner, loaded.weights, config.relay_check)
         self._relayed = RelayStats()

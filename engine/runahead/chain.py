@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 import secrets
 import shutil
 import subprocess
@@ -40,6 +39,7 @@ from torch import Tensor
 from zmq.utils.monitor import recv_monitor_message
 
 from headstart.engine.config import EngineConfig
+from headstart.engine.cores import kernel_environment
 from headstart.engine.errors import ConfigError
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.loading import LoadedModel
@@ -204,14 +204,12 @@ class Chain:
         self._loaded = loaded
         self._runner = loaded.runner
         self._pool = pool
+        self._identity = identity(loaded)
         # Before anything is kept in the pages that this writes to.
-        self._costs = rank_costs(loaded, config.cache_dir)
+        self._costs = rank_costs(loaded, self._identity, config.machine_folder)
         self._page_size = loaded.backend.page_size
         self._layers = loaded.config.num_layers
-        self._memory = Pool(
-            loaded.backend.kv_pages(self._runner.kv), loaded.backend.kv_memory(self._runner.kv)
-        )
-        self._identity = identity(loaded)
+        self._memory = Pool.of(self._runner)
         self._secret = config.runahead_secret or secrets.token_urlsafe(24)
         self._session = secrets.randbits(62)
         self._folder = Path(tempfile.mkdtemp(prefix="headstart-"))  # for this user alone
@@ -230,7 +228,7 @@ class Chain:
         self._receiver: Receiver | None = None
         self._chain: costs.Chain | None = None
         self._pace = 1.0  # the engine's own, see _Rank
-        self._table = CutTable()
+        self._table = CutTable.load(config.machine_folder, self._about())
         self._least = 0
         self._jobs: dict[int, Ahead] = {}
         self._lent: list[_Lent] = []
@@ -257,15 +255,13 @@ class Chain:
     def _local(self, address: str) -> RankConfig:
         """A rank on this machine: as the engine, with a share of its KV memory."""
         loaded, count = self._loaded, self._config.runahead - 1
-        shape = self._runner.decoder.shape
-        page_bytes = loaded.backend.kv_bytes_per_page(shape, self._layers)
         sequence = -(-loaded.max_model_len // self._page_size)
         pages = max(self._runner.num_pages // (2 * count), sequence)
         return RankConfig(
             engine=msgspec.structs.replace(
                 self._config,
                 weights=loaded.weights,
-                kv_memory=pages * page_bytes,
+                kv_memory=pages * self._memory.page_bytes,
                 max_model_len=loaded.max_model_len,
                 threads=loaded.threads,
                 adapters={},
@@ -441,11 +437,10 @@ class Chain:
         if now - rank.started < RESPAWN_SECONDS:
             return
         rank.started = now
-        environment = {"GOMP_SPINCOUNT": "20000", "OMP_PROC_BIND": "false", **os.environ}
         rank.process = subprocess.Popen(
             [sys.executable, "-m", "headstart.engine.runahead.rank"],
             stdin=subprocess.PIPE,
-            env=environment,
+            env=kernel_environment(),
         )
         assert rank.process.stdin is not None
         try:
@@ -588,7 +583,6 @@ class Chain:
             links=(*(link for link in links if link is not None), self._receiver.costs),
             back=self._receiver.costs,
         )
-        self._table = CutTable.load(self.machine_folder, self._about())
         least = self._config.runahead_min
         self._least = self._pays_from() if least is None else least
         logger.info(
@@ -597,10 +591,11 @@ class Chain:
             self._least,
         )
 
-    def tuned(self, bounds: Items[int]) -> None:
-        """Keep these cuts as the best of their length."""
+    def tuned(self, bounds: Items[int]) -> Path | None:
+        """Keep these cuts as the best of their length; the folder they are kept in."""
         self._table = self._table.with_cuts(bounds)
-        self._table.save(self.machine_folder, self._about())
+        self._table.save(self._config.machine_folder, self._about())
+        return self._config.machine_folder
 
     def _paced(self) -> tuple[costs.RankCosts, ...]:
         """What chunks cost each rank, by what they have cost lately."""
@@ -625,16 +620,15 @@ class Chain:
         self._pace = _mixed(self._pace, job.busy, self._costs, start, bounds[-1])
         self._chain = msgspec.structs.replace(self._chain, ranks=self._paced())
 
-    @property
-    def machine_folder(self) -> Path | None:
-        folder = self._config.cache_dir
-        return None if folder is None else Path(folder) / "machine"
-
     def _about(self) -> dict[str, Any]:
         """What searched cuts depend on."""
         transport = self._config.runahead_transport
         hosts = list(self._config.runahead_hosts)
-        return {**about_prefill(self._loaded), "transport": transport, "hosts": hosts}
+        return {
+            **about_prefill(self._loaded, self._identity),
+            "transport": transport,
+            "hosts": hosts,
+        }
 
     def _pays_from(self) -> int:
         """The shortest prompt, in pages, for which the chain is predicted to be worth it."""
@@ -719,7 +713,7 @@ class Chain:
                 self._pool.retain(pages)
                 self._lent.append(_Lent(job, rank.origin, pages))
                 job.unsent = [(rank.origin, layer) for layer in range(self._layers)]
-                job.origin_bytes = len(pages) * self._memory.pages[:, 0].numel()
+                job.origin_bytes = len(pages) * self._memory.page_bytes
         start = bounds[-2]
         receiver = None
         if start > seq.num_computed_tokens:

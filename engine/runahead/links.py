@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, distributed
 
 from headstart.engine.errors import ConfigError
+from headstart.engine.model_runner import ModelRunner
 from headstart.engine.runahead.costs import LinkCosts
 from headstart.engine.runahead.messages import LinkEnd
 from headstart.kernels.shared_memory import SharedMemory, attach
@@ -62,6 +63,15 @@ class Pool(NamedTuple):
 
     pages: Tensor
     memory: SharedMemory | None
+
+    @classmethod
+    def of(cls, runner: ModelRunner) -> Pool:
+        return cls(runner.backend.kv_pages(runner.kv), runner.backend.kv_memory(runner.kv))
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page in all layers."""
+        return self.pages[:, 0].numel()
 
 
 class Sender(Protocol):
@@ -650,12 +660,20 @@ def _group(sends: bool, spec: LinkEnd, store: Store | None, timeout: float) -> A
         host, port, own = store.host, store.port, store.host
     # A connection for each opening: while one waits for its other end, no other gets through.
     store_there = meeting(host, port, False, timedelta(seconds=timeout))
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]
-    options._timeout = timedelta(seconds=timeout)
     prefixed = dist.PrefixStore(spec.name, store_there)
     prefixed.set_timeout(timedelta(seconds=timeout))
-    return dist.ProcessGroupGloo(prefixed, 0 if sends else 1, 2, options)
+    return gloo_group(prefixed, 0 if sends else 1, 2, own, timedelta(seconds=timeout))
+
+
+def gloo_group(store: Any, rank: int, size: int, host: str, timeout: timedelta) -> Any:
+    """A process group of its own, none of torch's globals, whose ranks meet in ``store``.
+
+    ``host``: this rank's address. Raises RuntimeError.
+    """
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, size, options)
 
 
 def own_address(host: str) -> str:

@@ -61,10 +61,9 @@ def identity(loaded: LoadedModel) -> Identity:
     )
 
 
-def rank_costs(loaded: LoadedModel, cache_dir: str | None) -> RankCosts:
-    """What chunks cost here: as kept for this machine and model, or measured now and kept."""
-    folder = None if cache_dir is None else Path(cache_dir) / "machine"
-    about = about_prefill(loaded)
+def rank_costs(loaded: LoadedModel, own: Identity, folder: Path | None) -> RankCosts:
+    """What chunks cost here: as kept in ``folder``, or measured now and kept there."""
+    about = about_prefill(loaded, own)
     costs = load_kept(folder, "prefill", about, RankCosts)
     if costs is None:
         begin = time.perf_counter()
@@ -74,14 +73,14 @@ def rank_costs(loaded: LoadedModel, cache_dir: str | None) -> RankCosts:
     return costs
 
 
-def about_prefill(loaded: LoadedModel) -> dict[str, Any]:
+def about_prefill(loaded: LoadedModel, own: Identity) -> dict[str, Any]:
     """What the times of prefill depend on."""
     return {
         "version": VERSION,
         "device": loaded.backend.device,
-        "model": model_digest(loaded.folder),
-        "weights": loaded.weights,
-        "page_size": loaded.backend.page_size,
+        "model": own.model,
+        "weights": own.weights,
+        "page_size": own.page_size,
     }
 
 

@@ -144,12 +144,10 @@ class Rank:
         self._cache = RadixCache(self._pool)
         self._caching = config.engine.prefix_caching
         self._adapters = loaded.adapters(config.engine.max_adapters)
-        self._memory = Pool(
-            loaded.backend.kv_pages(self._runner.kv), loaded.backend.kv_memory(self._runner.kv)
-        )
-        self._pages_ahead = PagesAhead(self._runner, self._pool, self._memory.pages[:, 0].numel())
+        self._memory = Pool.of(self._runner)
+        self._pages_ahead = PagesAhead(self._runner, self._pool, self._memory.page_bytes)
         self._identity = identity(loaded)
-        self._costs = rank_costs(loaded, config.engine.cache_dir)
+        self._costs = rank_costs(loaded, self._identity, config.engine.machine_folder)
         self._transport = config.transport
         address = control.endpoint(config.listen)
         host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
@@ -378,7 +376,7 @@ class Rank:
                 self._fail(job, "it has no link downstream")
                 return
             job.sender.offer(job.id, lacking)
-            job.sent_bytes = len(lacking) * self._memory.pages[:, 0].numel()
+            job.sent_bytes = len(lacking) * self._memory.page_bytes
         job.neighbours = JobNeighbours(job.id, receiver, job.sender)
         first = max(start, min(job.held, end))
         if first < end:

@@ -87,6 +87,7 @@ def tune(engine: Engine, lengths: Sequence[int], repeats: int) -> Iterator[str]:
     chain = engine.runahead
     assert chain is not None
     measurement = Measurement(engine, repeats)
+    folder = None
     for length in sorted(set(lengths)):
         measurement.seconds(even_cuts(Positions(0, length, engine.model.page_size), 2))  # warm
         trials: list[Trial] = []
@@ -94,10 +95,10 @@ def tune(engine: Engine, lengths: Sequence[int], repeats: int) -> Iterator[str]:
             trials.append(trial)
             yield f"{length} tokens  {trial.seconds:8.3f} s  cuts {_cuts(trial.bounds)}"
         best = min(trials, key=lambda trial: trial.seconds)
-        chain.tuned(best.bounds)
+        folder = chain.tuned(best.bounds)
         gain = trials[0].seconds / best.seconds
         yield f"{length} tokens: best {_cuts(best.bounds)}, {gain:.3f}x even, {len(trials)} trials"
-    yield f"kept in {chain.machine_folder}" if chain.machine_folder else "kept nowhere"
+    yield f"kept in {folder}" if folder else "kept nowhere"
 
 
 def _cuts(bounds: Sequence[int]) -> str:
