@@ -22,7 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_len:       longest prompt plus output of one sequence, tokens
     max_batched_tokens:  token budget of one step
     max_running:         sequences computed in one step
-    threads:             CPU threads of the kernels
+    threads:             CPU threads of the kernels in each process; None: cores / runahead
     prefix_caching:      keep KV of finished prompts in the radix cache
     relay:               read shared prefixes once a batch: "auto" where it pays, "on", or "off"
     relay_check:         compare with plain attention on every so many steps that share; 0: never

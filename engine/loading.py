@@ -74,7 +74,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
         )
     if model.context_limit:
         logger.info("%s", model.context_limit)
-    threads = config.threads or usable_cores()
+    # The processes of a chain compute at the same time, each with its share.
+    threads = config.threads or max(usable_cores() // config.runahead, 1)
     name = "cpu" if config.backend == "auto" else config.backend
     isa = instruction_sets()[0] if config.isa == "auto" else config.isa
     weights = choose_weights(config.weights, name, isa, folder)

@@ -122,7 +122,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--threads",
         type=positive,
-        help="threads of the kernels (default: one per core)",
+        help="threads of the kernels (default: one per core, shared among --runahead processes)",
         default=argparse.SUPPRESS,
     )
     engine.add_argument(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from headstart.engine import loading
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
@@ -81,6 +82,23 @@ def test_what_is_measured_is_the_time_of_prompts_cut_as_asked(chained: Any) -> N
     assert engine.runahead.forced_bounds is None
     assert not engine.has_work
     engine.check()
+
+
+@pytest.mark.parametrize(
+    ("options", "threads"),
+    [({}, 8), ({"runahead": 4}, 2), ({"runahead": 16}, 1), ({"runahead": 4, "threads": 3}, 3)],
+)
+def test_processes_of_a_chain_share_the_cores(
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, int],
+    threads: int,
+) -> None:
+    monkeypatch.setattr(loading, "usable_cores", lambda: 8)
+    config = EngineConfig(
+        model_path=str(tiny_model("llama")), weights="f32", kv_memory=16 << 20, **options
+    )
+    assert loading.load_model(config).threads == threads
 
 
 @pytest.mark.parametrize("length", [63, 100_000])
