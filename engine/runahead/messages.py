@@ -111,7 +111,7 @@ class Prepared(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Declined(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """This rank cannot take part in the job; it can in others."""
+    """This rank cannot take part in the job; it can in others, and its links are as they were."""
 
     job: int
     reason: str
@@ -150,7 +150,7 @@ class Finished(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The job cannot go on here."""
+    """The job cannot go on here, for what has become of a link."""
 
     job: int
     reason: str

@@ -359,7 +359,8 @@ class Rank:
         if missing > self._pool.num_free:
             self._cache.evict(missing - self._pool.num_free)
         if missing > self._pool.num_free:
-            self._fail(job, f"its KV memory is full: {missing} pages wanted")
+            self._drop(job)
+            self._send(Declined(job.id, f"its KV memory is full: {missing} pages wanted"))
             return
         seq.pages += self._pool.allocate(max(missing, 0))
         if message.source:

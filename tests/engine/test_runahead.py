@@ -966,9 +966,11 @@ def test_a_rank_with_too_little_memory(
     cluster = make_cluster(2, transport, rank=small)
     assert cluster.ranks[0].rank._pool.num_pages == 6
     long, short = Prompt(some(400)), Prompt(some(150))
+    chain = cluster.chain._generation
     cluster.prove(alone, long, outputs=cluster.run(long))
     assert (cluster.num_ahead, cluster.num_failed) == (0, 1)
     cluster.wait_for(lambda: cluster.chain.whole)
+    assert cluster.chain._generation == chain  # others' prompts go on over the same links
     cluster.prove(alone, short, outputs=cluster.run(short))
     assert cluster.num_ahead == 1
     assert cluster.chain.stats.left_out == 0
