@@ -165,11 +165,12 @@ def filled_pool(
     Zeros would be multiplied at a higher clock. ``num_pages`` pages hold QUERIES tokens at least.
     """
     kv = backend.allocate_kv(shape, layers, num_pages)
-    qkv = torch.randn(QUERIES, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
-    table = torch.ones(1, shape.head_dim // 2)
+    placed = backend.constant
+    qkv = placed(torch.randn(QUERIES, (shape.heads + 2 * shape.kv_heads) * shape.head_dim))
+    table = placed(torch.ones(1, shape.head_dim // 2))
     rope = RopeTable(table, torch.zeros_like(table))
-    first = torch.zeros(QUERIES, dtype=torch.int32)
-    slots = torch.arange(num_pages * backend.page_size, dtype=torch.int32)
+    first = placed(torch.zeros(QUERIES, dtype=torch.int32))
+    slots = placed(torch.arange(num_pages * backend.page_size, dtype=torch.int32))
     query = None
     for layer in range(layers):
         for begin in reversed(range(0, len(slots), QUERIES)):  # all queries in the last call
@@ -203,8 +204,10 @@ class _Bench:
             plan = self._plan(rows, pages, count, same_pages)
             best = elapsed = float("inf")
             for _ in range(_REPEATS):
+                self._backend.synchronize()
                 begin = time.perf_counter()
                 self._backend.attend(self._query, self._kv, 0, plan)
+                self._backend.synchronize()
                 elapsed = time.perf_counter() - begin
                 best = min(best, elapsed / count)
             if count == most or elapsed >= _POINT_SECONDS / 2:

@@ -15,9 +15,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Settings of one engine. ``None`` means: decide at start-up, and log what was decided.
 
     model_path:          folder made by ``headstart pull`` (see engine/models/store.py)
-    backend:             "auto", "cpu" or "reference"
+    backend:             "auto", "gpu", "cpu" or "reference"
     isa:                 CPU kernels: "auto", "avx512_bf16", "avx512", "avx2" or "portable"
-    weights:             "auto", "f32", "bf16" or "int8"
+    weights:             "auto", "f32", "f16" (gpu), "bf16" or "int8" (cpu)
+    kv_format:           of keys and values: "auto" (as activations), or on a gpu "fp8" or "int8"
     kv_memory:           bytes of KV pool
     max_model_len:       longest prompt plus output of one sequence, tokens
     max_batched_tokens:  token budget of one step
@@ -43,6 +44,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     backend: str = "auto"
     isa: str = "auto"
     weights: str = "auto"
+    kv_format: str = "auto"
     kv_memory: int | None = None
     max_model_len: int | None = None
     max_batched_tokens: int = 512

@@ -11,11 +11,23 @@ from headstart.engine.adapters import Adapters
 from headstart.engine.config import EngineConfig
 from headstart.engine.cores import usable_cores
 from headstart.engine.errors import ConfigError
+from headstart.engine.measurements import KeptChoices
 from headstart.engine.memory import plan_memory
-from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder
+from headstart.engine.model_runner import (
+    ModelRunner,
+    attention_shape,
+    load_decoder,
+    measured_activations,
+)
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.quantize import read_quality, read_smoothing
-from headstart.kernels.backend import WEIGHT_FORMATS, Backend, instruction_sets, load_backend
+from headstart.kernels.backend import (
+    WEIGHT_FORMATS,
+    Backend,
+    gpu_is_there,
+    instruction_sets,
+    load_backend,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +41,8 @@ def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
         if asked not in WEIGHT_FORMATS:
             raise ConfigError(f"--weights must be auto, {', '.join(WEIGHT_FORMATS)}; got {asked}")
         return asked
+    if backend == "gpu":
+        return "bf16" if gpu_is_there() else "f32"  # the interpreter has no bf16
     if backend == "reference" or isa not in ("avx512_bf16", "avx512_vnni"):
         return "f32"
     quality = read_quality(folder)
@@ -76,18 +90,30 @@ def load_model(config: EngineConfig) -> LoadedModel:
         logger.info("%s", model.context_limit)
     # The processes of a chain compute at the same time, each with its share.
     threads = config.threads or max(usable_cores() // config.runahead, 1)
-    name = "cpu" if config.backend == "auto" else config.backend
+    name = config.backend
+    if name == "auto":
+        name = "gpu" if gpu_is_there() else "cpu"
     isa = instruction_sets()[0] if config.isa == "auto" else config.isa
     weights = choose_weights(config.weights, name, isa, folder)
     try:
-        backend = load_backend(name, isa=isa, weights=weights, threads=threads)
+        backend = load_backend(
+            name,
+            isa=isa,
+            weights=weights,
+            threads=threads,
+            kv_format=config.kv_format,
+            choices=KeptChoices(config.machine_folder),
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    logger.info("backend %s (%s), weights %s, %d threads", name, isa, weights, threads)
+    logger.info("backend %s (%s), weights %s, %d threads", name, backend.device, weights, threads)
     decoder = load_decoder(folder, model, backend, weights, max_model_len)
+    rows = config.max_batched_tokens
+    activations = measured_activations(decoder, backend, rows)
     plan = plan_memory(
+        available=backend.free_memory(),
         weights=_weight_bytes(model, weights),
-        activations=_activation_bytes(model, config.max_batched_tokens),
+        activations=_activation_bytes(model, rows) if activations is None else activations,
         bytes_per_page=backend.kv_bytes_per_page(attention_shape(model), model.num_layers),
         page_size=backend.page_size,
         kv_memory=config.kv_memory,
@@ -100,7 +126,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
 
 def _weight_bytes(model: ModelConfig, weights: str) -> int:
-    size = {"f32": 4, "bf16": 2, "int8": 1}[weights]
+    size = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1}[weights]
     q_size, kv_size = (n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
     layer = model.hidden_size * (2 * q_size + 2 * kv_size + 3 * model.intermediate_size)
     table = model.vocab_size * model.hidden_size

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from headstart.engine.batch import build_batch
 from headstart.engine.model_runner import ModelRunner
-from headstart.engine.models.decoder import TILE_ROWS
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 
@@ -63,6 +62,7 @@ class LongChunk:
         self._neighbours = neighbours or Alone()
         self._layers = runner.run_beside(build_batch([entry], page_size))
         self._num_layers = runner.decoder.config.num_layers
+        self._tile_rows = runner.backend.tile_rows
         self._shares_page = entry.start % page_size > 0
         self._layer = -1  # whose keys are written, and are read next
         self._sent = -1
@@ -80,7 +80,7 @@ class LongChunk:
 
     def pieces(self, num_tokens: int) -> int:
         """How many of its pieces are as much work as ``num_tokens`` tokens, roughly."""
-        return max(num_tokens // TILE_ROWS, 1) * self._num_layers
+        return max(num_tokens // self._tile_rows, 1) * self._num_layers
 
     def advance(self, pieces: int) -> Tensor | None:
         """Compute so many tiles of one layer, or as many of them as the neighbours allow; the

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from headstart import __version__
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -65,3 +67,25 @@ def keep(folder: Path | None, kind: str, about: dict[str, Any], measured: msgspe
 def _path(folder: Path, kind: str, about: dict[str, Any]) -> Path:
     name = hashlib.sha256(msgspec.json.encode(about, order="sorted")).hexdigest()[:16]
     return folder / f"{kind}-{name}.json"
+
+
+class _Choices(msgspec.Struct):
+    chosen: dict[str, dict[str, int]]
+
+
+class KeptChoices:
+    """Which configuration of each kernel was the fastest on a device (KernelChoices)."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def load(self, device: str) -> dict[str, dict[str, int]]:
+        kept = load_kept(self._folder, "kernels", self._about(device), _Choices)
+        return {} if kept is None else kept.chosen
+
+    def keep(self, device: str, chosen: dict[str, dict[str, int]]) -> None:
+        keep(self._folder, "kernels", self._about(device), _Choices(chosen))
+
+    @staticmethod
+    def _about(device: str) -> dict[str, Any]:
+        return {"version": __version__, "device": device}

@@ -15,6 +15,9 @@ logger = logging.getLogger(__name__)
 KV_SHARE = 0.5
 """Share of the available memory the KV pool takes unless told otherwise; it fills up slowly."""
 
+DEVICE_KV_SHARE = 0.9
+"""The same of a device's own memory, which nothing else is expected to want."""
+
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes this process may still use: free memory, or less in a container with a limit.
@@ -51,6 +54,7 @@ class MemoryPlan:
 
 def plan_memory(
     *,
+    available: int | None,
     weights: int,
     activations: int,
     bytes_per_page: int,
@@ -58,9 +62,14 @@ def plan_memory(
     kv_memory: int | None,
     max_model_len: int,
 ) -> MemoryPlan:
-    """Size the KV pool. Raises ConfigError, with figures, where it cannot hold one sequence."""
-    available = available_memory()
-    budget = int((available - activations) * KV_SHARE) if kv_memory is None else kv_memory
+    """Size the KV pool. Raises ConfigError, with figures, where it cannot hold one sequence.
+
+    available: free bytes of the device's own memory, weights in place; None: it is the host's.
+    """
+    share = KV_SHARE if available is None else DEVICE_KV_SHARE
+    if available is None:
+        available = available_memory()
+    budget = int((available - activations) * share) if kv_memory is None else kv_memory
     if kv_memory is not None and kv_memory > available - activations:
         raise ConfigError(
             f"--kv-memory asks for {_size(kv_memory)}; {_size(available)} of memory are available"

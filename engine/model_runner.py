@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Generator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from headstart.engine.batch import Batch
+from headstart.engine.batch import Batch, build_batch
 from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.parameters import read_float
 from headstart.engine.models.quantize import read_int8
 from headstart.engine.models.rope import rope_tables
+from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.sequence import Sequence
 from headstart.kernels.backend import AttentionShape, Backend, RopeTable
 
 logger = logging.getLogger(__name__)
@@ -69,17 +72,24 @@ def attention_shape(config: ModelConfig) -> AttentionShape:
 
 def warm_up(runner: ModelRunner) -> None:
     """Touch every weight and kernel once, so that the first request does not pay for it."""
-    from array import array
-
-    from headstart.engine.batch import build_batch
-    from headstart.engine.sampling_params import SamplingParams
-    from headstart.engine.scheduler import ScheduledSequence
-    from headstart.engine.sequence import Sequence
-
     for rows in (1, min(16, runner.num_pages * runner.backend.page_size)):
-        pages = list(range(-(-rows // runner.backend.page_size)))
-        seq = Sequence(0, array("i", [0] * rows), rows, SamplingParams(max_tokens=1), pages=pages)
-        with torch.inference_mode():
-            runner.run(
-                build_batch([ScheduledSequence(seq, 0, rows, True)], runner.backend.page_size)
-            )
+        runner.run(_first_rows(rows, runner.backend.page_size))
+    runner.backend.synchronize()
+
+
+def measured_activations(decoder: Decoder, backend: Backend, rows: int) -> int | None:
+    """Bytes that the largest batch takes beside weights and KV, where the device can tell."""
+    rows = min(rows, decoder.max_len)
+
+    def work() -> None:
+        runner = ModelRunner(decoder, backend, -(-rows // backend.page_size))
+        runner.run(_first_rows(rows, backend.page_size))
+
+    return backend.peak_memory(work)
+
+
+def _first_rows(rows: int, page_size: int) -> Batch:
+    """The first tokens of a sequence in the first pages, token 0 all of them."""
+    pages = list(range(-(-rows // page_size)))
+    seq = Sequence(0, array("i", [0] * rows), rows, SamplingParams(max_tokens=1), pages=pages)
+    return build_batch([ScheduledSequence(seq, 0, rows, True)], page_size)

@@ -9,9 +9,10 @@ the rows that read it, and per row how many of its keys that row sees. Each rang
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,6 +85,14 @@ class LoraPart:
     up: Tensor
 
 
+class KernelChoices(Protocol):
+    """Where a backend keeps which configuration of a kernel was the fastest on this machine."""
+
+    def load(self, device: str) -> dict[str, dict[str, int]]: ...
+
+    def keep(self, device: str, chosen: dict[str, dict[str, int]]) -> None: ...
+
+
 class Linear(Protocol):
     """A weight as the backend keeps it."""
 
@@ -118,6 +127,31 @@ class Backend(Protocol):
 
         Where a backend promises equal bits however keys are divided among ranges, this is where.
         """
+        ...
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that go through a layer at a time at the best speed."""
+        ...
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """``tensor`` where operations can read it: norm weights, tables."""
+        ...
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """The same for a batch's small tensors, without waiting; ``tensor`` may change at once."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for every operation: they may go on when they have returned."""
+        ...
+
+    def free_memory(self) -> int | None:
+        """Bytes left of the device's own memory; None: it computes in the host's."""
+        ...
+
+    def peak_memory(self, work: Callable[[], None]) -> int | None:
+        """Bytes of the device that running ``work`` takes at most; None: unknown, and not run."""
         ...
 
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> Linear:
@@ -214,7 +248,8 @@ class Backend(Protocol):
         ...
 
 
-WEIGHT_FORMATS = ("f32", "bf16", "int8")
+WEIGHT_FORMATS = ("f32", "f16", "bf16", "int8")
+KV_FORMATS = ("auto", "fp8", "int8")
 
 
 def instruction_sets() -> list[str]:
@@ -243,13 +278,28 @@ def default_weights(isa: str) -> str:
 
 
 def load_backend(
-    name: str, *, isa: str, weights: str, threads: int, page_size: int = 32
+    name: str,
+    *,
+    isa: str,
+    weights: str,
+    threads: int,
+    page_size: int = 32,
+    kv_format: str = "auto",
+    choices: KernelChoices | None = None,
 ) -> Backend:
-    """The backend called ``name`` ("cpu" or "reference") for one weight format.
+    """The backend called ``name`` ("gpu", "cpu" or "reference") for one weight format.
 
+    ``kv_format``: of keys and values, "auto" for as wide as activations. ``choices``: where
+    the gpu backend keeps what it measures of its kernels; None: nowhere.
     Raises ValueError, saying what there is, for a name or instruction set this machine lacks.
     """
     torch.set_num_threads(threads)
+    if name == "gpu":
+        return _load_gpu(weights, page_size, kv_format, choices)
+    if kv_format != "auto":
+        raise ValueError(
+            f"the {name} backend has no {kv_format} KV: --kv-format is for the gpu one"
+        )
     if name == "reference":
         if weights != "f32":
             raise ValueError(f"the reference backend computes in f32 only, not {weights}")
@@ -264,5 +314,29 @@ def load_backend(
             isa = available[0]
         if isa not in available:
             raise ValueError(f"this machine has no {isa} kernels; it has {', '.join(available)}")
+        if weights == "f16":
+            raise ValueError("the cpu backend has no f16 weights; it has f32, bf16 and int8")
         return CpuBackend(isa=isa, weights=weights, threads=threads, page_size=page_size)
-    raise ValueError(f"there is no backend {name!r}; there are cpu and reference")
+    raise ValueError(f"there is no backend {name!r}; there are gpu, cpu and reference")
+
+
+def gpu_is_there() -> bool:
+    """Whether the gpu backend can run here: a CUDA device, and Triton."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def _load_gpu(
+    weights: str, page_size: int, kv_format: str, choices: KernelChoices | None
+) -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "the gpu backend needs an NVIDIA GPU and Triton, which is not installed: use "
+            "--backend cpu, or install headstart[cuda]"
+        )
+    from headstart.kernels.gpu.backend import GpuBackend
+    from headstart.kernels.gpu.device import find_device
+    from headstart.kernels.gpu.tuning import Tuner
+
+    device = find_device()
+    tuner = Tuner(device, choices)
+    return GpuBackend(device, tuner, weights=weights, kv_format=kv_format, page_size=page_size)

@@ -15,7 +15,7 @@ same algebra serves chunked prefill, RelayAttention (arXiv 2402.14808, eq. 4-6),
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,10 +110,26 @@ class ReferenceBackend:
     """
 
     name = "reference"
+    tile_rows = 512
 
     def __init__(self, *, page_size: int) -> None:
         self.page_size = self.range_step = page_size
         self.device = f"{processor_name()}, reference"
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def synchronize(self) -> None:
+        """Operations are done when they return."""
+
+    def free_memory(self) -> None:
+        """It computes in the host's memory."""
+
+    def peak_memory(self, work: Callable[[], None]) -> None:
+        """Not counted."""
 
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
         return ReferenceLinear(weight.float(), None if bias is None else bias.float())

@@ -82,7 +82,10 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument(
-        "--backend", choices=("auto", "cpu", "reference"), default="auto", help="who computes"
+        "--backend",
+        choices=("auto", "gpu", "cpu", "reference"),
+        default="auto",
+        help="who computes (default: an NVIDIA GPU if torch sees one, else the CPU)",
     )
     engine.add_argument(
         "--isa",
@@ -92,9 +95,16 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--weights",
-        choices=("auto", "f32", "bf16", "int8"),
+        choices=("auto", "f32", "f16", "bf16", "int8"),
         default="auto",
-        help="format of the weights",
+        help="format of the weights: f16 for GPUs, int8 for CPUs",
+    )
+    engine.add_argument(
+        "--kv-format",
+        choices=("auto", "fp8", "int8"),
+        default="auto",
+        help="format of the KV cache on a GPU: as the weights, or 8 bits with a scale per token "
+        "and head",
     )
     engine.add_argument(
         "--kv-memory",
@@ -276,6 +286,7 @@ def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
         backend=args.backend,
         isa=args.isa,
         weights=args.weights,
+        kv_format=args.kv_format,
         kv_memory=getattr(args, "kv_memory", None),
         max_model_len=getattr(args, "max_model_len", None),
         max_batched_tokens=args.max_batched_tokens,

@@ -20,9 +20,6 @@ from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.parameters import Matrix, Parameters
 from headstart.kernels.backend import AttentionShape, Backend, Linear, RopeTable
 
-TILE_ROWS = 512
-"""Rows that go through a layer at a time: their activations stay in the cores' caches."""
-
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741
 MATRICES = 4
 """Dense layers of a decoder layer that adapters change, in this order: layer i's matrix m is
@@ -52,7 +49,7 @@ class Decoder:
         self.config = config
         self.shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
         self._backend = backend
-        self._rope = rope
+        self._rope = RopeTable(backend.constant(rope.cos), backend.constant(rope.sin))
         self.max_len = len(rope.cos)
         """Tokens of the longest sequence: there are no rotations for positions from here on."""
         self.attention_seconds = 0.0
@@ -63,22 +60,25 @@ class Decoder:
                 return backend.linear_weight(matrix.weight, matrix.bias)
             return backend.quantized_weight(matrix.weight, matrix.scale, matrix.bias)
 
+        def optional(norm: Tensor | None) -> Tensor | None:
+            return None if norm is None else backend.constant(norm)
+
         self.layers = [
             DecoderLayer(
-                p.input_norm,
+                backend.constant(p.input_norm),
                 linear(p.qkv),
-                p.q_norm,
-                p.k_norm,
+                optional(p.q_norm),
+                optional(p.k_norm),
                 linear(p.o),
-                p.post_norm,
+                backend.constant(p.post_norm),
                 linear(p.gate_up),
                 linear(p.down),
             )
             for p in parameters.layers
         ]
         self.head = linear(parameters.head)
-        self._embedding = parameters.embedding
-        self._final_norm = parameters.final_norm
+        self._embedding = backend.constant(parameters.embedding)
+        self._final_norm = backend.constant(parameters.final_norm)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Any) -> Tensor:
@@ -93,7 +93,7 @@ class Decoder:
 
     @torch.inference_mode()
     def forward_beside(self, batch: Batch, kv: Any) -> Generator[int, None, Tensor]:
-        """The same in pieces, one layer of TILE_ROWS rows each: calls of ``forward`` may come
+        """The same in pieces, one layer of ``tile_rows`` rows each: calls of ``forward`` may come
         between them. One at a time.
 
         Yields the layer whose keys all rows have written and some will now read. Keys of other
@@ -111,11 +111,12 @@ class Decoder:
 
         All keys of a layer are written before any row reads them.
         """
-        residual = self._backend.embed(self._embedding, batch.token_ids)
+        token_ids = self._backend.upload(batch.token_ids)
+        residual = self._backend.embed(self._embedding, token_ids)
         tiles = [
             # Numbers of their own for what is computed beside: queries are kept by them.
             _Tile(self._backend, self.shape, ~i if beside else i, part, residual[rows])
-            for i, (rows, part) in enumerate(batch.tiles(TILE_ROWS))
+            for i, (rows, part) in enumerate(batch.tiles(self._backend.tile_rows))
         ]
         for tile in tiles:
             self._write_keys(0, tile, None, kv)
@@ -133,7 +134,7 @@ class Decoder:
                 logits.append(found if tile is tiles[-1] else found.clone())
         if len(logits) == 1:
             return logits[0]
-        return torch.cat(logits) if logits else torch.empty(0, self.config.vocab_size)
+        return torch.cat(logits) if logits else residual.new_empty(0, self.config.vocab_size)
 
     def _write_keys(self, i: int, tile: _Tile, delta: Tensor | None, kv: Any) -> None:
         """Layer ``i`` up to attention: its keys and values are written, the queries kept."""
@@ -145,8 +146,8 @@ class Decoder:
             layer.k_norm,
             eps,
             self._rope,
-            tile.batch.positions,
-            tile.batch.slots,
+            tile.positions,
+            tile.slots,
             self.shape,
             kv,
             i,
@@ -169,17 +170,18 @@ class Decoder:
         """The rest of the last layer, and the head, for the rows whose logits are wanted."""
         wanted = tile.batch.logit_rows
         if wanted is not None:
-            tile, delta = tile.narrowed(wanted), delta.index_select(0, wanted)
+            rows = self._backend.upload(wanted)
+            tile, delta = tile.narrowed(wanted, rows), delta.index_select(0, rows)
         delta = self._mlp(len(self.layers) - 1, tile, delta)
         eps = self.config.rms_norm_eps
-        rows = self._backend.norm(tile.residual, delta, self._final_norm, eps)
-        return self._backend.linear(rows, self.head).float()
+        normed = self._backend.norm(tile.residual, delta, self._final_norm, eps)
+        return self._backend.linear(normed, self.head).float()
 
 
 class _Tile:
     """Some rows of a batch on their way through the layers; ``residual`` is a view or a copy."""
 
-    __slots__ = ("_lora", "_ops", "batch", "number", "plan", "q", "residual")
+    __slots__ = ("_lora", "_ops", "batch", "number", "plan", "positions", "q", "residual", "slots")
 
     def __init__(
         self, ops: Backend, shape: AttentionShape, number: int, batch: Batch, residual: Tensor
@@ -188,6 +190,8 @@ class _Tile:
         self.batch = batch
         self.number = number
         self.residual = residual
+        self.positions = ops.upload(batch.positions)
+        self.slots = ops.upload(batch.slots)
         self.plan = ops.plan_attention(batch.num_rows, batch.kv_ranges, shape)
         self.q: Any = None
         self._lora = _plan_lora(ops, batch.adapters)
@@ -199,10 +203,10 @@ class _Tile:
             self._ops.add_lora(x, y, self._lora, i * MATRICES + matrix)
         return y
 
-    def narrowed(self, rows: Tensor) -> _Tile:
+    def narrowed(self, rows: Tensor, uploaded: Tensor) -> _Tile:
         """These rows of the tile alone, for what comes after attention."""
         tile = copy(self)
-        tile.residual = self.residual.index_select(0, rows)
+        tile.residual = self.residual.index_select(0, uploaded)
         if self._lora is not None:
             tile._lora = _plan_lora(
                 self._ops, [a.narrowed(rows.numpy()) for a in self.batch.adapters]

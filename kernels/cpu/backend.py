@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,6 +118,7 @@ class CpuBackend:
     """See Backend. ``weights``: "f32", "bf16" or "int8"; KV is float32 for f32, else bf16."""
 
     name = "cpu"
+    tile_rows = 512  # their activations stay in the cores' caches
 
     def __init__(self, *, isa: str, weights: str, threads: int, page_size: int) -> None:
         if page_size < 32 or page_size % 32:
@@ -157,6 +158,21 @@ class CpuBackend:
         data, data_ptr = self._buffer(name, rows, columns, self._rows_dtype)
         scales, scales_ptr = self._buffer(name + ".scales", rows, 1, torch.float32)
         return Rows(data, scales, data_ptr, scales_ptr, rows)
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def synchronize(self) -> None:
+        """Operations are done when they return."""
+
+    def free_memory(self) -> None:
+        """It computes in the host's memory."""
+
+    def peak_memory(self, work: Callable[[], None]) -> None:
+        """Not counted."""
 
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
         dtype = torch.bfloat16 if self._rows_dtype is torch.bfloat16 else torch.float32

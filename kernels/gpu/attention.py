@@ -34,9 +34,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from headstart.kernels.gpu.tuning import Config
+
+MERGE = Config(block_m=1, block_n=1, warps=1)
+
 ITEM_FIELDS = 6
 """Of an item, int32: first page, keys, first entry, entries, key offset in its range, slot (or -1:
 its rows have no other item, and are done)."""
+
+
+def head_parts(head_dim: int) -> tuple[int, int]:
+    """A head size as two tiles: a power of two, and the rest, a smaller one of 16 on or 0.
+
+    Raises ValueError for sizes that are not such a sum up to 256.
+    """
+    main = 1 << (head_dim.bit_length() - 1)
+    tail = head_dim - main
+    if not 16 <= head_dim <= 256 or (tail and (tail & (tail - 1) or tail < 16)):
+        raise ValueError(
+            f"head size {head_dim} is not supported by the gpu backend: it has to be a power of "
+            "two from 16 to 256, or the sum of two from 16 on"
+        )
+    return main, tail
 
 
 @triton.jit
@@ -47,15 +66,14 @@ def widen(tile, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     """
     if FORMAT == "same":
         return tile
-    elif FORMAT == "int8":
+    if FORMAT == "int8":
         return tile.to(DTYPE)
-    elif FORMAT == "fp8_native":
+    if FORMAT == "fp8_native":
         return tile.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-    else:
-        # The bits of e4m3 are those of a float16 256 times smaller, subnormals included.
-        bits = tile.to(tl.int32)
-        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        return (half.to(tl.int16).to(tl.float16, bitcast=True) * 256.0).to(DTYPE)
+    # The bits of e4m3 are those of a float16 256 times smaller, subnormals included.
+    bits = tile.to(tl.int32)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return (half.to(tl.int16).to(tl.float16, bitcast=True) * 256.0).to(DTYPE)
 
 
 @triton.jit
@@ -123,10 +141,9 @@ def _walk(
         if MASKED:
             s = tl.where(key[None, :] < visible[:, None], s, -float("inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
+        base = new_top
         if MASKED:
             base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing seen yet: no NaN
-        else:
-            base = new_top
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)

@@ -29,12 +29,18 @@ class Device(Protocol):
     """Where tensors live and kernels run.
 
     arch: compute capability, 80 for 8.0. processors: streaming multiprocessors (SMs).
+    measures: whether ``seconds`` says anything of a kernel.
     """
 
     name: str
     torch_device: torch.device
     arch: int
     processors: int
+    measures: bool
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """Time of one run of ``work`` on the device."""
+        ...
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **constants: Any
@@ -62,17 +68,20 @@ class Device(Protocol):
         """Wait until everything launched is done."""
         ...
 
-    def free_memory(self) -> int:
-        """Bytes that can still be allocated."""
+    def free_memory(self) -> int | None:
+        """Bytes that can still be allocated; None: of the host's memory."""
         ...
 
-    def peak_memory(self, work: Callable[[], object]) -> int:
-        """Bytes that running ``work`` allocates at most, beyond what is allocated now."""
+    def peak_memory(self, work: Callable[[], None]) -> int | None:
+        """Bytes that running ``work`` allocates at most, beyond what is allocated now; None:
+        unknown, and not run."""
         ...
 
 
 class CudaDevice:
     """The current CUDA device."""
+
+    measures = True
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -83,10 +92,19 @@ class CudaDevice:
         if self.arch < 80:
             raise ValueError(NO_GPU.format(what=f"sees a {self.name} ({self.arch / 10:.1f})"))
 
+    def seconds(self, work: Callable[[], None]) -> float:
+        return float(triton.testing.do_bench(work, warmup=5, rep=20)) / 1e3
+
     def launch(
         self, kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **constants: Any
     ) -> None:
-        kernel[grid](*args, **constants, num_warps=config.warps, num_stages=config.stages)
+        kernel[grid](
+            *args,
+            **constants,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            enable_fp_fusion=True,
+        )
 
     def upload(self, host: Tensor) -> Tensor:
         # torch keeps pinned blocks and gives one out again only when its copies are done.
@@ -109,7 +127,7 @@ class CudaDevice:
         # What torch has reserved and does not use is free, too.
         return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
 
-    def peak_memory(self, work: Callable[[], object]) -> int:
+    def peak_memory(self, work: Callable[[], None]) -> int:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -170,15 +188,21 @@ class InterpretedDevice:
     torch_device = torch.device("cpu")
     arch = 80
     processors = 8
+    measures = False
 
     def __init__(self) -> None:
         self._recording: _Recording | None = None
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        raise RuntimeError("the interpreter's times say nothing of a kernel")
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **constants: Any
     ) -> None:
         if any(isinstance(arg, Tensor) and arg.dtype is torch.bfloat16 for arg in args):
-            raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float32 or float16")
+            raise ValueError(
+                "Triton's interpreter computes bfloat16 wrongly: use float32 or float16"
+            )
 
         def start() -> None:
             if all(grid):
@@ -206,12 +230,11 @@ class InterpretedDevice:
     def synchronize(self) -> None:
         """Nothing is ever under way."""
 
-    def free_memory(self) -> int:
-        return 1 << 30
+    def free_memory(self) -> None:
+        """It computes in the host's memory."""
 
-    def peak_memory(self, work: Callable[[], object]) -> int:
-        work()
-        return 0
+    def peak_memory(self, work: Callable[[], None]) -> None:
+        """Not counted."""
 
 
 def find_device() -> Device:

@@ -150,8 +150,7 @@ def cut(
     tiles = _row_tiles(ranges, group, row_block, tile_block)
     target = max(ITEMS_PER_PROCESSOR * processors // kv_heads, 1)
     row_items, tile_items = (
-        _split(tiles[tiles[:, _SMALL] == small], target, most_items, page_size)
-        for small in (1, 0)
+        _split(tiles[tiles[:, _SMALL] == small], target, most_items, page_size) for small in (1, 0)
     )
     merge_rows, starts, slots = _join(num_rows, ranges.rows, [row_items, tile_items])
     return Cut(
@@ -207,7 +206,7 @@ def _split(tiles: Int64s, target: int, most_items: int | None, page_size: int) -
 def _join(num_rows: int, rows: IntArray, kinds: list[Int64s]) -> tuple[Int64s, Int64s, Int64s]:
     """Give slots to items whose rows have others; the rows to merge, and their slots."""
     row_of = [rows[_expand(items)] for items in kinds]
-    times = sum(np.bincount(found, minlength=num_rows) for found in row_of)
+    times = np.bincount(np.concatenate(row_of), minlength=num_rows)
     done = np.zeros(num_rows, bool)
     pairs, first = [], 0
     for items, found in zip(kinds, row_of, strict=True):

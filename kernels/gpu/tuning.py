@@ -12,10 +12,17 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+from triton import OutOfResources
+
+from headstart.kernels.backend import KernelChoices
+
+if TYPE_CHECKING:
+    from headstart.kernels.gpu.device import Device
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +44,10 @@ class Config:
     warps: int = 4
     stages: int = 1
 
+    def at_least(self, block_m: int) -> Config:
+        """The same with at least so many vectors in a tile."""
+        return self if self.block_m >= block_m else replace(self, block_m=block_m)
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -53,6 +64,9 @@ class Key:
         return f"{self.kernel}/{self.arch}/{self.head_dim}/{self.width}/{self.format}"
 
 
+FLOAT32 = {128: Config(32, 64), 256: Config(16, 16)}
+"""By the largest head size. float32 is for comparing: it is not tuned."""
+
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """KiB of shared memory one block may use, by architecture (CUDA C++ Programming Guide 13.0,
 "Technical Specifications per Compute Capability")."""
@@ -63,8 +77,10 @@ def candidates(key: Key) -> list[Config]:
     if key.kernel == "tile":
         # Tensor cores from 9.0 on take 64 rows per group of 4 warps.
         sizes = [(128, 64, 8), (128, 64, 4), (64, 64, 4), (128, 32, 8), (64, 32, 4), (32, 32, 4)]
-        if key.head_dim > 128 or key.width == 4:
+        if key.head_dim > 128:
             sizes = [(64, 64, 8), (64, 32, 8), (64, 32, 4), (32, 32, 4), (32, 16, 4), (16, 16, 4)]
+        if key.format == "fp8":  # widened in software, which takes registers
+            sizes = sizes[2:]
         stages = (3, 2, 1) if key.arch in (80, 90, 100) else (2, 1)
         return [Config(m, n, w, s) for (m, n, w), s in itertools.product(sizes, stages)]
     if key.kernel == "row":
@@ -90,67 +106,48 @@ def nearest_architecture(arch: int) -> int:
     return max(known for known in ARCHITECTURES if known <= arch)
 
 
-class Store(Protocol):
-    """Where choices measured on this machine are kept."""
-
-    def load(self) -> dict[str, dict[str, int]]: ...
-
-    def keep(self, entries: dict[str, dict[str, int]]) -> None: ...
-
-
 class Tuner:
-    """Configurations by key. ``measure``: seconds of a piece of work on the device, or None
-    where there is no time worth measuring (the interpreter)."""
+    """Configurations by key. Where ``device`` can measure, each is the fastest of its candidates,
+    found when first needed and kept in ``choices``; else the shipped one."""
 
-    def __init__(
-        self,
-        arch: int,
-        measure: Callable[[Callable[[], None]], float] | None = None,
-        store: Store | None = None,
-    ) -> None:
-        self._arch = arch
-        self._measure = measure
-        self._store = store
-        kept = {} if store is None else store.load()
+    def __init__(self, device: Device, choices: KernelChoices | None = None) -> None:
+        self._device = device
+        self._choices = choices
+        kept = {} if choices is None else choices.load(device.name)
         self._chosen = {name: Config(**fields) for name, fields in kept.items()}
 
     def shipped(self, kernel: str, head_dim: int, width: int, format: str) -> Config:
         """The choice made without a device; for other shapes, that of the next larger head."""
-        arch = nearest_architecture(self._arch)
+        arch = nearest_architecture(self._device.arch)
+        if arch == 80 and format == "fp8_native":
+            format = "fp8"
         size = next((size for size in HEAD_SIZES if size >= head_dim), HEAD_SIZES[-1])
         return shipped()[str(Key(kernel, arch, size, width, format))]
 
     def choose(
-        self,
-        kernel: str,
-        head_dim: int,
-        width: int,
-        format: str,
-        run: Callable[[Config], None] | None = None,
+        self, kernel: str, head_dim: int, width: int, format: str, run: Callable[[Config], None]
     ) -> Config:
         """The configuration for this shape. ``run`` starts the kernel with one, to be timed."""
-        key = Key(kernel, self._arch, head_dim, width, format)
+        if width == 4:
+            return next(config for most, config in FLOAT32.items() if head_dim <= most)
+        key = Key(kernel, self._device.arch, head_dim, width, format)
         chosen = self._chosen.get(str(key))
-        if chosen is not None:
-            return chosen
-        default = self.shipped(kernel, head_dim, width, format)
-        if self._measure is None or run is None:
-            return default
-        chosen = self._fastest(key, [default, *candidates(key)], run)
-        self._chosen[str(key)] = chosen
-        if self._store is not None:
-            self._store.keep({name: asdict(config) for name, config in self._chosen.items()})
+        if chosen is None:
+            chosen = self.shipped(kernel, head_dim, width, format)
+            if self._device.measures:
+                chosen = self._fastest(key, [chosen, *candidates(key)], run)
+            self._chosen[str(key)] = chosen
+            if self._choices is not None and self._device.measures:
+                entries = {name: asdict(config) for name, config in self._chosen.items()}
+                self._choices.keep(self._device.name, entries)
         return chosen
 
-    def _fastest(
-        self, key: Key, configs: list[Config], run: Callable[[Config], None]
-    ) -> Config:
-        assert self._measure is not None
+    def _fastest(self, key: Key, configs: list[Config], run: Callable[[Config], None]) -> Config:
         best, chosen = float("inf"), configs[0]
         for config in dict.fromkeys(configs):
             try:
-                seconds = self._measure(lambda config=config: run(config))  # type: ignore[misc]
-            except RuntimeError as error:  # more shared memory or registers than there are
+                seconds = self._device.seconds(partial(run, config))
+            except OutOfResources as error:  # more shared memory or registers than there are
                 logger.debug("%s: %s does not run: %s", key, config, error)
                 continue
             if seconds < best:

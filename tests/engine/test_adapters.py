@@ -24,13 +24,13 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import RequestError
 from headstart.engine.model_runner import ModelRunner, load_decoder
-from headstart.engine.models import decoder
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.segments import Segments, Span
 from headstart.engine.sequence import Sequence as EngineSequence
 from headstart.kernels.backend import instruction_sets, load_backend
+from headstart.kernels.cpu.backend import CpuBackend
 
 NEW = 12
 F32_LOGITS = 1e-4  # as in test_parity.py
@@ -245,7 +245,7 @@ def test_modes(llama: Judge, mode: str) -> None:
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_in_tiles(llama: Judge, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """An adapter's rows are cut at a tile's end, tiles have some adapters or none."""
-    monkeypatch.setattr(decoder, "TILE_ROWS", rows)
+    monkeypatch.setattr(CpuBackend, "tile_rows", rows)
     requests = mixed(4)[: 10 if rows == 1 else None]
     llama.check(requests, run(make_engine(llama.model, llama.paths), requests))
 
@@ -270,7 +270,7 @@ def workload(seed: int) -> list[Request]:
 def test_with_segments_and_prefixes_read_once(
     llama: Judge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: int, budget: int
 ) -> None:
-    monkeypatch.setattr(decoder, "TILE_ROWS", rows)
+    monkeypatch.setattr(CpuBackend, "tile_rows", rows)
     requests = workload(5)
     engine = make_engine(
         llama.model,

@@ -26,6 +26,7 @@ from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Span
 from headstart.engine.sequence import Sequence
 from headstart.kernels.backend import instruction_sets
+from headstart.kernels.cpu.backend import CpuBackend
 
 LENGTHS = (31, 65, 300, 700, 1333)
 PARAMS = SamplingParams(max_tokens=8, temperature=0.8, seed=5, ignore_eos=True)
@@ -207,7 +208,7 @@ def test_segments(
 ) -> None:
     settings, rows = SEGMENTED[how]
     alone = tiny_alone(isa)
-    monkeypatch.setattr("headstart.engine.models.decoder.TILE_ROWS", rows)
+    monkeypatch.setattr(CpuBackend, "tile_rows", rows)
     other = engine(tiny_int8, isa=isa, cache_dir=str(tmp_path), **settings)
     prompts, spans = segmented(320)
     assert answers(other, prompts, spans) == alone

@@ -27,6 +27,7 @@ from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.segments import Segments, Span
 from headstart.engine.sequence import Sequence
 from headstart.kernels.backend import Backend, instruction_sets, load_backend
+from headstart.kernels.cpu.backend import CpuBackend
 
 F32_LOGITS = 1e-4  # largest difference of a logit, relative to the largest logit; measured 1e-5
 PAGE = 32
@@ -142,7 +143,7 @@ def llama(tiny_model: Callable[..., Path]) -> Path:
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
     """``tiles(rows)``: how many rows go through a layer at a time from now on."""
-    return lambda rows: monkeypatch.setattr("headstart.engine.models.decoder.TILE_ROWS", rows)
+    return lambda rows: monkeypatch.setattr(CpuBackend, "tile_rows", rows)
 
 
 # ------------------------------------------------------------------------------- logits

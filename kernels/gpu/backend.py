@@ -1,0 +1,315 @@
+"""GpuBackend: the operations of Backend in Triton, matrix products by torch (cuBLAS).
+
+Operations are launched and not waited for. Rows are tensors on the device in the activations'
+type; the residual is float32. Their results are new tensors of torch's caching allocator, which
+gives memory out again in stream order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headstart.kernels.backend import (
+    KV_FORMATS,
+    AttentionShape,
+    IntArray,
+    KVRanges,
+    LoraPart,
+    RopeTable,
+)
+from headstart.kernels.gpu import attention, kv, lora, rows
+from headstart.kernels.gpu.device import Device
+from headstart.kernels.gpu.plan import Capacity, cut
+from headstart.kernels.gpu.tuning import Config, Tuner
+
+_LOG2E = 1.4426950408889634
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLinear:
+    """A weight for torch's matrix product, on the device."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+class AttentionPlan(NamedTuple):
+    """A plan on the device: its sections (plan.py), what they hold at most, and its kernels."""
+
+    sections: list[Tensor]
+    capacity: Capacity
+    num_rows: int
+    shape: AttentionShape
+    row_config: Config
+    tile_config: Config
+
+
+class GpuBackend:
+    """See Backend. ``weights``: "f32", "f16" or "bf16", of weights, activations and, where
+    ``kv_format`` is "auto", keys and values; "fp8" and "int8" are those of keys and values."""
+
+    name = "gpu"
+    tile_rows = 8192
+
+    def __init__(
+        self,
+        device: Device,
+        tuner: Tuner,
+        *,
+        weights: str,
+        kv_format: str = "auto",
+        page_size: int = 32,
+    ) -> None:
+        if page_size < 16 or page_size & (page_size - 1):
+            raise ValueError(
+                f"page_size must be a power of two of at least 16 on this backend, got {page_size}"
+            )
+        if weights not in DTYPES:
+            raise ValueError(
+                f"the gpu backend has weights in {', '.join(DTYPES)}, not in {weights}"
+            )
+        if kv_format not in KV_FORMATS:
+            raise ValueError(f"KV must be {', '.join(KV_FORMATS)}; got {kv_format}")
+        self.page_size = self.range_step = page_size
+        self.dtype = DTYPES[weights]
+        self.on = device
+        self.tuner = tuner
+        self._format = "same" if kv_format == "auto" else kv_format
+        self._read_as = self._format
+        if self._format == "fp8" and device.arch >= 89:
+            self._read_as = "fp8_native"
+        self._precision = "tf32x3" if weights == "f32" else "tf32"
+        self._configs: dict[AttentionShape, tuple[Config, Config]] = {}
+        kv_name = weights if kv_format == "auto" else kv_format
+        self.device = f"{device.name}, {weights} weights, {kv_name} KV"
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.on.torch_device)
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        return self.on.upload(tensor)
+
+    def synchronize(self) -> None:
+        self.on.synchronize()
+
+    def free_memory(self) -> int | None:
+        return self.on.free_memory()
+
+    def peak_memory(self, work: Callable[[], None]) -> int | None:
+        return self.on.peak_memory(work)
+
+    def linear_weight(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
+        def placed(tensor: Tensor) -> Tensor:
+            return tensor.to(self.on.torch_device, self.dtype).contiguous()
+
+        return DenseLinear(placed(weight), None if bias is None else placed(bias))
+
+    def quantized_weight(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> DenseLinear:
+        raise ValueError("int8 weights are for CPUs: the gpu backend has f32, f16 and bf16")
+
+    def _layout(self, shape: AttentionShape) -> kv.PageLayout:
+        return kv.PageLayout(shape, self.page_size, self.dtype, self._format)
+
+    def kv_bytes_per_page(self, shape: AttentionShape, layers: int) -> int:
+        return layers * self._layout(shape).num_bytes
+
+    def allocate_kv(self, shape: AttentionShape, layers: int, num_pages: int) -> kv.KVPool:
+        attention.head_parts(shape.head_dim)
+        return kv.allocate(self._layout(shape), layers, num_pages, self.on.torch_device)
+
+    def kv_layout(self, shape: AttentionShape) -> str:
+        return str(self._layout(shape))
+
+    def kv_pages(self, kv: kv.KVPool) -> Tensor:
+        return kv.data
+
+    def kv_memory(self, kv: kv.KVPool) -> None:
+        """The device's own, which other processes cannot map."""
+
+    def prepare_pages(self, kv: kv.KVPool, first: int, last: int) -> None:
+        """Nothing to do: torch has written the zeros."""
+
+    def plan_attention(
+        self, num_rows: int, ranges: KVRanges, shape: AttentionShape
+    ) -> AttentionPlan:
+        configs = self._configs.get(shape)
+        if configs is None:
+            configs = self._configs[shape] = self._choose(shape)
+        return self._plan(num_rows, ranges, shape, *configs)
+
+    def _choose(self, shape: AttentionShape) -> tuple[Config, Config]:
+        """Of the kernels for few and for many vectors; a tile holds a whole group."""
+        width = self.dtype.itemsize
+        least = max(16, rows.power_of_two(shape.group))
+        row, tile = (
+            self.tuner.choose(name, shape.head_dim, width, self._read_as, work)
+            for name, work in (
+                ("row", self._work(shape, least, sequences=32, rows=1, keys=2048)),
+                ("tile", self._work(shape, least, sequences=1, rows=1024, keys=2048)),
+            )
+        )
+        return row.at_least(least), tile.at_least(least)
+
+    def _work(
+        self, shape: AttentionShape, least: int, *, sequences: int, rows: int, keys: int
+    ) -> Callable[[Config], None]:
+        """Attention of a batch like those to come, to be timed: staircases of ``rows``."""
+
+        @cache
+        def inputs() -> tuple[kv.KVPool, Tensor, KVRanges]:
+            pages = keys // self.page_size
+            pool = self.allocate_kv(shape, 1, sequences * pages)
+            size = (sequences * rows, shape.heads, shape.head_dim)
+            q = torch.randn(size, device=self.on.torch_device).to(self.dtype)
+            each = np.arange(sequences + 1, dtype=np.int32)
+            visible = np.arange(keys - rows + 1, keys + 1, dtype=np.int32)
+            ranges = KVRanges(
+                page_start=each * pages,
+                pages=np.arange(sequences * pages, dtype=np.int32),
+                first_key=np.zeros(sequences, np.int32),
+                row_start=each * rows,
+                rows=np.arange(sequences * rows, dtype=np.int32),
+                visible=np.tile(visible, sequences),
+            )
+            return pool, q, ranges
+
+        @cache
+        def plan(config: Config) -> AttentionPlan:
+            return self._plan(sequences * rows, inputs()[2], shape, config, config)
+
+        def work(config: Config) -> None:
+            pool, q, _ = inputs()
+            self.attend(q, pool, 0, plan(config.at_least(least)))
+
+        return work
+
+    def _plan(
+        self,
+        num_rows: int,
+        ranges: KVRanges,
+        shape: AttentionShape,
+        row_config: Config,
+        tile_config: Config,
+    ) -> AttentionPlan:
+        found = cut(
+            num_rows,
+            ranges,
+            group=shape.group,
+            kv_heads=shape.kv_heads,
+            page_size=self.page_size,
+            row_block=row_config.block_m,
+            tile_block=tile_config.block_m,
+            processors=self.on.processors,
+        )
+        capacity = found.capacity
+        sections = capacity.sections(self.on.upload(found.write(capacity)))
+        return AttentionPlan(sections, capacity, num_rows, shape, row_config, tile_config)
+
+    def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
+        return table.index_select(0, token_ids).float()
+
+    def norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        return rows.norm(self.on, residual, delta, weight, eps, self.dtype)
+
+    def linear(self, x: Tensor, weight: DenseLinear) -> Tensor:
+        return torch.nn.functional.linear(x, weight.weight, weight.bias)
+
+    def lora_adapter(self, layers: Sequence[Sequence[LoraPart]]) -> lora.GpuAdapter:
+        return lora.GpuAdapter(layers, self.dtype, self.on.torch_device)
+
+    def plan_lora(
+        self, adapters: Sequence[lora.GpuAdapter], rows: Sequence[IntArray]
+    ) -> lora.LoraPlan:
+        return lora.plan_lora(self.on, adapters, rows)
+
+    def add_lora(self, x: Tensor, y: Tensor, plan: lora.LoraPlan, layer: int) -> None:
+        lora.add_lora(self.on, x, y, plan, layer)
+
+    def rope_and_store(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        rope: RopeTable,
+        positions: Tensor,
+        slots: Tensor,
+        shape: AttentionShape,
+        kv: kv.KVPool,
+        layer: int,
+        tile: int = 0,
+    ) -> Tensor:
+        return rows.rope_and_store(
+            self.on, qkv, q_norm, k_norm, eps, rope, positions, slots, shape,
+            kv.layers[layer], kv.layout,
+        )  # fmt: skip
+
+    def attend(self, q: Tensor, kv: kv.KVPool, layer: int, plan: AttentionPlan) -> Tensor:
+        out, _ = self.attend_with_lse(q, kv, layer, plan)
+        return out
+
+    def attend_with_lse(
+        self, q: Tensor, kv: kv.KVPool, layer: int, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor]:
+        """As ``attend``, and the merged lse, float32 natural logarithm ``[rows, heads]``."""
+        shape, capacity = plan.shape, plan.capacity
+        row_items, tile_items, pages, entries, visible, merge_rows, starts, slots = plan.sections
+        pool = kv.layers[layer]
+        where = self.on.torch_device
+        out = torch.empty(plan.num_rows, shape.heads * shape.head_dim, dtype=q.dtype, device=where)
+        lse = torch.empty(plan.num_rows, shape.heads, device=where)
+        parts = torch.empty(capacity.slots, shape.heads, shape.head_dim, device=where)
+        part_lse = torch.empty(capacity.slots, shape.heads, device=where)
+        main, tail = attention.head_parts(shape.head_dim)
+        for config, items, count in (
+            (plan.row_config, row_items, capacity.row_items),
+            (plan.tile_config, tile_items, capacity.tile_items),
+        ):
+            if not count:
+                continue
+            self.on.launch(
+                attention.attend_items,
+                (count, shape.kv_heads),
+                config,
+                q, pool.elements, pool.scales, items, pages, entries, visible,
+                out, lse, parts, part_lse,
+                q.stride(0), pool.page_stride, pool.scale_stride,
+                _LOG2E / math.sqrt(shape.head_dim),
+                GROUP=shape.group, KV_HEADS=shape.kv_heads, MAIN=main, TAIL=tail,
+                PAGE=self.page_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                FORMAT=self._read_as, PRECISION=self._precision,
+            )  # fmt: skip
+        if capacity.merge_rows:
+            self.on.launch(
+                attention.merge,
+                (capacity.merge_rows, shape.heads),
+                attention.MERGE,
+                parts, part_lse, merge_rows, starts, slots, out, lse,
+                HEADS=shape.heads, HEAD_DIM=shape.head_dim,
+                BLOCK_D=1 << (shape.head_dim - 1).bit_length(),
+            )  # fmt: skip
+        return out, lse
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return rows.silu_mul(self.on, gate_up)
+
+    def argmax(self, logits: Tensor) -> list[int]:
+        best: list[int] = logits.argmax(dim=-1).tolist()
+        return best

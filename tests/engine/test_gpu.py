@@ -1,0 +1,165 @@
+"""The engine on the gpu backend: greedy tokens are transformers' in float32, however it runs.
+
+Where there is no GPU, kernels run in Triton's interpreter (tests/conftest.py): slowly, so prompts
+are few and short. The kernels by themselves are in tests/kernels/gpu.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headstart.engine.attention_costs import AttentionCosts
+from headstart.engine.config import EngineConfig
+from headstart.engine.engine import Engine
+from headstart.engine.errors import ConfigError
+from headstart.engine.sampling_params import SamplingParams
+
+NEW = 4
+
+
+@pytest.fixture(autouse=True)
+def costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring an interpreter says nothing, and takes minutes."""
+    known = AttentionCosts([1, 64], [1e-5, 1e-5], [1e-7, 2e-7], [1e-8, 1e-8], [1], [1.0], 256)
+    monkeypatch.setattr("headstart.engine.engine.load_costs", lambda *_: known)
+
+
+def make_engine(folder: Path, **settings: Any) -> Engine:
+    fields: dict[str, Any] = {
+        "backend": "gpu",
+        "weights": "f32",
+        "kv_memory": 16 << 20,
+        "max_model_len": 256,
+        "max_batched_tokens": 128,
+    }
+    return Engine(EngineConfig(model_path=str(folder), **{**fields, **settings}))
+
+
+def greedy(new: int = NEW) -> SamplingParams:
+    return SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+
+
+def some_prompts() -> list[list[int]]:
+    """Around the end of a page, with a shared prefix of two pages."""
+    generator = torch.Generator().manual_seed(7)
+
+    def some(n: int) -> list[int]:
+        ids: list[int] = torch.randint(0, 320, (n,), generator=generator).tolist()
+        return ids
+
+    shared = some(70)
+    return [some(1), some(31), some(33), shared, shared[:66] + some(9), shared[:64] + some(3)]
+
+
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [
+        ("llama", {"head_dim": 64, "num_key_value_heads": 1}),
+        ("llama", {"head_dim": 80, "attention_bias": True, "mlp_bias": True}),
+        ("qwen3", {}),
+    ],
+)
+def test_greedy_tokens(
+    tiny_model: Callable[..., Path], references: Any, arch: str, overrides: dict[str, Any]
+) -> None:
+    folder = tiny_model(arch, **overrides)
+    engine = make_engine(folder)
+    prompts = some_prompts()
+    references(folder).check(prompts, engine.generate(prompts, greedy()), NEW)
+    engine.check()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"relay": "on"},
+        {"max_batched_tokens": 16},
+        {"prefix_caching": False, "kv_memory": 1 << 20, "max_model_len": 128},
+    ],
+    ids=str,
+)
+def test_however_it_is_computed(
+    tiny_model: Callable[..., Path], references: Any, settings: dict[str, Any]
+) -> None:
+    """Shared prefixes read once, chunks, a pool that fills up."""
+    folder = tiny_model("llama")
+    engine = make_engine(folder, **settings)
+    prompts = some_prompts()
+    reference = references(folder)
+    reference.check(prompts, engine.generate(prompts, greedy()), NEW)
+    again = prompts[3:]  # now from the cache, where there is one
+    reference.check(again, engine.generate(again, greedy()), NEW)
+    engine.check()
+    if settings.get("relay") == "on":
+        assert engine.stats.relay.ranges > 0
+    assert (engine.stats.cached_tokens > 0) is settings.get("prefix_caching", True)
+
+
+def run(engine: Engine, requests: list[tuple[list[int], dict[str, Any]]]) -> list[list[int]]:
+    outputs: list[list[int]] = [[] for _ in requests]
+    for index, (prompt, more) in enumerate(requests):
+        engine.add(index, array("i", prompt), greedy(), **more)
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.id] += output.token_ids
+    engine.check()
+    return outputs
+
+
+def test_segments(tiny_model: Callable[..., Path], references: Any) -> None:
+    """Turns that see themselves whole, one longer than a step's budget."""
+    folder = tiny_model("llama")
+    engine = make_engine(folder, max_batched_tokens=32)
+    prompts = [prompt for prompt in some_prompts() if len(prompt) > 30]
+    spans = [[(3, len(prompt) - 5)] for prompt in prompts]
+    requests = [(p, {"segments": s}) for p, s in zip(prompts, spans, strict=True)]
+    references(folder).check(prompts, run(engine, requests), NEW, spans)
+
+
+def test_adapters(tiny_model: Callable[..., Path], references: Any, lora: Any) -> None:
+    """Rows with two adapters of different ranks and rows with none, in one batch."""
+    folder = tiny_model("llama")
+    paths = {
+        "a": lora.write(folder, seed=1, r=4),
+        "b": lora.write(folder, seed=2, r=20, targets=("q_proj", "v_proj", "down_proj")),
+    }
+    engine = make_engine(folder, adapters={name: str(path) for name, path in paths.items()})
+    names = [None, "a", "b", "a", None, "b"]
+    prompts = some_prompts()
+    requests = [(p, {"adapter": n}) for p, n in zip(prompts, names, strict=True)]
+    outputs = run(engine, requests)
+    for prompt, name, output in zip(prompts, names, outputs, strict=True):
+        merged = lora.merged(folder, paths.get(name) if name else None)
+        references(merged).check([prompt], [output], NEW)
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp8"])
+def test_keys_and_values_of_eight_bits(
+    tiny_model: Callable[..., Path], references: Any, kv_format: str
+) -> None:
+    """Not exact, but a random model's first token mostly stays: chance would be 1 in 320. What
+    is computed of them is compared in tests/kernels/gpu."""
+    folder = tiny_model("llama", head_dim=64)
+    prompts = some_prompts()
+    plain = make_engine(folder)
+    exact = plain.generate(prompts, greedy(1))
+    engine = make_engine(folder, kv_format=kv_format)
+    answers = engine.generate(prompts, greedy(1))
+    engine.check()
+    first = [a[0] == b[0] for a, b in zip(exact, answers, strict=True)]
+    assert sum(first) >= 4
+    assert engine.model.num_pages > 3 * plain.model.num_pages
+
+
+def test_what_the_backend_does_not_have(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("llama")
+    with pytest.raises(ConfigError, match="has weights in f32, f16, bf16, not in int8"):
+        make_engine(folder, weights="int8")
+    with pytest.raises(ConfigError, match="the cpu backend has no fp8 KV"):
+        make_engine(folder, backend="cpu", kv_format="fp8")
