@@ -13,7 +13,7 @@ BIN := .venv/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: serve test lint format install bench bench-serve bench-steps perplexity peers container-test soak clean
+.PHONY: serve test lint format install bench bench-serve bench-steps perplexity peers container-test gpu-check soak clean
 .DEFAULT_GOAL := test
 
 serve: install
@@ -67,6 +67,11 @@ peers: .venv-peers/.installed
 	touch $@
 
 # --- long checks, not part of "make test" ---
+
+# On a machine with a GPU, in an environment with CUDA builds of torch and headstart[cuda,dev]:
+# every parity test on the device, bfloat16 included.
+gpu-check:
+	pytest tests/kernels/gpu tests/engine/test_gpu.py $(ARGS)
 
 container-test:
 	deploy/container_test.sh

@@ -335,8 +335,16 @@ def _load_gpu(
         )
     from headstart.kernels.gpu.backend import GpuBackend
     from headstart.kernels.gpu.device import find_device
+    from headstart.kernels.gpu.flash import find_flash
     from headstart.kernels.gpu.tuning import Tuner
 
     device = find_device()
     tuner = Tuner(device, choices)
-    return GpuBackend(device, tuner, weights=weights, kv_format=kv_format, page_size=page_size)
+    return GpuBackend(
+        device,
+        tuner,
+        weights=weights,
+        kv_format=kv_format,
+        page_size=page_size,
+        flash_attn=find_flash() if device.measures else None,
+    )

@@ -7,11 +7,12 @@ gives memory out again in stream order.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +26,16 @@ from headstart.kernels.backend import (
     LoraPart,
     RopeTable,
 )
-from headstart.kernels.gpu import attention, kv, lora, rows
+from headstart.kernels.gpu import attention, flash, kv, lora, rows
 from headstart.kernels.gpu.device import Device
 from headstart.kernels.gpu.plan import Capacity, cut
 from headstart.kernels.gpu.tuning import Config, Tuner
 
+logger = logging.getLogger(__name__)
+
 _LOG2E = 1.4426950408889634
+FLASH_ROWS = 64
+"""Rows of the shortest range that goes to flash-attn: a tile of its kernels."""
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -59,6 +64,7 @@ class AttentionPlan(NamedTuple):
     shape: AttentionShape
     row_config: Config
     tile_config: Config
+    flash_calls: list[flash.FlashCall]
 
 
 class GpuBackend:
@@ -76,6 +82,7 @@ class GpuBackend:
         weights: str,
         kv_format: str = "auto",
         page_size: int = 32,
+        flash_attn: Callable[..., Any] | None = None,
     ) -> None:
         if page_size < 16 or page_size & (page_size - 1):
             raise ValueError(
@@ -97,6 +104,8 @@ class GpuBackend:
             self._read_as = "fp8_native"
         self._precision = "tf32x3" if weights == "f32" else "tf32"
         self._configs: dict[AttentionShape, tuple[Config, Config]] = {}
+        self._flash = None if weights == "f32" and device.measures else flash_attn
+        self._flash_wins: dict[AttentionShape, bool] = {}
         kv_name = weights if kv_format == "auto" else kv_format
         self.device = f"{device.name}, {weights} weights, {kv_name} KV"
 
@@ -152,7 +161,27 @@ class GpuBackend:
         configs = self._configs.get(shape)
         if configs is None:
             configs = self._configs[shape] = self._choose(shape)
-        return self._plan(num_rows, ranges, shape, *configs)
+        calls: list[flash.FlashCall] = []
+        if self._flash is not None and self._flash_is_faster(shape, configs):
+            calls, ranges = flash.split(ranges, FLASH_ROWS)
+        return self._plan(num_rows, ranges, shape, *configs, calls)
+
+    def _flash_is_faster(self, shape: AttentionShape, configs: tuple[Config, Config]) -> bool:
+        """By measured time of a long chunk; without a device that measures, taken to be so."""
+        if shape not in self._flash_wins:
+            pool, q, ranges = self._chunk(shape, sequences=1, rows=1024, keys=2048)
+            plain = self._plan(len(q), ranges, shape, *configs, [])
+            calls, rest = flash.split(ranges, FLASH_ROWS)
+            other = self._plan(len(q), rest, shape, *configs, calls)
+            seconds = [0.0, 1.0]
+            if self.on.measures:
+                seconds = [
+                    self.on.seconds(partial(self.attend, q, pool, 0, plan))
+                    for plan in (other, plain)
+                ]
+                logger.info("flash-attn %.1f us, Triton %.1f us", *(1e6 * s for s in seconds))
+            self._flash_wins[shape] = seconds[0] < seconds[1]
+        return self._flash_wins[shape]
 
     def _choose(self, shape: AttentionShape) -> tuple[Config, Config]:
         """Of the kernels for few and for many vectors; a tile holds a whole group."""
@@ -172,33 +201,37 @@ class GpuBackend:
     ) -> Callable[[Config], None]:
         """Attention of a batch like those to come, to be timed: staircases of ``rows``."""
 
-        @cache
-        def inputs() -> tuple[kv.KVPool, Tensor, KVRanges]:
-            pages = keys // self.page_size
-            pool = self.allocate_kv(shape, 1, sequences * pages)
-            size = (sequences * rows, shape.heads, shape.head_dim)
-            q = torch.randn(size, device=self.on.torch_device).to(self.dtype)
-            each = np.arange(sequences + 1, dtype=np.int32)
-            visible = np.arange(keys - rows + 1, keys + 1, dtype=np.int32)
-            ranges = KVRanges(
-                page_start=each * pages,
-                pages=np.arange(sequences * pages, dtype=np.int32),
-                first_key=np.zeros(sequences, np.int32),
-                row_start=each * rows,
-                rows=np.arange(sequences * rows, dtype=np.int32),
-                visible=np.tile(visible, sequences),
-            )
-            return pool, q, ranges
+        inputs = cache(lambda: self._chunk(shape, sequences=sequences, rows=rows, keys=keys))
 
         @cache
         def plan(config: Config) -> AttentionPlan:
-            return self._plan(sequences * rows, inputs()[2], shape, config, config)
+            return self._plan(sequences * rows, inputs()[2], shape, config, config, [])
 
         def work(config: Config) -> None:
             pool, q, _ = inputs()
             self.attend(q, pool, 0, plan(config.at_least(least)))
 
         return work
+
+    def _chunk(
+        self, shape: AttentionShape, *, sequences: int, rows: int, keys: int
+    ) -> tuple[kv.KVPool, Tensor, KVRanges]:
+        """Pages, queries and ranges of sequences with ``keys`` keys, their last ``rows`` rows."""
+        pages = keys // self.page_size
+        pool = self.allocate_kv(shape, 1, sequences * pages)
+        size = (sequences * rows, shape.heads, shape.head_dim)
+        q = torch.randn(size, device=self.on.torch_device).to(self.dtype)
+        each = np.arange(sequences + 1, dtype=np.int32)
+        visible = np.arange(keys - rows + 1, keys + 1, dtype=np.int32)
+        ranges = KVRanges(
+            page_start=each * pages,
+            pages=np.arange(sequences * pages, dtype=np.int32),
+            first_key=np.zeros(sequences, np.int32),
+            row_start=each * rows,
+            rows=np.arange(sequences * rows, dtype=np.int32),
+            visible=np.tile(visible, sequences),
+        )
+        return pool, q, ranges
 
     def _plan(
         self,
@@ -207,6 +240,7 @@ class GpuBackend:
         shape: AttentionShape,
         row_config: Config,
         tile_config: Config,
+        calls: list[flash.FlashCall],
     ) -> AttentionPlan:
         found = cut(
             num_rows,
@@ -220,7 +254,7 @@ class GpuBackend:
         )
         capacity = found.capacity
         sections = capacity.sections(self.on.upload(found.write(capacity)))
-        return AttentionPlan(sections, capacity, num_rows, shape, row_config, tile_config)
+        return AttentionPlan(sections, capacity, num_rows, shape, row_config, tile_config, calls)
 
     def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
         return table.index_select(0, token_ids).float()
@@ -305,6 +339,11 @@ class GpuBackend:
                 HEADS=shape.heads, HEAD_DIM=shape.head_dim,
                 BLOCK_D=1 << (shape.head_dim - 1).bit_length(),
             )  # fmt: skip
+        for call in plan.flash_calls:
+            assert self._flash is not None
+            part = flash.attend(self._flash, q, kv, layer, call)
+            whole = out.view(plan.num_rows, shape.heads, shape.head_dim)
+            flash.merge_into(whole, lse, flash.row_tensor(call, where), *part)
         return out, lse
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:

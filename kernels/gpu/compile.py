@@ -1,9 +1,9 @@
 """Compile every kernel ahead of time, for devices that need not be there: what each one takes.
 
-    python -m headstart.kernels.gpu.compile            choose configurations, write tuning.json
-                                                       and the table in kernels/gpu/README.md
-    python -m headstart.kernels.gpu.compile --check    compile what is chosen; fail if the table
-                                                       or the choices are not what comes out
+    python -m headstart.kernels.gpu.compile            write the table in kernels/gpu/README.md
+    python -m headstart.kernels.gpu.compile --choose   choose configurations anew, too (10 minutes)
+    python -m headstart.kernels.gpu.compile --check    fail if the table is not what comes out, or
+                                                       a kernel does not fit
 
 The choice for each Key is the first candidate that spills no register, fits the shared memory of
 the architecture, and has the tensor-core instructions that are to be expected. Registers, spills
@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from headstart.kernels.gpu import attention
+from headstart.kernels.gpu import attention, lora, rows
 from headstart.kernels.gpu.tuning import (
     ARCHITECTURES,
     HEAD_SIZES,
@@ -58,7 +59,6 @@ class Specimen:
     arguments are multiples of 16, which Triton compiles for.
     """
 
-    kernel: str
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     wide: tuple[str, ...] = ()
@@ -96,7 +96,98 @@ def attention_specimen(key: Key, config: Config) -> Specimen:
         "FORMAT": key.format,
         "PRECISION": "tf32",
     }
-    return Specimen("attend_items", types, constants, ("q_stride", "page_stride", "scale_stride"))
+    return Specimen(types, constants, ("q_stride", "page_stride", "scale_stride"))
+
+
+def fixed_specimens() -> Iterator[tuple[str, Any, Specimen, Config]]:
+    """(name, kernel, specimen, configuration) of the kernels that are not tuned, for a model of
+    4,096 wide rows, 32 query heads and 8 KV heads of 128."""
+    size, bf16, f32, ints = 4096, "*bf16", "*fp32", "*i32"
+    yield (
+        "merge",
+        attention.merge,
+        Specimen(
+            dict.fromkeys(("part_ptr", "part_lse_ptr", "lse_ptr"), f32)
+            | dict.fromkeys(("rows", "starts", "slots"), ints)
+            | {"out_ptr": bf16},
+            {"HEADS": 32, "HEAD_DIM": 128, "BLOCK_D": 128},
+        ),
+        attention.MERGE,
+    )
+    config = rows.row_config(size)
+    yield (
+        "add_norm",
+        rows.add_norm,
+        Specimen(
+            {"residual": f32, "delta": bf16, "weight": f32, "out": bf16}
+            | {"residual_stride": "i32", "delta_stride": "i32", "eps": "fp32"},
+            {"SIZE": size, "BLOCK": config.block_n, "HAS_DELTA": True},
+            ("residual_stride", "delta_stride"),
+        ),
+        config,
+    )
+    for format, element in (("same", bf16), ("int8", "*i8"), ("fp8", "*u8")):
+        yield (
+            f"rope_store, {format.replace('same', 'bf16')}",
+            rows.rope_store,
+            Specimen(
+                {"qkv": bf16, "q_norm": f32, "k_norm": f32, "cos_ptr": f32, "sin_ptr": f32}
+                | {"positions": ints, "slots": ints, "q_out": bf16, "kv": element}
+                | {"scales": f32, "num_rows": "i32", "eps": "fp32"}
+                | dict.fromkeys(("qkv_stride", "page_stride", "scale_stride"), "i32"),
+                {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "ROWS": 16, "BLOCK": 64}
+                | {"PAGE": 32, "Q_NORM": True, "K_NORM": True, "FORMAT": format, "MOST": 1e38},
+                ("qkv_stride", "page_stride", "scale_stride"),
+            ),
+            Config(16, 64, warps=4),
+        )
+    config = rows.row_config(rows.SILU_BLOCK)
+    yield (
+        "silu_multiply",
+        rows.silu_multiply,
+        Specimen(
+            {"gate_up": bf16, "out": bf16, "stride": "i32"},
+            {"SIZE": 3 * size, "BLOCK": rows.SILU_BLOCK},
+            ("stride",),
+        ),
+        config,
+    )
+    tables = {"tables": "*i64", "tiles": ints, "rows": ints, "hidden": f32}
+    tables |= dict.fromkeys(("table_at", "hidden_stride"), "i32")
+    common: dict[str, Any] = {
+        "PARTS": lora.MOST_PARTS,
+        "TILE": lora.TILE_ROWS,
+        "BLOCK_R": lora.RANKS,
+    }
+    common |= {"PRECISION": "tf32"}
+    yield (
+        "shrink",
+        lora.shrink,
+        Specimen(
+            {"x": bf16, "x_stride": "i32", **tables},
+            {"SIZE": size, "BLOCK_K": lora.SHRINK.block_n, **common},
+            ("x_stride", "hidden_stride"),
+        ),
+        lora.SHRINK,
+    )
+    yield (
+        "expand",
+        lora.expand,
+        Specimen(
+            {"y": bf16, "y_stride": "i32", **tables},
+            {"BLOCK_N": lora.EXPAND.block_n, **common},
+            ("y_stride", "hidden_stride"),
+        ),
+        lora.EXPAND,
+    )
+
+
+def compile_fixed(arch: int) -> list[tuple[str, Config, Compiled]]:
+    """Every kernel that is not tuned."""
+    return [
+        (name, config, compile_kernel(kernel, specimen, config, arch))
+        for name, kernel, specimen, config in fixed_specimens()
+    ]
 
 
 def compile_kernel(kernel: Any, specimen: Specimen, config: Config, arch: int) -> Compiled:
@@ -175,10 +266,14 @@ def chosen(key: Key) -> tuple[Config, Compiled]:
     return config, compile_key(key, config)
 
 
-def table(found: Mapping[Key, tuple[Config, Compiled]]) -> str:
+Fixed = Mapping[int, list[tuple[str, Config, Compiled]]]
+
+
+def table(found: Mapping[Key, tuple[Config, Compiled]], fixed: Fixed) -> str:
     """The table of kernels/gpu/README.md."""
     lines = [
-        f"Triton {triton.__version__} and its own ptxas; activations in bf16.",
+        f"Triton {triton.__version__} and its own ptxas; activations in bf16. `tile` and `row` are "
+        "`attend_items` for many and for few vectors.",
         "",
         "| kernel | head | KV | sm | tile | warps | stages | registers | spilled | shared KiB (of) "
         "| tensor cores |",
@@ -186,50 +281,66 @@ def table(found: Mapping[Key, tuple[Config, Compiled]]) -> str:
     ]
     for key, (config, compiled) in found.items():
         name = key.format.replace("same", "bf16").replace("_native", "")
-        target = f"{key.arch}a" if key.arch >= 90 else str(key.arch)
-        lines.append(
-            f"| {key.kernel} | {key.head_dim} | {name} | {target} "
-            f"| {config.block_m}x{config.block_n} | {config.warps} | {config.stages} "
-            f"| {compiled.registers} | {compiled.spilled} "
-            f"| {compiled.shared / 1024:.1f} ({SHARED_MEMORY[key.arch]}) "
-            f"| {', '.join(compiled.instructions) or '-'} |"
-        )
+        lines.append(_line(f"{key.kernel} | {key.head_dim} | {name}", key.arch, config, compiled))
+    for arch, kernels in fixed.items():
+        lines += [_line(f"{name} | |", arch, config, done) for name, config, done in kernels]
     return "\n".join(lines)
+
+
+def _line(what: str, arch: int, config: Config, compiled: Compiled) -> str:
+    target = f"{arch}a" if arch >= 90 else str(arch)
+    return (
+        f"| {what} | {target} | {config.block_m}x{config.block_n} | {config.warps} "
+        f"| {config.stages} | {compiled.registers} | {compiled.spilled} "
+        f"| {compiled.shared / 1024:.1f} ({SHARED_MEMORY[arch]}) "
+        f"| {', '.join(compiled.instructions) or '-'} |"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="compare with what is kept")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="compare with what is kept")
+    what.add_argument("--choose", action="store_true", help="choose configurations anew")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     args = parser.parse_args(argv)
     every = list(keys())
-    with ProcessPoolExecutor(args.jobs) as pool:
-        results = pool.map(chosen if args.check else choose, every)
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        others = pool.map(compile_fixed, ARCHITECTURES)
+        results = pool.map(choose if args.choose else chosen, every)
         found = {}
         for key, result in zip(every, results, strict=True):
             found[key] = result
             if sys.stderr.isatty():
                 print(f"\r{len(found)} of {len(every)}", end="", file=sys.stderr)
-    entries = {str(key): asdict(config) for key, (config, _) in found.items()}
+        fixed = dict(zip(ARCHITECTURES, others, strict=True))
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    new = f"{before}{BEGIN}\n{table(found)}\n{END}{after}"
-    if not args.check:
-        lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())
+    new = f"{before}{BEGIN}\n{table(found, fixed)}\n{END}{after}"
+    if args.choose:
+        lines = ",\n".join(
+            f"{json.dumps(str(key))}: {json.dumps(asdict(config))}"
+            for key, (config, _) in found.items()
+        )
         SHIPPED.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    if not args.check:
         README.write_text(new, encoding="utf-8")
-        return 0
+        text = new
     wrong = [str(key) for key, (_, compiled) in found.items() if not fits(key, compiled)]
+    wrong += [
+        f"{name} for {arch}"
+        for arch, kernels in fixed.items()
+        for name, _, compiled in kernels
+        if compiled.spilled or compiled.shared > SHARED_MEMORY[arch] * 1024
+    ]
     if wrong:
         print(f"does not fit: {', '.join(wrong)}", file=sys.stderr)
     if new != text:
-        print(
-            "kernels/gpu/README.md is stale: run python -m headstart.kernels.gpu.compile",
-            file=sys.stderr,
-        )
+        stale = f"{README} is stale: run python -m headstart.kernels.gpu.compile"
+        print(stale, file=sys.stderr)
     return 1 if wrong or new != text else 0
 
 

@@ -38,7 +38,7 @@ class Device(Protocol):
     processors: int
     measures: bool
 
-    def seconds(self, work: Callable[[], None]) -> float:
+    def seconds(self, work: Callable[[], object]) -> float:
         """Time of one run of ``work`` on the device."""
         ...
 
@@ -92,7 +92,7 @@ class CudaDevice:
         if self.arch < 80:
             raise ValueError(NO_GPU.format(what=f"sees a {self.name} ({self.arch / 10:.1f})"))
 
-    def seconds(self, work: Callable[[], None]) -> float:
+    def seconds(self, work: Callable[[], object]) -> float:
         return float(triton.testing.do_bench(work, warmup=5, rep=20)) / 1e3
 
     def launch(
@@ -193,7 +193,7 @@ class InterpretedDevice:
     def __init__(self) -> None:
         self._recording: _Recording | None = None
 
-    def seconds(self, work: Callable[[], None]) -> float:
+    def seconds(self, work: Callable[[], object]) -> float:
         raise RuntimeError("the interpreter's times say nothing of a kernel")
 
     def launch(

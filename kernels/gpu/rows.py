@@ -170,13 +170,13 @@ def rope_store(
             a = tl.where(is_zero, 0.0, tl.div_rn(a, divisor))
             b = tl.where(is_zero, 0.0, tl.div_rn(b, divisor))
             if FORMAT == "int8":
-                a = tl.minimum(tl.maximum(nearest(a), -127.0), 127.0).to(tl.int8)
-                b = tl.minimum(tl.maximum(nearest(b), -127.0), 127.0).to(tl.int8)
+                code_a = tl.minimum(tl.maximum(nearest(a), -127.0), 127.0).to(tl.int8)
+                code_b = tl.minimum(tl.maximum(nearest(b), -127.0), 127.0).to(tl.int8)
             else:
-                a = e4m3(a)
-                b = e4m3(b)
-            tl.store(target, a, mask=mask)
-            tl.store(target + HALF, b, mask=mask)
+                code_a = e4m3(a)
+                code_b = e4m3(b)
+            tl.store(target, code_a, mask=mask)
+            tl.store(target + HALF, code_b, mask=mask)
 
 
 @triton.jit

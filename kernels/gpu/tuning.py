@@ -119,8 +119,8 @@ class Tuner:
     def shipped(self, kernel: str, head_dim: int, width: int, format: str) -> Config:
         """The choice made without a device; for other shapes, that of the next larger head."""
         arch = nearest_architecture(self._device.arch)
-        if arch == 80 and format == "fp8_native":
-            format = "fp8"
+        if format.startswith("fp8"):
+            format = "fp8" if arch == 80 else "fp8_native"
         size = next((size for size in HEAD_SIZES if size >= head_dim), HEAD_SIZES[-1])
         return shipped()[str(Key(kernel, arch, size, width, format))]
 

@@ -24,6 +24,10 @@ def random(device):
     return lambda *shape: torch.randn(*shape, generator=generator).to(device.torch_device)
 
 
+def ones(device, size):
+    return torch.ones(size, device=device.torch_device)
+
+
 def close(result, expected, dtype):
     """Within one rounding to ``dtype`` of what was computed in float32."""
     most = expected.abs() * ROUNDING[dtype] + 2e-6
@@ -47,8 +51,8 @@ def test_norm_of_strided_rows(device, dtype, random):
     wide, deltas = random(4, 90), random(4, 80).to(dtype)
     before = wide.clone()
     expected = wide[:, 10:74] + deltas[:, :64].float()
-    result = rows.norm(device, wide[:, 10:74], deltas[:, :64], torch.ones(64), 1e-5, dtype)
-    close(result, rms_norm(expected, torch.ones(64), 1e-5), dtype)
+    result = rows.norm(device, wide[:, 10:74], deltas[:, :64], ones(device, 64), 1e-5, dtype)
+    close(result, rms_norm(expected, ones(device, 64), 1e-5), dtype)
     assert torch.equal(wide[:, :10], before[:, :10])
     assert torch.equal(wide[:, 74:], before[:, 74:])
 
@@ -57,9 +61,9 @@ def test_a_row_that_overflowed_does_not_become_numbers(device, dtype, random):
     """NaN must reach the logits, where it ends the request; the other rows are unharmed."""
     for bad in (math.inf, math.nan):
         residual = random(3, 70)
-        clean = rows.norm(device, residual.clone(), None, torch.ones(70), 1e-6, dtype)
+        clean = rows.norm(device, residual.clone(), None, ones(device, 70), 1e-6, dtype)
         residual[1, 40] = bad
-        result = rows.norm(device, residual, None, torch.ones(70), 1e-6, dtype)
+        result = rows.norm(device, residual, None, ones(device, 70), 1e-6, dtype)
         assert result[1].isnan().any()
         assert torch.equal(result[[0, 2]], clean[[0, 2]])
 
