@@ -7,6 +7,10 @@
 
 An adapter keeps a table of addresses; a plan has the address of each adapter's table. So a launch
 reads adapters of any number, rank and layout, and none has to be copied beside another.
+
+The compiler cannot know where an address from a table points: it is told that matrices begin at
+16 bytes, and ranks are padded to multiples of 8 with zeros, so that rows do as well. Else weights
+would be read 2 bytes at a time, and not ahead.
 """
 
 from __future__ import annotations
@@ -28,13 +32,18 @@ MOST_PARTS = 3
 """Of one dense layer: q, k and v."""
 
 TILE_ROWS = 16
-SHRINK = Config(TILE_ROWS, 64, warps=4, stages=3)
+SHRINK = Config(TILE_ROWS, 256, warps=4, stages=3)
+"""One program goes through all of an input's columns: wide steps, several of them under way."""
+SHRINK_FLOAT32 = Config(TILE_ROWS, 64, warps=4, stages=3)
+"""float32 products are three of tf32, whose wide steps would spill registers."""
 EXPAND = Config(TILE_ROWS, 64, warps=4, stages=2)
 RANKS = 16
 """Ranks a program computes at a time."""
+RANK_STEP = 8
+"""Ranks are padded to a multiple of it: 16 bytes of a 16-bit type."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles", "rows"])
 def shrink(
     x, hidden, tables, tiles, rows, x_stride, table_at, hidden_stride,
     SIZE: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -50,11 +59,11 @@ def shrink(
     part = tl.program_id(1)
     adapter = tl.load(tables + tl.load(tile)).to(tl.pointer_type(tl.int64))
     fields = adapter + table_at + part * 5
-    rank = tl.load(fields + 2).to(tl.int32)
+    rank = tl.multiple_of(tl.load(fields + 2).to(tl.int32), 8)  # RANK_STEP
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     if tl.program_id(2) * BLOCK_R >= rank:
         return
-    down = tl.load(fields).to(tl.pointer_type(x.dtype.element_ty))
+    down = tl.multiple_of(tl.load(fields).to(tl.pointer_type(x.dtype.element_ty)), 16)
     first = tl.load(tile + 1)
     i = tl.arange(0, TILE)
     inside = i < tl.load(tile + 2)
@@ -72,7 +81,7 @@ def shrink(
     tl.store(hidden + at, acc, mask=inside[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles", "rows"])
 def expand(
     y, hidden, tables, tiles, rows, y_stride, table_at, hidden_stride,
     PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -88,12 +97,12 @@ def expand(
     part = tl.program_id(1)
     adapter = tl.load(tables + tl.load(tile)).to(tl.pointer_type(tl.int64))
     fields = adapter + table_at + part * 5
-    rank = tl.load(fields + 2).to(tl.int32)
+    rank = tl.multiple_of(tl.load(fields + 2).to(tl.int32), 8)  # RANK_STEP
     outputs = tl.load(fields + 4).to(tl.int32)
     if rank == 0 or tl.program_id(2) * BLOCK_N >= outputs:
         return
     DTYPE: tl.constexpr = y.dtype.element_ty
-    up = tl.load(fields + 1).to(tl.pointer_type(DTYPE))
+    up = tl.multiple_of(tl.load(fields + 1).to(tl.pointer_type(DTYPE)), 16)
     first = tl.load(tile + 1)
     i = tl.arange(0, TILE)
     inside = i < tl.load(tile + 2)
@@ -116,7 +125,7 @@ def expand(
 
 class GpuAdapter:
     """An adapter's terms on the device, and a table of them: int64 ``[layers, MOST_PARTS, 5]``
-    of down's address, up's address, rank, first output and outputs. Rank 0: no such part.
+    of down's address, up's address, padded rank, first output and outputs. Rank 0: no such part.
 
     Raises ValueError for a layer of more parts.
     """
@@ -131,12 +140,16 @@ class GpuAdapter:
             if len(parts) > MOST_PARTS:
                 raise ValueError(f"a dense layer has {len(parts)} LoRA parts; {MOST_PARTS} may be")
             for entry, part in zip(layer, parts, strict=False):
-                down, up = (t.to(where, dtype).contiguous() for t in (part.down, part.up))
+                (rank, size), outputs = part.down.shape, len(part.up)
+                padded = -(-rank // RANK_STEP) * RANK_STEP
+                down = torch.zeros(padded, size, dtype=dtype, device=where)
+                up = torch.zeros(outputs, padded, dtype=dtype, device=where)
+                down[:rank], up[:, :rank] = part.down, part.up
                 self._tensors += (down, up)
-                fields = (down.data_ptr(), up.data_ptr(), len(down), part.first, len(up))
+                fields = (down.data_ptr(), up.data_ptr(), padded, part.first, outputs)
                 entry.copy_(torch.tensor(fields))
-                self.rank = max(self.rank, len(down))
-                self.outputs = max(self.outputs, len(up))
+                self.rank = max(self.rank, padded)
+                self.outputs = max(self.outputs, outputs)
         self.table = table.to(where)
 
 
@@ -164,14 +177,15 @@ def plan_lora(device: Device, adapters: Sequence[GpuAdapter], rows: Sequence[Int
         first += len(some)
     flat = np.array(tiles, dtype=np.int32).ravel()
     both = device.upload(torch.from_numpy(np.concatenate([flat, *rows]).astype(np.int32)))
-    tables = device.upload(torch.tensor([adapter.table.data_ptr() for adapter in adapters]))
+    addresses = [adapter.table.data_ptr() for adapter in adapters]
+    tables = device.upload(torch.tensor(addresses, dtype=torch.int64))
     return LoraPlan(
         tables,
         both[: len(flat)],
         both[len(flat) :],
         len(tiles),
-        max(adapter.rank for adapter in adapters),
-        max(adapter.outputs for adapter in adapters),
+        max((adapter.rank for adapter in adapters), default=0),
+        max((adapter.outputs for adapter in adapters), default=0),
         adapters,
     )
 
@@ -184,10 +198,11 @@ def add_lora(device: Device, x: Tensor, y: Tensor, plan: LoraPlan, layer: int) -
     hidden = torch.empty(len(plan.rows), MOST_PARTS, ranks, device=x.device)
     precision = "tf32x3" if x.dtype is torch.float32 else "tf32"
     table_at = layer * MOST_PARTS * 5
+    config = SHRINK_FLOAT32 if x.dtype is torch.float32 else SHRINK
     device.launch(
-        shrink, (plan.num_tiles, MOST_PARTS, ranks // RANKS), SHRINK,
+        shrink, (plan.num_tiles, MOST_PARTS, ranks // RANKS), config,
         x, hidden, plan.tables, plan.tiles, plan.rows, x.stride(0), table_at, ranks,
-        SIZE=x.shape[1], PARTS=MOST_PARTS, TILE=TILE_ROWS, BLOCK_K=SHRINK.block_n,
+        SIZE=x.shape[1], PARTS=MOST_PARTS, TILE=TILE_ROWS, BLOCK_K=config.block_n,
         BLOCK_R=RANKS, PRECISION=precision,
     )  # fmt: skip
     outputs = min(plan.outputs, y.shape[1])

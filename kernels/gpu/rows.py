@@ -82,7 +82,9 @@ def _scaled(a, b, weight, i, inside, eps, HEAD_DIM: tl.constexpr):
     return a, b
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions", "slots"]
+)
 def rope_store(
     qkv,
     q_norm,
@@ -161,9 +163,10 @@ def rope_store(
             tl.store(target, a.to(kv.dtype.element_ty), mask=mask)
             tl.store(target + HALF, b.to(kv.dtype.element_ty), mask=mask)
         else:
+            LARGEST_CODE: tl.constexpr = 127.0 if FORMAT == "int8" else 448.0
             largest = tl.maximum(tl.max(tl.abs(a), 1), tl.max(tl.abs(b), 1))
-            scale = largest / (127.0 if FORMAT == "int8" else 448.0)
-            scale = tl.where(scale > 1e-30, scale, 0.0)  # its inverse has to be a number
+            # Rounded as torch does, not approximated: devices write the same bytes.
+            scale = tl.div_rn(largest, tl.full((ROWS,), LARGEST_CODE, tl.float32))
             tl.store(scales + page * scale_stride + token, scale, mask=is_row)
             divisor = tl.where(scale > 0.0, scale, 1.0)[:, None] + tl.zeros_like(a)
             is_zero = (scale == 0.0)[:, None]
