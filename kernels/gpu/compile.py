@@ -196,11 +196,8 @@ def compile_kernel(kernel: Any, specimen: Specimen, config: Config, arch: int) -
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if (
-            signature[name].startswith("*")
-            and not kernel.params[i].do_not_specialize_on_alignment
-            or name in specimen.wide
-        )
+        if name in specimen.wide
+        or (signature[name].startswith("*") and not kernel.params[i].do_not_specialize_on_alignment)
     }
     source = ASTSource(kernel, signature, dict(specimen.constants), aligned)
     log = io.StringIO()

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from headstart.kernels.gpu.tuning import Config
 
@@ -208,7 +208,8 @@ class InterpretedDevice:
             if all(grid):
                 kernel[grid](*args, **constants)
 
-        start()
+        with _disable_current_modes():  # the interpreter's own use of torch is not recorded
+            start()
         if self._recording is not None:
             self._recording.calls.append(start)
 

@@ -82,9 +82,7 @@ def _scaled(a, b, weight, i, inside, eps, HEAD_DIM: tl.constexpr):
     return a, b
 
 
-@triton.jit(
-    do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions", "slots"]
-)
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions", "slots"])
 def rope_store(
     qkv,
     q_norm,
