@@ -110,6 +110,7 @@ class ReferenceBackend:
     """
 
     name = "reference"
+    asynchronous = False
 
     def __init__(self, *, page_size: int) -> None:
         self.page_size = self.range_step = page_size

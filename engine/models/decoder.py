@@ -111,7 +111,7 @@ class Decoder:
 
         All keys of a layer are written before any row reads them.
         """
-        residual = self._backend.embed(self._embedding, batch.token_ids)
+        residual = self._backend.embed(self._embedding, _token_ids(batch))
         tiles = [
             # Numbers of their own for what is computed beside: queries are kept by them.
             _Tile(self._backend, self.shape, ~i if beside else i, part, residual[rows])
@@ -208,6 +208,17 @@ class _Tile:
                 self._ops, [a.narrowed(rows.numpy()) for a in self.batch.adapters]
             )
         return tile
+
+
+def _token_ids(batch: Batch) -> Tensor:
+    """Int32 ``[rows]``: those the host knows, and those that the step before has sampled, taken
+    from where they are without the host seeing them."""
+    pending = batch.pending
+    if pending is None:
+        return batch.token_ids
+    device = pending.token_ids.device
+    tokens = pending.token_ids.index_select(0, pending.sources.to(device))
+    return batch.token_ids.to(device).index_copy(0, pending.rows.to(device), tokens)
 
 
 def _plan_lora(ops: Backend, adapters: list[AdapterRows]) -> Any:

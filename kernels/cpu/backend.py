@@ -118,6 +118,7 @@ class CpuBackend:
     """See Backend. ``weights``: "f32", "bf16" or "int8"; KV is float32 for f32, else bf16."""
 
     name = "cpu"
+    asynchronous = False
 
     def __init__(self, *, isa: str, weights: str, threads: int, page_size: int) -> None:
         if page_size < 32 or page_size % 32:
