@@ -154,6 +154,11 @@ class Backend(Protocol):
         """Bytes of the device that running ``work`` takes at most; None: unknown, and not run."""
         ...
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether operations return before they are computed, which they are in order."""
+        ...
+
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """A dense layer from ``weight [out, in]`` and ``bias [out]``."""
         ...

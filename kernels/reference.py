@@ -111,6 +111,7 @@ class ReferenceBackend:
 
     name = "reference"
     tile_rows = 512
+    asynchronous = False
 
     def __init__(self, *, page_size: int) -> None:
         self.page_size = self.range_step = page_size

@@ -111,7 +111,7 @@ class Decoder:
 
         All keys of a layer are written before any row reads them.
         """
-        token_ids = self._backend.upload(batch.token_ids)
+        token_ids = _token_ids(batch, self._backend)
         residual = self._backend.embed(self._embedding, token_ids)
         tiles = [
             # Numbers of their own for what is computed beside: queries are kept by them.
@@ -212,6 +212,16 @@ class _Tile:
                 self._ops, [a.narrowed(rows.numpy()) for a in self.batch.adapters]
             )
         return tile
+
+
+def _token_ids(batch: Batch, ops: Backend) -> Tensor:
+    """Int32 ``[rows]``: those the host knows, and those that the step before has sampled, taken
+    from where they are without the host seeing them."""
+    token_ids, pending = ops.upload(batch.token_ids), batch.pending
+    if pending is None:
+        return token_ids
+    tokens = pending.token_ids.index_select(0, ops.upload(pending.sources))
+    return token_ids.index_copy(0, ops.upload(pending.rows), tokens)
 
 
 def _plan_lora(ops: Backend, adapters: list[AdapterRows]) -> Any:

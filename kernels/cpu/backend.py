@@ -119,6 +119,7 @@ class CpuBackend:
 
     name = "cpu"
     tile_rows = 512  # their activations stay in the cores' caches
+    asynchronous = False
 
     def __init__(self, *, isa: str, weights: str, threads: int, page_size: int) -> None:
         if page_size < 32 or page_size % 32:

@@ -73,6 +73,7 @@ class GpuBackend:
 
     name = "gpu"
     tile_rows = 8192
+    asynchronous = True
 
     def __init__(
         self,
