@@ -164,6 +164,9 @@ class ReferenceBackend:
     ) -> ReferencePlan:
         return ReferencePlan(num_rows, ranges, shape)
 
+    def fixed_batch(self, rows: int, pages: int, shape: AttentionShape) -> None:
+        """Operations are called, not launched."""
+
     def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
         return table.index_select(0, token_ids).float()
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from headstart.kernels.gpu.tuning import Config
 
@@ -142,6 +142,7 @@ class _Recording:
 
     calls: list[Callable[[], None]] = field(default_factory=list)
 
+    @torch.inference_mode()
     def replay(self) -> None:
         for call in self.calls:
             call()
@@ -206,7 +207,8 @@ class InterpretedDevice:
 
         def start() -> None:
             if all(grid):
-                kernel[grid](*args, **constants)
+                with _disable_current_modes():  # what the interpreter does with torch is its own
+                    kernel[grid](*args, **constants)
 
         start()
         if self._recording is not None:

@@ -73,6 +73,7 @@ def test_greedy_tokens(
     prompts = some_prompts()
     references(folder).check(prompts, engine.generate(prompts, greedy()), NEW)
     engine.check()
+    assert engine._runner.graphs.replayed > 0
 
 
 @pytest.mark.parametrize(
