@@ -148,6 +148,10 @@ class Engine:
 
         # Last, since it is to be closed.
         if config.runahead > 1 or config.runahead_hosts:
+            if backend.free_memory() is not None:
+                raise ConfigError(
+                    "--runahead sends KV out of the host's memory: it does not run on a GPU yet"
+                )
             self.runahead = Chain(config, loaded, self._pool)
 
     def _runs_ahead(self, seq: Sequence, start: int, num_ahead: int) -> bool:
