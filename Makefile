@@ -13,7 +13,7 @@ BIN := .venv/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: serve test lint format install bench bench-serve bench-steps perplexity peers container-test gpu-check soak clean
+.PHONY: serve test lint format install bench bench-serve bench-steps perplexity peers container-test gpu-check gpu-bench soak clean
 .DEFAULT_GOAL := test
 
 serve: install
@@ -71,7 +71,12 @@ peers: .venv-peers/.installed
 # On a machine with a GPU, in an environment with CUDA builds of torch and headstart[cuda,dev]:
 # every parity test on the device, bfloat16 included.
 gpu-check:
-	pytest tests/kernels/gpu tests/engine/test_gpu.py $(ARGS)
+	pytest tests/kernels/gpu tests/engine/test_gpu.py tests/engine/test_decode_graphs.py $(ARGS)
+
+# The authors' relay table, prefill TFLOP/s, decode GB/s, into bench/results with the card's name.
+gpu-bench:
+	python -m headstart.bench.gpu
+	python -m headstart.bench.gpu --flash
 
 container-test:
 	deploy/container_test.sh

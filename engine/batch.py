@@ -13,6 +13,11 @@ have their first 32 keys in common, a SharedRange of them makes three ranges of 
 
     kv_ranges      page 0 of both: rows 0 1 2 3, visible 32 32 32 32
                    the other pages of A, visible 33 34 35      the other page of B, visible 9
+
+If the step before is in flight, and samples B's token 40, the host does not know that token:
+
+    token_ids    [ t64  t65  t66                      0   ]
+    pending        row 3 takes the token of the place B has among those that step samples
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from headstart.kernels.backend import IntArray, KVRanges
 
 if TYPE_CHECKING:
     from headstart.engine.adapters import Adapter
+    from headstart.engine.sequence import Sequence
 
 
 class AdapterRows(NamedTuple):
@@ -48,12 +54,32 @@ class AdapterRows(NamedTuple):
         return AdapterRows(self.adapter, places[kept].astype(np.int32))
 
 
+class InFlight(NamedTuple):
+    """The tokens of a step that is in flight: ``token_ids[i]``, int32, where its logits are, is
+    the next one of ``sequences[i]``."""
+
+    sequences: list[Sequence]
+    token_ids: Tensor
+
+
+class Pending(NamedTuple):
+    """Row ``rows[i]`` of a batch has the token ``token_ids[sources[i]]``.
+
+    rows, sources: int64. token_ids: int32, on the device that computed them.
+    """
+
+    rows: Tensor
+    sources: Tensor
+    token_ids: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What the model computes in one step; one row per token.
 
     token_ids, positions, slots: int32 ``[rows]``. logit_rows: int64, the rows whose logits are
-    wanted, or None where that is every row.
+    wanted, or None where that is every row. pending: of the rows whose token the host does not
+    know, 0 in token_ids; None: it knows all of them.
     """
 
     token_ids: Tensor
@@ -62,6 +88,7 @@ class Batch:
     kv_ranges: KVRanges
     logit_rows: Tensor | None
     adapters: list[AdapterRows]
+    pending: Pending | None = None
 
     @property
     def num_rows(self) -> int:
@@ -70,7 +97,8 @@ class Batch:
     def tiles(self, most: int) -> Iterator[tuple[slice, Batch]]:
         """The batch in runs of at most ``most`` rows, of about equal length.
 
-        A run by itself is no batch one could compute: its rows may see keys of later rows.
+        A run by itself is no batch one could compute: its rows may see keys of later rows, and
+        which tokens are pending is left out.
         """
         rows = self.num_rows
         if rows <= most:
@@ -112,17 +140,21 @@ class SharedRange(NamedTuple):
 
 
 def build_batch(
-    scheduled: list[ScheduledSequence], page_size: int, shared: Items[SharedRange] = ()
+    scheduled: list[ScheduledSequence],
+    page_size: int,
+    shared: Items[SharedRange] = (),
+    in_flight: InFlight | None = None,
 ) -> Batch:
     """The rows of ``scheduled``, in order.
 
     Each sequence reads the shared ranges it is a member of, which are given in key order, and one
-    range with the rest of its pages.
+    range with the rest of its pages. ``in_flight``: where to find the tokens behind the known ones.
     """
     token_ids, positions, slots = array("i"), array("i"), array("i")
     page_start, pages, first_key = array("i", [0]), array("i"), array("i")
     row_start, rows, visible = array("i", [0]), array("i"), array("i")
     logit_rows: list[int] = []
+    pending: dict[Sequence, int] = {}  # which row has the token that is in flight
     adapters: dict[Adapter, array[int]] = {}
     own_keys = [0] * len(scheduled)  # where each one's own range begins
     if shared:
@@ -146,7 +178,11 @@ def build_batch(
         page_start.append(len(pages))
         first_key.append(own)
         if num_tokens == 1:
-            token_ids.append(seq.token_ids[start])
+            if start == len(seq.token_ids):
+                pending[seq] = len(token_ids)
+                token_ids.append(0)
+            else:
+                token_ids.append(seq.token_ids[start])
             positions.append(start)
             slots.append(used[-1] * page_size + start % page_size)
             visible.append(end - own)
@@ -189,6 +225,18 @@ def build_batch(
             AdapterRows(adapter, np.frombuffer(changed, dtype=np.int32))
             for adapter, changed in adapters.items()
         ],
+        pending=_pending(pending, in_flight) if pending else None,
+    )
+
+
+def _pending(rows: dict[Sequence, int], in_flight: InFlight | None) -> Pending:
+    if in_flight is None:
+        raise ValueError("tokens are scheduled that nobody computes")
+    places = {seq: i for i, seq in enumerate(in_flight.sequences)}
+    return Pending(
+        torch.tensor(list(rows.values()), dtype=torch.int64),
+        torch.tensor([places[seq] for seq in rows], dtype=torch.int64),
+        in_flight.token_ids,
     )
 
 

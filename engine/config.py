@@ -27,6 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching:      keep KV of finished prompts in the radix cache
     relay:               read shared prefixes once a batch: "auto" where it pays, "on", or "off"
     relay_check:         compare with plain attention on every so many steps that share; 0: never
+    async_scheduling:    plan a step while the one before is computed: "on", "off", or "auto" where
+                         the backend computes beside the host
     adapters:            LoRA adapters to load at start-up: name -> folder
     max_adapters:        adapters loaded at a time
     runahead:            processes of this machine, this one included, in the chain for long prompts
@@ -53,6 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: bool = True
     relay: str = "auto"
     relay_check: int = 0
+    async_scheduling: str = "auto"
     adapters: dict[str, str] = {}
     max_adapters: int = 32
     runahead: int = 1

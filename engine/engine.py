@@ -1,6 +1,12 @@
 """Engine: token ids in, token ids out. ``step()`` is the verbs of the whole design.
 
 schedule -> plan shared prefixes -> build_batch -> run -> sample -> commit
+
+Where steps overlap, the last verb is a step late: a step is scheduled and launched while the one
+before is computed, and then the tokens of that one are waited for and committed.
+
+    host      launch 1 │ launch 2, commit 1 │ launch 3, commit 2 │ ...          one call of step()
+    device    ... step 1 ......... step 2 ............. step 3 ......           each
 """
 
 from __future__ import annotations
@@ -9,6 +15,8 @@ import logging
 import time
 from array import array
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from typing import NamedTuple
 
 import msgspec
 from torch import Tensor
@@ -16,8 +24,9 @@ from torch import Tensor
 from headstart import __version__
 from headstart.engine.adapters import Adapter
 from headstart.engine.attention_costs import load_costs
-from headstart.engine.batch import build_batch
+from headstart.engine.batch import Batch, InFlight, SharedRange, build_batch
 from headstart.engine.config import EngineConfig
+from headstart.engine.device_sampler import DeviceSampler
 from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.forecast import Forecast, forecast
 from headstart.engine.kv_pool import PagePool
@@ -39,9 +48,9 @@ from headstart.engine.radix_cache import RadixCache
 from headstart.engine.relay import MODES, Relay, RelayPlan
 from headstart.engine.relay_guard import RelayGuard
 from headstart.engine.runahead.chain import Ahead, Chain
-from headstart.engine.sampler import Sampler
+from headstart.engine.sampler import Sampler, Sampling
 from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import NewToken, Scheduler, SchedulerOutput
+from headstart.engine.scheduler import NOTHING, NewToken, Scheduler, SchedulerOutput
 from headstart.engine.segments import Segments, Span
 from headstart.engine.sequence import FinishReason, Sequence, Status
 
@@ -49,6 +58,21 @@ logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 0.002
 """How long a step without anything to compute waits for KV of other processes."""
+
+ASYNC_MODES = ("auto", "on", "off")
+"""auto: where the backend computes beside the host."""
+
+
+class Launched(NamedTuple):
+    """A step that is being computed."""
+
+    scheduled: SchedulerOutput
+    sampling: Sampling
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that get a token."""
+        return [entry.seq for entry in self.scheduled.scheduled if entry.samples]
 
 
 class Engine:
@@ -60,6 +84,11 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         if config.relay not in MODES:
             raise ConfigError(f"--relay must be {', '.join(MODES)}; got {config.relay}")
+        if config.async_scheduling not in ASYNC_MODES:
+            raise ConfigError(
+                f"--async-scheduling must be {', '.join(ASYNC_MODES)}; got "
+                f"{config.async_scheduling}"
+            )
         loaded = load_model(config)
         model, backend, folder = loaded.config, loaded.backend, loaded.folder
         max_model_len, shape = loaded.max_model_len, loaded.runner.decoder.shape
@@ -89,7 +118,15 @@ class Engine:
         self._guard = RelayGuard(self._relay, self._runner, loaded.weights, config.relay_check)
         self._relayed = RelayStats()
         self._folder = folder
-        self._sampler = Sampler(model.vocab_size, backend.argmax)
+        overlaps = {"auto": backend.asynchronous, "on": True, "off": False}
+        self._overlaps = overlaps[config.async_scheduling]
+        self._sampler: Sampler | DeviceSampler = (
+            DeviceSampler(model.vocab_size)
+            if self._overlaps or backend.asynchronous
+            else Sampler(model.vocab_size, backend.argmax)
+        )
+        self._in_flight: Launched | None = None  # only where steps overlap
+        logger.info("steps overlap: %s", "yes" if self._overlaps else "no")
         self._pages_ahead = PagesAhead(self._runner, self._pool, self._page_bytes)
         self._beside: list[LongChunk | Ahead] = []
         self._max_batched_tokens = config.max_batched_tokens
@@ -111,6 +148,10 @@ class Engine:
 
         # Last, since it is to be closed.
         if config.runahead > 1 or config.runahead_hosts:
+            if backend.free_memory() is not None:
+                raise ConfigError(
+                    "--runahead sends KV out of the host's memory: it does not run on a GPU yet"
+                )
             self.runahead = Chain(config, loaded, self._pool)
 
     def _runs_ahead(self, seq: Sequence, start: int, num_ahead: int) -> bool:
@@ -148,7 +189,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._in_flight is not None
 
     def add(
         self,
@@ -200,15 +241,22 @@ class Engine:
         self._beside = [chunk for chunk in self._beside if self._goes_on(chunk)]
 
     def step(self) -> list[Output]:
-        """Compute one step for whatever the scheduler chose; new tokens of all sequences."""
+        """Compute one step for whatever the scheduler chose; new tokens of all sequences.
+
+        Where steps overlap, they are those of the step before.
+        """
         begin = time.perf_counter()
         self.attend_chain()
-        scheduled = self._scheduler.schedule()
+        in_flight = self._in_flight
+        scheduled = self._scheduler.schedule(in_flight.scheduled if in_flight else NOTHING)
         if scheduled.long_chunk is not None:
             self._beside.append(LongChunk(scheduled.long_chunk, self._runner, self._page_size))
         if self.runahead is not None:
             self._beside += map(self.runahead.start, scheduled.ahead)
-        outputs = self._compute(scheduled) if scheduled.scheduled else []
+        launched = self._launch(scheduled) if scheduled.scheduled else None
+        if self._overlaps:
+            self._in_flight, launched = launched, in_flight
+        outputs = self._commit(launched) if launched else []
         if self._beside:
             outputs += self._compute_beside(scheduled)
         self._steps += 1
@@ -225,16 +273,37 @@ class Engine:
         if self.runahead is not None:
             self.runahead.close()
 
-    def _compute(self, scheduled: SchedulerOutput) -> list[Output]:
+    def _launch(self, scheduled: SchedulerOutput) -> Launched:
+        """Start computing a step, and the choice of its tokens."""
         relay = self._relay.plan(scheduled.scheduled)
-        batch = build_batch(scheduled.scheduled, self._page_size, relay.ranges if relay else ())
+        batch = self._batch(scheduled, relay.ranges if relay else ())
         before = self._runner.decoder.attention_seconds
         logits = self._runner.run(batch)
         if relay is not None:
             self._count(relay, self._runner.decoder.attention_seconds - before)
             if self._guard.is_due(relay):
-                logits = self._guard.check(scheduled.scheduled, logits)
+                logits = self._guard.check(self._batch(scheduled), logits)
         return self._sample(scheduled, logits)
+
+    def _batch(self, scheduled: SchedulerOutput, shared: Items[SharedRange] = ()) -> Batch:
+        before = self._in_flight
+        tokens = InFlight(before.sequences, before.sampling.token_ids) if before else None
+        return build_batch(scheduled.scheduled, self._page_size, shared, tokens)
+
+    def _sample(self, scheduled: SchedulerOutput, logits: Tensor) -> Launched:
+        sampling = [entry for entry in scheduled.scheduled if entry.samples]
+        return Launched(scheduled, self._sampler.launch(logits, sampling))
+
+    def _commit(self, launched: Launched) -> list[Output]:
+        """Wait for the tokens of a step, and book it."""
+        sampled = launched.sampling.result()
+        new = self._scheduler.commit(launched.scheduled, [s.token_id for s in sampled])
+        logprobs = {
+            seq: s.logprobs
+            for seq, s in zip(launched.sequences, sampled, strict=True)
+            if s.logprobs
+        }
+        return [_output(token, logprobs.get(token.seq)) for token in new]
 
     def _compute_beside(self, step: SchedulerOutput) -> list[Output]:
         """Compute as much of the first chunk beside the steps as is left of a step's work, and
@@ -246,7 +315,7 @@ class Engine:
         logits = chunk.advance(chunk.pieces(self._max_batched_tokens - step.num_prefilled))
         if logits is not None:
             del self._beside[0]
-            outputs = self._sample(SchedulerOutput([chunk.entry], 0), logits)
+            outputs = self._commit(self._sample(SchedulerOutput([chunk.entry], 0), logits))
             if isinstance(chunk, Ahead) and self.runahead is not None:
                 self.runahead.finish(chunk)
             return outputs
@@ -265,15 +334,6 @@ class Engine:
         if running:
             self._scheduler.fall_back(chunk.seq)
         return False
-
-    def _sample(self, scheduled: SchedulerOutput, logits: Tensor) -> list[Output]:
-        sampling = [entry.seq for entry in scheduled.scheduled if entry.samples]
-        sampled = self._sampler.sample(logits, sampling)
-        new = self._scheduler.commit(scheduled, [s.token_id for s in sampled])
-        logprobs = {
-            seq.id: s.logprobs for seq, s in zip(sampling, sampled, strict=True) if s.logprobs
-        }
-        return [_output(token, logprobs.get(token.seq.id)) for token in new]
 
     def _count(self, plan: RelayPlan, seconds: float) -> None:
         total, layers = self._relayed, self._runner.decoder.config.num_layers

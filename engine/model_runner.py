@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from headstart.engine.batch import Batch, build_batch
+from headstart.engine.decode_graphs import DecodeGraphs
 from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
@@ -52,6 +53,7 @@ class ModelRunner:
             raise ConfigError(
                 f"cannot allocate {num_pages} KV pages: use a smaller --kv-memory"
             ) from error
+        self.graphs = DecodeGraphs(decoder, backend, self.kv)
 
     def prepare_pages(self, first: int, last: int) -> None:
         """Have the memory of pages ``[first, last)`` ready, so that no request waits for it."""
@@ -59,7 +61,8 @@ class ModelRunner:
 
     def run(self, batch: Batch) -> Tensor:
         """Logits ``[logit rows, vocab]``, float32, valid until the next call."""
-        return self.decoder.forward(batch, self.kv)
+        replayed = self.graphs.run(batch)
+        return self.decoder.forward(batch, self.kv) if replayed is None else replayed
 
     def run_beside(self, batch: Batch) -> Generator[int, None, Tensor]:
         """The same in pieces (``Decoder.forward_beside``): others may run between them."""

@@ -228,6 +228,8 @@ class RadixCache:
             above = node.parent
             self._cut(node, len(node.pages))
             node = above
+        if node.parent is None:
+            self._forget_if_empty(node)
 
     def clear(self) -> None:
         """Drop every page that no lock protects."""

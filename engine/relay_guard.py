@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from headstart.engine.batch import SharedRange, build_batch
+from headstart.engine.batch import Batch, SharedRange, build_batch
 from headstart.engine.model_runner import ModelRunner
 from headstart.engine.models.quality import text_tokens
 from headstart.engine.relay import Relay, RelayPlan
@@ -83,10 +83,10 @@ class RelayGuard:
         self._steps += 1
         return self._steps % self._every == 0
 
-    def check(self, scheduled: list[ScheduledSequence], logits: Tensor) -> Tensor:
-        """Compute the step again without sharing, and compare; returns the plain logits."""
+    def check(self, batch: Batch, logits: Tensor) -> Tensor:
+        """Compute the step again, ``batch`` without sharing, and compare; the plain logits."""
         found = logits.clone()
-        plain = self._runner.run(build_batch(scheduled, self._page_size))
+        plain = self._runner.run(batch)
         if len(plain):
             self._judge(difference(found, plain), f"at check {self.checks + 1}")
         return plain

@@ -22,6 +22,8 @@ Draw i of a sequence is ``uniform(seed, i)`` through the inverse of the cumulati
 of token id. It depends on seed, i and the sequence's logits alone, so neither preemption nor the
 rest of the batch changes it.
 
+Where the host does not wait for the device, device_sampler.py does the same on the device.
+
 A row with a NaN, or whose largest logit is infinite, has no distribution: its token id is None,
 and the other rows are not affected.
 """
@@ -38,6 +40,7 @@ from torch import Tensor
 
 from headstart.engine.messages import TokenLogprobs
 from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 
 GREEDY_BELOW = 1e-5  # temperatures under it are greedy: float32 could not tell the difference
@@ -53,6 +56,22 @@ class Sampled(NamedTuple):
 
     token_id: int | None
     logprobs: TokenLogprobs | None = None
+
+
+class Sampling:
+    """The tokens of one step, which may still be on their way.
+
+    ``token_ids``: int32 ``[n]`` where the logits were, each in the vocabulary even where the
+    logits were not numbers: what the next step takes its tokens from.
+    """
+
+    def __init__(self, token_ids: Tensor, finish: Callable[[], list[Sampled]]) -> None:
+        self.token_ids = token_ids
+        self._finish = finish
+
+    def result(self) -> list[Sampled]:
+        """Wait until they are known to the host. To be called once."""
+        return self._finish()
 
 
 def uniform(seed: int, index: int) -> float:
@@ -82,17 +101,20 @@ class Sampler:
         self._vocab_size = vocab_size
         self._argmax = argmax
 
+    def launch(self, logits: Tensor, entries: list[ScheduledSequence]) -> Sampling:
+        """What ``DeviceSampler.launch`` is, but done when it returns; only for steps that are
+        scheduled when all tokens so far are known."""
+        sampled = self.sample(logits, [entry.seq for entry in entries])
+        token_ids = torch.tensor([each.token_id or 0 for each in sampled], dtype=torch.int32)
+        return Sampling(token_ids, lambda: sampled)
+
     @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
         """The next token of each sequence.
 
         logits: [n, vocab] float32, on any device; left as they are. Row i is sequence i's.
         """
-        if logits.shape != (len(sequences), self._vocab_size):
-            raise ValueError(
-                f"logits {tuple(logits.shape)} for {len(sequences)} sequences and a vocabulary "
-                f"of {self._vocab_size}"
-            )
+        checked_shape(logits, len(sequences), self._vocab_size)
         greedy, changed, drawn = [], [], []  # greedy, greedy after changes to the logits, random
         for row, seq in enumerate(sequences):
             params = seq.params
@@ -182,6 +204,14 @@ class Sampler:
                 best = list(zip(ids[i][:count], values[i][:count], strict=True))
                 result[row] = TokenLogprobs(int(chosen[i]), own[i], best)
         return result
+
+
+def checked_shape(logits: Tensor, n: int, vocab: int) -> None:
+    """Raise ValueError unless ``logits`` is ``[n, vocab]``."""
+    if logits.shape != (n, vocab):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} for {n} sequences and a vocabulary of {vocab}"
+        )
 
 
 def _scatter(tokens: list[int | None], rows: list[int], ids: list[int | None]) -> None:

@@ -31,6 +31,18 @@ is computed beside the steps, too. It has pages for all its tokens from the star
 get half the budget, and further prompts may run ahead behind it. If that fails, ``fall_back`` makes
 it one of those that prefill here.
 
+A step may be scheduled while the one before is *in flight*: launched, and its tokens not known to
+the host. What that one computes counts as computed, and the token it samples as there:
+
+    step n       row [ t40 ]   samples t41: in flight
+    step n + 1   row [  ?  ]   t41, taken on the device; position 41, behind the known tokens
+    commit n     t41 is known: it may end the sequence, and what step n + 1 computes is dropped
+
+Ends by length are known beforehand and not run past. A sequence whose logits depend on its output
+(penalties) waits for its token. Pages that an end, an abort or a preemption sets free may be given
+out at once: those who get them write to them in a later step, and steps are computed in order, so
+whatever a step in flight still reads or writes there, it does before.
+
 Shared prefixes are computed once. A sequence that gets a chunk first jumps ahead to what the
 cache holds by now, and one whose next page is being computed by a chunk scheduled earlier in the
 same step waits a step for it.
@@ -56,13 +68,18 @@ _by_arrival = attrgetter("arrival")
 class ScheduledSequence(NamedTuple):
     """Compute positions ``[start, start + num_tokens)`` of ``seq``.
 
-    ``samples``: they reach its last token, so the logits of their last row are wanted.
+    ``samples``: they reach its last token, so the logits of their last row are wanted. A ``start``
+    behind the known tokens is that of the one token that the step in flight samples.
     """
 
     seq: Sequence
     start: int
     num_tokens: int
     samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
 
 
 class SchedulerOutput(NamedTuple):
@@ -87,6 +104,10 @@ class SchedulerOutput(NamedTuple):
         return sum(entry.num_tokens for entry in self.scheduled if entry.num_tokens > 1)
 
 
+NOTHING = SchedulerOutput([], 0)
+"""No step."""
+
+
 class NewToken(NamedTuple):
     """``token_id`` is None if the logits were not numbers; the sequence has then finished."""
 
@@ -98,21 +119,42 @@ class NewToken(NamedTuple):
 class _Step:
     """What one call of ``schedule`` has decided so far."""
 
-    __slots__ = ("ahead", "budget", "in_flight", "long_chunk", "preempted", "prefills", "scheduled")
+    __slots__ = (
+        *("ahead", "before", "budget", "in_flight", "long_chunk"),
+        *("preempted", "prefills", "scheduled"),
+    )
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, before: SchedulerOutput) -> None:
         self.budget = budget  # below 0 after a segment that is longer than what was left
+        # What the step in flight computes.
+        self.before = {entry.seq: entry for entry in before.scheduled}
         self.prefills = False  # whether part of a prompt is in it
         self.long_chunk: ScheduledSequence | None = None
         self.ahead: list[Sequence] = []
         self.scheduled: dict[Sequence, ScheduledSequence] = {}
-        # (node, tokens of the page after it) that this step computes.
-        self.in_flight: set[tuple[Node, bytes]] = set()
+        # (node, tokens of the page after it) that this step or the one before computes, and for
+        # whom.
+        self.in_flight: dict[tuple[Node, bytes], Sequence] = {}
         self.preempted = 0
+
+    def start(self, seq: Sequence) -> int:
+        """The first position of ``seq`` that nobody has computed."""
+        entry = self.before.get(seq)
+        # It may have jumped beyond what is in flight.
+        return seq.num_computed_tokens if entry is None else max(seq.num_computed_tokens, entry.end)
+
+    def num_tokens(self, seq: Sequence) -> int:
+        """The tokens of ``seq``, the one that is in flight included."""
+        return len(seq.token_ids) + self.awaits(seq)
+
+    def awaits(self, seq: Sequence) -> bool:
+        """Whether the last token of ``seq`` is in flight."""
+        entry = self.before.get(seq)
+        return entry is not None and entry.samples
 
 
 class Scheduler:
-    """Sequences from ``add`` to their end; one ``schedule`` and one ``commit`` a step.
+    """Sequences from ``add`` to their end; one ``schedule`` and one ``commit`` a step, in order.
 
     max_batched_tokens:  token budget of a step
     max_running:         sequences that hold pages at a time; never more than the token budget,
@@ -205,26 +247,31 @@ class Scheduler:
         """
         aborted = [self._by_id[id_] for id_ in dict.fromkeys(ids) if id_ in self._by_id]
         for seq in aborted:
-            if seq.status is Status.WAITING:
-                self._waiting.remove(seq)
-                self._end(seq, FinishReason.ABORT)
-            else:
-                self._finish(seq, FinishReason.ABORT)
+            self._finish(seq, FinishReason.ABORT)
         return aborted
 
     # ---------------------------------------------------------------- schedule
 
-    def schedule(self) -> SchedulerOutput:
-        """Decide the next step; never empty while there is work, but for a long chunk."""
-        step = _Step(self._max_batched_tokens)
+    def schedule(self, in_flight: SchedulerOutput = NOTHING) -> SchedulerOutput:
+        """Decide the next step; never empty while there is work, but for a long chunk and what
+        waits for the step in flight.
+
+        ``in_flight``: a step whose ``commit`` is to come, before that of the one decided here.
+        """
+        step = _Step(self._max_batched_tokens, in_flight)
         page_size = self._page_size
         prefilling = []
+        for seq, entry in step.before.items():
+            if seq.status is Status.RUNNING:  # else aborted
+                self._note_in_flight(step, seq, entry.end)
         for seq in self._running.copy():
             # Not running: preempted by an older one just now.
             if seq.status is not Status.RUNNING or self._is_beside(seq):
                 continue
-            start = seq.num_computed_tokens
-            if len(seq.token_ids) - start > 1:
+            start, num_tokens = step.start(seq), step.num_tokens(seq)
+            if step.awaits(seq) and (seq.params.penalised or self._is_full(seq, num_tokens)):
+                continue
+            if num_tokens - start > 1:
                 prefilling.append(seq)
             elif start < len(seq.pages) * page_size or self._take_pages(step, seq, 1):
                 self._put(step, seq, start, 1)
@@ -249,7 +296,7 @@ class Scheduler:
 
     def _put(self, step: _Step, seq: Sequence, start: int, num_tokens: int) -> None:
         end = start + num_tokens
-        entry = ScheduledSequence(seq, start, num_tokens, end == len(seq.token_ids))
+        entry = ScheduledSequence(seq, start, num_tokens, end == step.num_tokens(seq))
         if num_tokens > self._max_batched_tokens:
             step.budget, step.long_chunk, self._long = 0, entry, seq
             return
@@ -261,9 +308,10 @@ class Scheduler:
         """The page after what the cache has of ``seq`` is being computed, if ``end`` is beyond."""
         if seq.node is not None:
             page_end = seq.node.depth + self._page_size
-            if end >= page_end:
+            if min(end, len(seq.token_ids)) >= page_end:  # nobody can ask for unknown tokens
                 keys = seq.cache_keys(self._page_size)
-                step.in_flight.add((seq.node, keys[seq.node.depth : page_end].tobytes()))
+                page = keys[seq.node.depth : page_end].tobytes()
+                step.in_flight.setdefault((seq.node, page), seq)
 
     def _is_beside(self, seq: Sequence) -> bool:
         """Whether ``seq`` is computed beside the steps, and not in them."""
@@ -285,12 +333,15 @@ class Scheduler:
 
     def _continue_prefill(self, step: _Step, seq: Sequence) -> None:
         if seq.node is not None:
-            self._jump_ahead(seq, self._match(seq.node, seq))
+            self._jump_ahead(step, seq, self._match(seq.node, seq))
             if self._is_in_flight(step, seq, seq.node):
                 return
-        start, held = seq.num_computed_tokens, len(seq.pages)
+        start, held = step.start(seq), len(seq.pages)
         num_tokens = self._next_chunk(step, seq, start)
         if not num_tokens:
+            return
+        # A commit may exchange pages for equal ones, which a long chunk would go on reading.
+        if num_tokens > self._max_batched_tokens and seq in step.before:
             return
         room = (held + self._available) * self._page_size - start
         if num_tokens > room:
@@ -392,10 +443,11 @@ class Scheduler:
         keys = seq.cache_keys(self._page_size)
         return self._cache.match(start, keys, len(seq.token_ids) - 1)
 
-    def _jump_ahead(self, seq: Sequence, match: Match) -> None:
+    def _jump_ahead(self, step: _Step, seq: Sequence, match: Match) -> None:
         """Take the cache's pages for tokens that others have computed meanwhile."""
         assert seq.node is not None
-        if match.node.depth <= seq.num_computed_tokens:
+        start = step.start(seq)
+        if match.node.depth <= start:
             return
         self._cache.lock(match.node)
         self._pool.retain(match.pages)
@@ -405,7 +457,7 @@ class Scheduler:
         self._cache.unlock(seq.node)
         seq.node = match.node
         if not seq.num_preemptions:
-            self._count_cached(seq, match.node.depth - seq.num_computed_tokens)
+            self._count_cached(seq, match.node.depth - start)
         seq.num_computed_tokens = match.node.depth
 
     def _count_cached(self, seq: Sequence, num_tokens: int) -> None:
@@ -413,7 +465,8 @@ class Scheduler:
         self.cached_tokens += num_tokens
 
     def _is_in_flight(self, step: _Step, seq: Sequence, node: Node) -> bool:
-        """Whether this step computes the page of ``seq`` that follows ``node``.
+        """Whether this step, or the one before, computes the page of ``seq`` that follows
+        ``node``, for somebody else.
 
         Two sequences with equal tokens up to a page's end that the tree knows share the node
         that ends there, so comparing node and page compares the whole prefix.
@@ -422,7 +475,8 @@ class Scheduler:
         if not step.in_flight or page_end >= len(seq.token_ids):
             return False
         keys = seq.cache_keys(self._page_size)
-        return (node, keys[node.depth : page_end].tobytes()) in step.in_flight
+        owner = step.in_flight.get((node, keys[node.depth : page_end].tobytes()), seq)
+        return owner is not seq
 
     def _pages_to_come(self, seq: Sequence) -> int:
         """Pages for the tokens it has, and one to grow."""
@@ -479,16 +533,18 @@ class Scheduler:
         for seq, start, num_tokens, samples in output.scheduled:
             self._is_no_longer_beside(seq)
             token_id = next(sampled) if samples else None
-            if seq.status is not Status.RUNNING:  # aborted while the step ran
+            # Aborted while the step ran, or ended by the token of the step before.
+            if seq.status is Status.FINISHED:
                 continue
-            seq.num_computed_tokens = start + num_tokens
             if samples and token_id is None:
                 self._finish(seq, FinishReason.ERROR)
                 new_tokens.append(NewToken(seq, None, True))
                 continue
-            node = seq.node
-            if node is not None and start + num_tokens >= node.depth + self._page_size:
-                self._cache_full_pages(seq, node)
+            # Not running: preempted by the step that comes after this one. The token stays.
+            if seq.status is Status.RUNNING:
+                seq.num_computed_tokens = max(seq.num_computed_tokens, start + num_tokens)
+                if seq.node is not None:
+                    self._cache_full_pages(seq, seq.node)
             if token_id is None:
                 continue
             seq.token_ids.append(token_id)
@@ -502,6 +558,8 @@ class Scheduler:
     def _cache_full_pages(self, seq: Sequence, node: Node) -> None:
         first = node.depth // self._page_size
         last = seq.num_computed_tokens // self._page_size
+        if last <= first:
+            return
         own = seq.pages[first:last]
         end, held = self._cache.insert(node, seq.cache_keys(self._page_size), own)
         if held != own:
@@ -520,22 +578,24 @@ class Scheduler:
             return FinishReason.STOP
         if token_id in params.stop_token_ids:
             return FinishReason.STOP
-        num_tokens = len(seq.token_ids)
-        if num_tokens - seq.num_prompt_tokens >= params.max_tokens:
-            return FinishReason.LENGTH
-        if num_tokens >= self._max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self._is_full(seq, len(seq.token_ids)) else None
+
+    def _is_full(self, seq: Sequence, num_tokens: int) -> bool:
+        """Whether ``seq`` ends when it has so many tokens, whatever they are."""
+        most = min(seq.num_prompt_tokens + seq.params.max_tokens, self._max_model_len)
+        return num_tokens >= most
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         node = seq.node
-        self._leave(seq)
+        if seq.status is Status.RUNNING:
+            self._leave(seq)
+        else:
+            self._waiting.remove(seq)
+            if reason is FinishReason.ERROR and self._prefix_caching:
+                node = self._match(self._cache.root(seq.namespace), seq).node
         if reason is FinishReason.ERROR and node is not None:
             # Whoever shares this prefix would read the same broken KV.
             self._cache.discard(node)
-        self._end(seq, reason)
-
-    def _end(self, seq: Sequence, reason: FinishReason) -> None:
         seq.status = Status.FINISHED
         seq.finish_reason = reason
         del self._by_id[seq.id]

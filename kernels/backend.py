@@ -93,6 +93,27 @@ class KernelChoices(Protocol):
     def keep(self, device: str, chosen: dict[str, dict[str, int]]) -> None: ...
 
 
+class FixedBatch(Protocol):
+    """A decoding step's tensors at places that stay, for up to ``rows`` rows of one token each.
+
+    token_ids, positions, slots: int32 ``[rows]``, on the device; spare rows have slot -1.
+    ``plan``: as of ``plan_attention``.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    plan: Any
+
+    def fill(self, token_ids: Tensor, positions: Tensor, slots: Tensor, ranges: KVRanges) -> bool:
+        """Write a batch into them; False, and nothing is written, if it does not fit."""
+        ...
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        """``work``'s result, and what computes it again, in place, from what is filled in then."""
+        ...
+
+
 class Linear(Protocol):
     """A weight as the backend keeps it."""
 
@@ -154,6 +175,11 @@ class Backend(Protocol):
         """Bytes of the device that running ``work`` takes at most; None: unknown, and not run."""
         ...
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether operations return before they are computed, which they are in order."""
+        ...
+
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """A dense layer from ``weight [out, in]`` and ``bias [out]``."""
         ...
@@ -186,6 +212,11 @@ class Backend(Protocol):
 
     def plan_attention(self, num_rows: int, ranges: KVRanges, shape: AttentionShape) -> Any:
         """What ``attend`` needs of a batch, made once and used by every layer."""
+        ...
+
+    def fixed_batch(self, rows: int, pages: int, shape: AttentionShape) -> FixedBatch | None:
+        """Places for decoding steps whose ranges have up to ``pages`` pages; None: launching is
+        no cost worth capturing here."""
         ...
 
     def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:

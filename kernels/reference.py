@@ -111,6 +111,7 @@ class ReferenceBackend:
 
     name = "reference"
     tile_rows = 512
+    asynchronous = False
 
     def __init__(self, *, page_size: int) -> None:
         self.page_size = self.range_step = page_size
@@ -162,6 +163,9 @@ class ReferenceBackend:
         self, num_rows: int, ranges: KVRanges, shape: AttentionShape
     ) -> ReferencePlan:
         return ReferencePlan(num_rows, ranges, shape)
+
+    def fixed_batch(self, rows: int, pages: int, shape: AttentionShape) -> None:
+        """Operations are called, not launched."""
 
     def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
         return table.index_select(0, token_ids).float()

@@ -155,6 +155,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="on every Nth step that does so, compute it without, too, compare, and stop doing so "
         "if they differ; 0: at start-up only",
     )
+    engine.add_argument(
+        "--async-scheduling",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="plan and launch a step while the one before is computed: where the backend computes "
+        "beside the host, always, never",
+    )
 
 
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
@@ -295,6 +302,7 @@ def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
         prefix_caching=not args.no_prefix_caching,
         relay=args.relay,
         relay_check=args.relay_check,
+        async_scheduling=args.async_scheduling,
         adapters=adapters(args),
         max_adapters=getattr(args, "max_loras", 32),
         runahead=getattr(args, "runahead", 1) or 1,

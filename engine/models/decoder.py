@@ -7,7 +7,7 @@ attention method is active is not known here; a batch's KV ranges say what each 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from headstart.engine.batch import AdapterRows, Batch
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.parameters import Matrix, Parameters
-from headstart.kernels.backend import AttentionShape, Backend, Linear, RopeTable
+from headstart.kernels.backend import AttentionShape, Backend, FixedBatch, Linear, RopeTable
 
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741
 MATRICES = 4
@@ -92,6 +92,21 @@ class Decoder:
                 return logits
 
     @torch.inference_mode()
+    def forward_fixed(self, fixed: FixedBatch, kv: Any) -> Tensor:
+        """The same of a decoding step that lies in ``fixed``: logits of all of its rows."""
+        tile = _Tile.of_fixed(self._backend, fixed, self._backend.embed(
+            self._embedding, fixed.token_ids
+        ))  # fmt: skip
+        delta: Tensor | None = None
+        for i in range(len(self.layers)):
+            self._write_keys(i, tile, delta, kv)
+            delta = self._attend(i, tile, kv)
+            if i + 1 < len(self.layers):
+                delta = self._mlp(i, tile, delta)
+        assert delta is not None
+        return self._head(tile, delta)
+
+    @torch.inference_mode()
     def forward_beside(self, batch: Batch, kv: Any) -> Generator[int, None, Tensor]:
         """The same in pieces, one layer of ``tile_rows`` rows each: calls of ``forward`` may come
         between them. One at a time.
@@ -111,11 +126,11 @@ class Decoder:
 
         All keys of a layer are written before any row reads them.
         """
-        token_ids = self._backend.upload(batch.token_ids)
+        token_ids = _token_ids(batch, self._backend)
         residual = self._backend.embed(self._embedding, token_ids)
         tiles = [
             # Numbers of their own for what is computed beside: queries are kept by them.
-            _Tile(self._backend, self.shape, ~i if beside else i, part, residual[rows])
+            _Tile.of_batch(self._backend, self.shape, ~i if beside else i, part, residual[rows])
             for i, (rows, part) in enumerate(batch.tiles(self._backend.tile_rows))
         ]
         for tile in tiles:
@@ -129,7 +144,7 @@ class Decoder:
         # Where nobody wants a tile's logits, the last layer's keys are all there is to compute.
         logits = []
         for tile in tiles:
-            if tile.batch.logit_rows is None or len(tile.batch.logit_rows):
+            if tile.logit_rows is None or len(tile.logit_rows):
                 found = self._logits(tile, self._attend(last, tile, kv))
                 logits.append(found if tile is tiles[-1] else found.clone())
         if len(logits) == 1:
@@ -168,10 +183,13 @@ class Decoder:
 
     def _logits(self, tile: _Tile, delta: Tensor) -> Tensor:
         """The rest of the last layer, and the head, for the rows whose logits are wanted."""
-        wanted = tile.batch.logit_rows
+        wanted = tile.logit_rows
         if wanted is not None:
             rows = self._backend.upload(wanted)
             tile, delta = tile.narrowed(wanted, rows), delta.index_select(0, rows)
+        return self._head(tile, delta)
+
+    def _head(self, tile: _Tile, delta: Tensor) -> Tensor:
         delta = self._mlp(len(self.layers) - 1, tile, delta)
         eps = self.config.rms_norm_eps
         normed = self._backend.norm(tile.residual, delta, self._final_norm, eps)
@@ -181,20 +199,52 @@ class Decoder:
 class _Tile:
     """Some rows of a batch on their way through the layers; ``residual`` is a view or a copy."""
 
-    __slots__ = ("_lora", "_ops", "batch", "number", "plan", "positions", "q", "residual", "slots")
+    __slots__ = (
+        "_adapters",
+        "_lora",
+        "_ops",
+        "logit_rows",
+        "number",
+        "plan",
+        "positions",
+        "q",
+        "residual",
+        "slots",
+    )
 
     def __init__(
-        self, ops: Backend, shape: AttentionShape, number: int, batch: Batch, residual: Tensor
+        self,
+        ops: Backend,
+        number: int,
+        residual: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        plan: Any,
+        logit_rows: Tensor | None = None,
+        adapters: Sequence[AdapterRows] = (),
     ) -> None:
         self._ops = ops
-        self.batch = batch
         self.number = number
         self.residual = residual
-        self.positions = ops.upload(batch.positions)
-        self.slots = ops.upload(batch.slots)
-        self.plan = ops.plan_attention(batch.num_rows, batch.kv_ranges, shape)
+        self.positions = positions
+        self.slots = slots
+        self.plan = plan
+        self.logit_rows = logit_rows
         self.q: Any = None
-        self._lora = _plan_lora(ops, batch.adapters)
+        self._adapters = adapters
+        self._lora = _plan_lora(ops, adapters)
+
+    @classmethod
+    def of_batch(
+        cls, ops: Backend, shape: AttentionShape, number: int, batch: Batch, residual: Tensor
+    ) -> _Tile:
+        plan = ops.plan_attention(batch.num_rows, batch.kv_ranges, shape)
+        positions, slots = ops.upload(batch.positions), ops.upload(batch.slots)
+        return cls(ops, number, residual, positions, slots, plan, batch.logit_rows, batch.adapters)
+
+    @classmethod
+    def of_fixed(cls, ops: Backend, fixed: FixedBatch, residual: Tensor) -> _Tile:
+        return cls(ops, 0, residual, fixed.positions, fixed.slots, fixed.plan)
 
     def linear(self, x: Any, weight: Linear, i: int, matrix: int) -> Tensor:
         """Product with a matrix of layer ``i``, the rows' adapters included."""
@@ -208,13 +258,21 @@ class _Tile:
         tile = copy(self)
         tile.residual = self.residual.index_select(0, uploaded)
         if self._lora is not None:
-            tile._lora = _plan_lora(
-                self._ops, [a.narrowed(rows.numpy()) for a in self.batch.adapters]
-            )
+            tile._lora = _plan_lora(self._ops, [a.narrowed(rows.numpy()) for a in self._adapters])
         return tile
 
 
-def _plan_lora(ops: Backend, adapters: list[AdapterRows]) -> Any:
+def _token_ids(batch: Batch, ops: Backend) -> Tensor:
+    """Int32 ``[rows]``: those the host knows, and those that the step before has sampled, taken
+    from where they are without the host seeing them."""
+    token_ids, pending = ops.upload(batch.token_ids), batch.pending
+    if pending is None:
+        return token_ids
+    tokens = pending.token_ids.index_select(0, ops.upload(pending.sources))
+    return token_ids.index_copy(0, ops.upload(pending.rows), tokens)
+
+
+def _plan_lora(ops: Backend, adapters: Sequence[AdapterRows]) -> Any:
     changed = [entry for entry in adapters if len(entry.rows)]
     if not changed:
         return None

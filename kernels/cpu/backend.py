@@ -119,6 +119,7 @@ class CpuBackend:
 
     name = "cpu"
     tile_rows = 512  # their activations stay in the cores' caches
+    asynchronous = False
 
     def __init__(self, *, isa: str, weights: str, threads: int, page_size: int) -> None:
         if page_size < 32 or page_size % 32:
@@ -256,6 +257,9 @@ class CpuBackend:
             ranges.visible,
         )
         return plan, shape
+
+    def fixed_batch(self, rows: int, pages: int, shape: AttentionShape) -> None:
+        """Operations are called, not launched."""
 
     def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
         return table.index_select(0, token_ids).float()

@@ -28,7 +28,7 @@ from headstart.kernels.backend import (
 )
 from headstart.kernels.gpu import attention, flash, kv, lora, rows
 from headstart.kernels.gpu.device import Device
-from headstart.kernels.gpu.plan import Capacity, cut
+from headstart.kernels.gpu.plan import ITEMS_PER_PROCESSOR, Capacity, Cut, cut
 from headstart.kernels.gpu.tuning import Config, Tuner
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class GpuBackend:
 
     name = "gpu"
     tile_rows = 8192
+    asynchronous = True
 
     def __init__(
         self,
@@ -233,6 +234,28 @@ class GpuBackend:
         )
         return pool, q, ranges
 
+    def cut(
+        self,
+        num_rows: int,
+        ranges: KVRanges,
+        shape: AttentionShape,
+        row_config: Config,
+        tile_config: Config,
+        most_items: int | None = None,
+    ) -> Cut:
+        """The ranges as items of these kernels (plan.py)."""
+        return cut(
+            num_rows,
+            ranges,
+            group=shape.group,
+            kv_heads=shape.kv_heads,
+            page_size=self.page_size,
+            row_block=row_config.block_m,
+            tile_block=tile_config.block_m,
+            processors=self.on.processors,
+            most_items=most_items,
+        )
+
     def _plan(
         self,
         num_rows: int,
@@ -242,19 +265,16 @@ class GpuBackend:
         tile_config: Config,
         calls: list[flash.FlashCall],
     ) -> AttentionPlan:
-        found = cut(
-            num_rows,
-            ranges,
-            group=shape.group,
-            kv_heads=shape.kv_heads,
-            page_size=self.page_size,
-            row_block=row_config.block_m,
-            tile_block=tile_config.block_m,
-            processors=self.on.processors,
-        )
+        found = self.cut(num_rows, ranges, shape, row_config, tile_config)
         capacity = found.capacity
         sections = capacity.sections(self.on.upload(found.write(capacity)))
         return AttentionPlan(sections, capacity, num_rows, shape, row_config, tile_config, calls)
+
+    def fixed_batch(self, rows: int, pages: int, shape: AttentionShape) -> GpuFixedBatch:
+        configs = self._configs.get(shape)
+        if configs is None:
+            configs = self._configs[shape] = self._choose(shape)
+        return GpuFixedBatch(self, rows, pages, shape, *configs)
 
     def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
         return table.index_select(0, token_ids).float()
@@ -304,7 +324,7 @@ class GpuBackend:
     ) -> tuple[Tensor, Tensor]:
         """As ``attend``, and the merged lse, float32 natural logarithm ``[rows, heads]``."""
         shape, capacity = plan.shape, plan.capacity
-        row_items, tile_items, pages, entries, visible, merge_rows, starts, slots = plan.sections
+        row_items, tile_items, entries, visible, merge_rows, starts, slots, pages = plan.sections
         pool = kv.layers[layer]
         where = self.on.torch_device
         out = torch.empty(plan.num_rows, shape.heads * shape.head_dim, dtype=q.dtype, device=where)
@@ -352,3 +372,59 @@ class GpuBackend:
     def argmax(self, logits: Tensor) -> list[int]:
         best: list[int] = logits.argmax(dim=-1).tolist()
         return best
+
+
+RANGES_PER_ROW = 4
+"""Of a captured step, on average at most: a sequence's own, and shared ones it is in."""
+
+PARTS_PER_ROW = 16
+"""The same of parts to be merged."""
+
+
+class GpuFixedBatch:
+    """See FixedBatch. Sections of the plan have fixed places (plan.py), items beyond a batch's are
+    empty, so that one captured step serves all batches that fit, with shared ranges or without."""
+
+    def __init__(
+        self,
+        backend: GpuBackend,
+        rows: int,
+        pages: int,
+        shape: AttentionShape,
+        row_config: Config,
+        tile_config: Config,
+    ) -> None:
+        self._backend = backend
+        self._rows = rows
+        wanted = -(-ITEMS_PER_PROCESSOR * backend.on.processors // shape.kv_heads)
+        self._most_items = RANGES_PER_ROW * rows + wanted
+        entries = RANGES_PER_ROW * rows
+        slots = PARTS_PER_ROW * rows + self._most_items
+        self._capacity = capacity = Capacity(
+            self._most_items, self._most_items, pages, entries, rows, slots
+        )
+        where = backend.on.torch_device
+        self._inputs = torch.zeros(3, rows, dtype=torch.int32, device=where)
+        self.token_ids, self.positions, self.slots = self._inputs.unbind()
+        self._buffer = torch.zeros(capacity.total, dtype=torch.int32, device=where)
+        sections = capacity.sections(self._buffer)
+        self.plan = AttentionPlan(sections, capacity, rows, shape, row_config, tile_config, [])
+
+    def fill(self, token_ids: Tensor, positions: Tensor, slots: Tensor, ranges: KVRanges) -> bool:
+        plan, on = self.plan, self._backend.on
+        found = self._backend.cut(
+            len(token_ids), ranges, plan.shape, plan.row_config, plan.tile_config, self._most_items
+        )
+        if len(token_ids) > self._rows or not self._capacity.holds(found.capacity):
+            return False
+        inputs = torch.zeros(3, self._rows, dtype=torch.int32)
+        inputs[2] = -1
+        for line, values in zip(inputs, (token_ids, positions, slots), strict=True):
+            line[: len(values)] = values
+        on.upload_into(inputs, self._inputs)
+        content = found.write(self._capacity)
+        on.upload_into(content, self._buffer[: len(content)])
+        return True
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        return self._backend.on.capture(work)

@@ -142,6 +142,7 @@ class _Recording:
 
     calls: list[Callable[[], None]] = field(default_factory=list)
 
+    @torch.inference_mode()
     def replay(self) -> None:
         for call in self.calls:
             call()
@@ -206,7 +207,8 @@ class InterpretedDevice:
 
         def start() -> None:
             if all(grid):
-                kernel[grid](*args, **constants)
+                with _disable_current_modes():  # what the interpreter does with torch is its own
+                    kernel[grid](*args, **constants)
 
         with _disable_current_modes():  # the interpreter's own use of torch is not recorded
             start()

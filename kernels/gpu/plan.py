@@ -13,7 +13,7 @@ the large one ("tile" kernel).
 
 Everything is int32 in one host buffer, which takes one copy to the device:
 
-    [ row items | tile items | pages | rows | visible | merge rows | starts | slots ]
+    [ row items | tile items | rows | visible | merge rows | starts | slots | pages ]
 
 Sections of a captured graph have fixed places and lengths (``Capacity``); what a batch leaves over
 is filled with items of no entries and merge rows of -1.
@@ -56,17 +56,17 @@ class Capacity(NamedTuple):
         return (
             self.row_items * ITEM_FIELDS,
             self.tile_items * ITEM_FIELDS,
-            self.pages,
             self.entries,
             self.entries,
             self.merge_rows,
             self.merge_rows + 1,
             self.slots,
+            self.pages,
         )
 
     @property
     def total(self) -> int:
-        return sum(_aligned(size) for size in self.sizes)
+        return sum(_aligned(size) for size in self.sizes[:-1]) + self.pages
 
     def holds(self, other: Capacity) -> bool:
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
@@ -116,17 +116,18 @@ class Cut:
         parts = (
             self.row_items.ravel(),
             self.tile_items.ravel(),
-            self.pages,
             self.rows,
             self.visible,
             self.merge_rows,
             self.starts,
             self.slots,
+            self.pages,
         )
         for section, part in zip(sections, parts, strict=True):
             section[: len(part)] = part
-        sections[5][len(self.merge_rows) :] = -1
-        return buffer
+        sections[4][len(self.merge_rows) :] = -1
+        # Pages come last: what a batch does not have of them need not travel.
+        return buffer[: capacity.total - capacity.pages + len(self.pages)]
 
 
 def cut(

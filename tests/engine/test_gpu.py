@@ -22,6 +22,9 @@ from headstart.engine.sampling_params import SamplingParams
 
 NEW = 4
 
+# Spare rows compute whatever memory held, and the interpreter is numpy, which mentions infinities.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 
 @pytest.fixture(autouse=True)
 def costs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +76,7 @@ def test_greedy_tokens(
     prompts = some_prompts()
     references(folder).check(prompts, engine.generate(prompts, greedy()), NEW)
     engine.check()
+    assert engine._runner.graphs.replayed > 0
 
 
 @pytest.mark.parametrize(
@@ -155,6 +159,28 @@ def test_keys_and_values_of_eight_bits(
     first = [a[0] == b[0] for a, b in zip(exact, answers, strict=True)]
     assert sum(first) >= 4
     assert engine.model.num_pages > 3 * plain.model.num_pages
+
+
+def test_memory_is_planned_from_the_device_s_own_figures(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the largest batch took when it was run, and 0.9 of what is left."""
+
+    def peak(self: object, work: Callable[[], None]) -> int:
+        work()
+        return 8 << 20
+
+    backend = "headstart.kernels.gpu.backend.GpuBackend"
+    monkeypatch.setattr(f"{backend}.free_memory", lambda _: 64 << 20)
+    monkeypatch.setattr(f"{backend}.peak_memory", peak)
+    folder = tiny_model("llama")
+    engine = make_engine(folder, kv_memory=None, max_batched_tokens=40)
+    page = 2 * 32 * 2 * 2 * 16 * 4  # layers, tokens, key and value, heads, size, float32
+    assert engine.model.num_pages == int(56 * 0.9 * 2**20) // page
+    with pytest.raises(ConfigError, match=r"--runahead .* does not run on a GPU yet"):
+        make_engine(folder, max_batched_tokens=40, runahead=2)
+    with pytest.raises(ConfigError, match=r"asks for 57.00 MiB; 64.00 MiB of memory"):
+        make_engine(folder, max_batched_tokens=40, kv_memory=57 << 20)
 
 
 def test_what_the_backend_does_not_have(tiny_model: Callable[..., Path]) -> None:

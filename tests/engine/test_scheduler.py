@@ -15,7 +15,13 @@ from headstart.engine.errors import RequestError
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.radix_cache import RadixCache
 from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import NewToken, ScheduledSequence, Scheduler, SchedulerOutput
+from headstart.engine.scheduler import (
+    NOTHING,
+    NewToken,
+    ScheduledSequence,
+    Scheduler,
+    SchedulerOutput,
+)
 from headstart.engine.segments import Segments, Span
 from headstart.engine.sequence import FinishReason, Sequence, Status
 
@@ -41,11 +47,12 @@ def make_sequence(
     )
 
 
-def kv_contents(seq: Sequence) -> list[int]:
+def kv_contents(seq: Sequence, in_flight: Iterable[int] = ()) -> list[int]:
     """For each position a number for all that its KV depends on: the namespace, the tokens its
-    row sees, and what each of their rows sees."""
-    seen = seq.segments.visible(0, seq.num_tokens)
-    rows = zip(seq.token_ids, seen, strict=True)
+    row sees, and what each of their rows sees. ``in_flight``: tokens behind the known ones."""
+    tokens = [*seq.token_ids, *in_flight]
+    seen = seq.segments.visible(0, len(tokens))
+    rows = zip(tokens, seen, strict=True)
     hashes = list(
         itertools.accumulate(rows, lambda h, row: hash((h, row)), initial=hash(seq.namespace))
     )
@@ -781,3 +788,342 @@ class Use(RuleBasedStateMachine):
 
 TestUse = Use.TestCase
 TestUse.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+# ------------------------------------------------------------------------------- steps that overlap
+
+Draw = Callable[[Sequence, int], int | None]
+"""Output token i of a sequence; None: its logits were not numbers."""
+
+
+class OverlappingEngine(Engine):
+    """Each step is scheduled and computed before the one before it is committed.
+
+    ``on_device``: the tokens that the scheduler does not know yet, by sequence.
+    """
+
+    def __init__(self, draw: Draw = lambda seq, i: 1, **options: Any) -> None:
+        super().__init__(**options)
+        self.draw = draw
+        self.in_flight: SchedulerOutput | None = None
+        self.on_device: dict[Sequence, int | None] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self.in_flight is not None
+
+    def limit(self, seq: Sequence) -> int:
+        """Tokens of a sequence that nothing else ends."""
+        return min(seq.num_prompt_tokens + seq.params.max_tokens, self.scheduler._max_model_len)
+
+    def launch(self) -> SchedulerOutput:
+        """Schedule the next step, with what must hold for every one."""
+        before = self.in_flight or NOTHING
+        in_flight = {entry.seq for entry in before.scheduled if entry.samples}
+        running = [seq for seq in self.scheduler._running if not self.is_long(seq)]
+        output = self.scheduler.schedule(before)
+        if output.long_chunk is not None:
+            self.long, self.long_steps_left = output.long_chunk, self.long_steps
+            self.check_long(output.long_chunk)
+        assert output.scheduled or self.long or self.in_flight or not self.scheduler.has_work
+        entries = {entry.seq: entry for entry in output.scheduled}
+        for seq in running:
+            waits = seq in in_flight and (
+                seq.params.penalised or seq.num_tokens + 1 == self.limit(seq)
+            )
+            assert not waits or seq not in entries, "the token must be known first"
+            decodes = seq in in_flight or seq.num_pending_tokens == 1
+            if decodes and not waits and seq.status is Status.RUNNING:
+                assert entries[seq].num_tokens == 1, "must decode"
+        return output
+
+    def is_long(self, seq: Sequence) -> bool:
+        return self.long is not None and self.long.seq is seq
+
+    def compute(self, entries: list[ScheduledSequence]) -> None:
+        """Write the chunks' slots, then read all up to their ends."""
+        size = self.pool.page_size
+        before = {
+            entry.seq: entry for entry in (self.in_flight or NOTHING).scheduled if entry.samples
+        }
+        contents = {}
+        for seq, start, num_tokens, samples in entries:
+            end = start + num_tokens
+            pending = self.on_device[seq] if seq in before else None
+            # Logits that were not numbers choose some token, too.
+            contents[seq] = kv_contents(seq, [pending or 0] if seq in before else [])
+            assert seq.status is Status.RUNNING
+            assert num_tokens > 0
+            assert samples is (end == len(contents[seq]))
+            assert end < self.limit(seq), "nobody wants what comes then"
+            assert len(seq.pages) == -(-end // size)
+            assert max(seq.segments.visible(start, end)) == end, "a segment is cut"
+            for i in range(start, end):
+                assert self.pool._references[seq.pages[i // size]] == 1, "others use that page"
+                self.slots[seq.pages[i // size], i % size] = contents[seq][i]
+        for seq, start, num_tokens, _ in entries:
+            for i in range(start + num_tokens):
+                assert self.slots[seq.pages[i // size], i % size] == contents[seq][i]
+            self.num_computed += num_tokens
+
+    def tokens(self, output: SchedulerOutput) -> list[int | None]:
+        return [
+            self.draw(entry.seq, entry.end - entry.seq.num_prompt_tokens)
+            for entry in output.scheduled
+            if entry.samples
+        ]
+
+    def step(self, sample: Sample = lambda seq: 1) -> list[NewToken]:
+        """Launch a step, then commit the one before, and a long chunk when its last one came."""
+        output = self.launch()
+        self.compute(output.scheduled)
+        new = self.commit_in_flight()
+        if output.scheduled:
+            self.in_flight = output
+            sampling = [entry.seq for entry in output.scheduled if entry.samples]
+            self.on_device = dict(zip(sampling, self.tokens(output), strict=True))
+        if self.long is None or self.long.seq.status is not Status.RUNNING:
+            self.long = None
+            return new
+        self.long_steps_left -= 1
+        if not self.long_steps_left:
+            entry, self.long = self.long, None
+            self.compute([entry])
+            alone = SchedulerOutput([entry], 0)
+            new += self.scheduler.commit(alone, self.tokens(alone))
+            self.scheduler.check()
+        return new
+
+    def commit_in_flight(self) -> list[NewToken]:
+        if self.in_flight is None:
+            return []
+        new = self.scheduler.commit(self.in_flight, list(self.on_device.values()))
+        self.in_flight, self.on_device = None, {}
+        self.scheduler.check()
+        return new
+
+    def finish(self, limit: int) -> None:
+        for _ in range(limit):
+            if not self.has_work:
+                break
+            self.step()
+        assert not self.has_work, f"not done within {limit} steps"
+
+
+def test_a_token_in_flight_counts_as_there() -> None:
+    engine = OverlappingEngine()
+    engine.scheduler.add(make_sequence(0, [3] * 5, max_tokens=9))
+    assert engine.step() == []
+    assert scheduled(engine.launch()) == [(0, 5, 1)]
+    [new] = engine.step()
+    assert (new.token_id, new.finished) == (1, False)
+
+
+def test_chunks_of_a_prompt_follow_each_other_without_a_commit() -> None:
+    engine = OverlappingEngine(max_batched_tokens=8)
+    engine.scheduler.add(make_sequence(0, list(range(30)), max_tokens=2))
+    steps = []
+    while engine.has_work:
+        steps.append(scheduled(engine.launch()))
+        engine.step()
+    chunks = [(0, 0, 8), (0, 8, 8), (0, 16, 8), (0, 24, 6), (0, 30, 1)]
+    assert steps == [*([chunk] for chunk in chunks), []]
+
+
+@pytest.mark.parametrize(("max_tokens", "rows"), [(1, 5), (2, 6), (3, 7), (40, 9)])
+def test_nothing_is_computed_past_an_end_by_length(max_tokens: int, rows: int) -> None:
+    engine = OverlappingEngine(max_model_len=10)
+    seq = make_sequence(0, [3] * 5, max_tokens=max_tokens)
+    engine.scheduler.add(seq)
+    engine.drain(20)
+    assert (engine.num_computed, seq.num_tokens) == (rows, rows + 1)
+
+
+def test_the_row_behind_an_end_of_sequence_is_dropped() -> None:
+    engine = OverlappingEngine(draw=lambda seq, i: EOS if i == 2 else 1)
+    seq = make_sequence(0, [3, 4, 5], max_tokens=9)
+    engine.scheduler.add(seq)
+    new = [token for _ in range(4) for token in engine.step()]
+    assert [token.token_id for token in new] == [1, 1, EOS]
+    assert engine.num_computed == 3 + 2 + 1  # the last one for nothing
+    # Five positions are computed in earnest: a page of 4.
+    assert (engine.cache.num_pages, engine.pool.num_used) == (1, 1)
+    assert engine.step() == []
+    assert not engine.has_work
+    assert (engine.cache.num_pages, engine.pool.num_used) == (1, 1)
+    assert list(seq.token_ids) == [3, 4, 5, 1, 1, EOS]
+
+
+def test_who_is_penalised_waits_for_its_token_and_others_go_on() -> None:
+    engine = OverlappingEngine()
+    engine.scheduler.add(make_sequence(0, [3] * 2, max_tokens=4, presence_penalty=1.0))
+    engine.scheduler.add(make_sequence(1, [4] * 2, max_tokens=4))
+    steps = []
+    for _ in range(4):
+        steps.append([id_ for id_, _, _ in scheduled(engine.launch())])
+        engine.step()
+    assert steps == [[0, 1], [1], [0, 1], [1]]
+    engine.drain(9)
+
+
+def test_who_is_preempted_keeps_the_token_in_flight() -> None:
+    engine = OverlappingEngine(num_pages=9, page_size=2, draw=lambda seq, i: i % 2)
+    old = make_sequence(0, [3, 4], max_tokens=12)
+    young = make_sequence(1, [5, 6, 7], max_tokens=9)
+    for seq in (old, young):
+        engine.scheduler.add(seq)
+    while not engine.scheduler.preemptions:
+        known = young.num_output_tokens
+        engine.step()
+    assert young.status is Status.WAITING
+    assert young.num_output_tokens == known + 1
+    engine.drain(60)
+    assert list(young.token_ids[3:]) == [i % 2 for i in range(9)]
+
+
+@pytest.mark.parametrize("last", [EOS, None])
+def test_who_is_preempted_may_end_by_the_token_in_flight(last: int | None) -> None:
+    def until_preempted(draw: Draw) -> tuple[OverlappingEngine, Sequence]:
+        engine = OverlappingEngine(draw, num_pages=9, page_size=2)
+        young = make_sequence(1, [5, 6, 7], max_tokens=9)
+        for seq in (make_sequence(0, [3, 4], max_tokens=12), young):
+            engine.scheduler.add(seq)
+        while not engine.scheduler.preemptions:
+            engine.step()
+        return engine, young
+
+    _, young = until_preempted(lambda seq, i: 1)
+    assert young.status is Status.WAITING
+    index = young.num_output_tokens - 1  # of the token that was in flight then
+    engine, young = until_preempted(lambda seq, i: last if (seq.id, i) == (1, index) else 1)
+    expected = FinishReason.STOP if last == EOS else FinishReason.ERROR
+    assert (young.status, young.finish_reason) == (Status.FINISHED, expected)
+    if last is None:
+        root = engine.cache.root(young.namespace)
+        assert not engine.cache.match(root, young.token_ids, 3).pages
+    engine.drain(20)
+
+
+def test_broken_kv_does_not_stay_in_the_cache_while_its_next_row_is_in_flight() -> None:
+    engine = OverlappingEngine(draw=lambda seq, i: None if seq.id == 0 and i == 1 else 1)
+    first, second = make_sequence(0, [1] * 20, max_tokens=5), make_sequence(1, [2] * 20, 5)
+    for seq in (first, second):
+        engine.scheduler.add(seq)
+    engine.drain(20)
+    assert (first.finish_reason, first.num_output_tokens) == (FinishReason.ERROR, 1)
+    assert (second.finish_reason, second.num_output_tokens) == (FinishReason.LENGTH, 5)
+
+
+def test_a_long_segment_begins_when_nothing_of_its_prompt_is_in_flight() -> None:
+    """Its pages may not change under it, as they do when a commit finds equal ones."""
+    engine = OverlappingEngine(max_batched_tokens=8, long_steps=2)
+    engine.scheduler.add(make_sequence(0, list(range(40)), max_tokens=2, spans=[(8, 36)]))
+    steps = []
+    while engine.has_work:
+        steps.append(scheduled(engine.launch()))
+        engine.step()
+        if engine.long is not None:
+            assert engine.in_flight is None
+    assert [chunk for step in steps for chunk in step][:3] == [(0, 0, 8), (0, 8, 28), (0, 36, 4)]
+
+
+class OverlappingUse(RuleBasedStateMachine):
+    """Random requests with shared prefixes and segments, tiny pools, aborts at any moment, all
+    of which come while a step is in flight. Each gets the tokens it would get alone."""
+
+    @initialize(
+        page_size=st.integers(1, 4),
+        num_pages=st.integers(3, 14),
+        budget=st.integers(1, 12),
+        max_running=st.integers(1, 5),
+        prefix_caching=st.sampled_from([True, True, True, False]),
+        long_steps=st.integers(1, 3),
+        salt=st.integers(0, 999),
+    )
+    def start(self, page_size: int, num_pages: int, budget: int, max_running: int,
+              prefix_caching: bool, long_steps: int, salt: int) -> None:  # fmt: skip
+        kinds = [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, EOS, None]
+
+        def draw(seq: Sequence, i: int) -> int | None:
+            return kinds[hash((salt, seq.id // 2, i)) % len(kinds)]
+
+        self.engine = OverlappingEngine(
+            draw,
+            num_pages=num_pages,
+            page_size=page_size,
+            long_steps=long_steps,
+            max_batched_tokens=budget,
+            max_running=max_running,
+            max_model_len=24,
+            prefix_caching=prefix_caching,
+        )
+        self.sequences: list[Sequence] = []
+
+    @rule(
+        data=st.data(),
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=16),
+        layout=LAYOUTS,
+        copies=st.integers(1, 3),
+        max_tokens=st.integers(1, 12),
+        penalty=st.sampled_from([0.0, 0.0, 1.0]),
+    )
+    def add(self, data: st.DataObject, prompt: list[int], layout: list[Span], copies: int,
+            max_tokens: int, penalty: float) -> None:  # fmt: skip
+        spans: list[Span] = []
+        if self.sequences and data.draw(st.booleans()):
+            known = data.draw(st.sampled_from(self.sequences))
+            kept = data.draw(st.integers(0, min(known.num_tokens, 16)))
+            prompt = [*known.token_ids[:kept], *prompt][:16]
+            spans = [span for span in known.segments.spans if span[1] <= kept]
+        spans += laid_out(layout, len(prompt), spans[-1][1] if spans else 0)
+        longest = min(len(prompt) + max_tokens, 24) - 1
+        if self.engine.pool.pages_for(longest) > self.engine.pool.num_pages:
+            return
+        for _ in range(copies):
+            seq = make_sequence(
+                len(self.sequences), prompt, max_tokens, b"", spans, presence_penalty=penalty
+            )
+            self.engine.scheduler.add(seq)
+            self.sequences.append(seq)
+
+    @precondition(lambda self: self.engine.has_work)
+    @rule(n=st.integers(1, 6))
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            self.engine.step()
+
+    @precondition(lambda self: self.engine.scheduler.has_work)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        alive = [seq.id for seq in self.sequences if seq.status is not Status.FINISHED]
+        ids = data.draw(st.lists(st.sampled_from(alive), min_size=1, max_size=2))
+        self.engine.scheduler.abort(ids)
+        self.engine.scheduler.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        steps = sum(seq.num_prompt_tokens + 12 for seq in self.sequences)
+        self.engine.drain(2 * steps * self.engine.long_steps + 1)
+        for seq in self.sequences:
+            output, expected = list(seq.token_ids[seq.num_prompt_tokens :]), list[int]()
+            wanted = min(seq.params.max_tokens, 24 - seq.num_prompt_tokens)
+            reason = FinishReason.LENGTH
+            for i in range(wanted):
+                token = self.engine.draw(seq, i)
+                if token is None:
+                    reason = FinishReason.ERROR
+                    break
+                expected.append(token)
+                if token == EOS:
+                    reason = FinishReason.STOP
+                    break
+            assert not seq.pages
+            if seq.finish_reason is FinishReason.ABORT:
+                assert output == expected[: len(output)]
+            else:
+                assert (seq.finish_reason, output) == (reason, expected)
+
+
+TestOverlappingUse = OverlappingUse.TestCase
+TestOverlappingUse.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)

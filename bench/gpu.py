@@ -1,0 +1,265 @@
+"""Attention kernels of the gpu backend: time on this card, beside what its memory and cores allow.
+
+    python -m headstart.bench.gpu               needs a GPU; writes bench/results/gpu-CARD.md
+    python -m headstart.bench.gpu --roofline    needs none: the least times of an H100
+
+Four questions, each of one layer's attention in bf16:
+
+    relay     the table of RelayAttention's authors (arXiv 2402.14808): own context 128, prefixes of
+              64 to 16,384 tokens, 1 to 64 requests, 32 heads of 128; speed-up of reading the prefix
+              once over a copy for each request
+    prefill   a causal prompt: TFLOP/s, of Triton's kernel and of flash-attn where it is installed
+    decode    64 sequences, grouped heads: GB/s against the card's own copy speed
+    formats   the same with KV in fp8 and int8
+
+Bytes and FLOPs are counted from the ranges: a range is read once a KV head, 4 FLOPs a query head,
+visible key and dimension. The card's peaks are measured (a copy, a matrix product), or an H100's
+(SXM data sheet: 989 TFLOP/s dense bf16, 3.35 TB/s).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from headstart.kernels.backend import AttentionShape, KVRanges
+
+RESULTS = Path(__file__).with_name("results")
+MULTI_HEAD = AttentionShape(32, 32, 128)
+GROUPED = AttentionShape(32, 8, 128)
+OWN = 128
+PREFIXES = (64, 512, 2048, 16384)
+BATCHES = (1, 4, 8, 32, 64)
+AUTHORS = {
+    1: (0.85, 0.73, 0.85, 0.97),
+    4: (1.01, 1.88, 2.64, 3.79),
+    8: (1.20, 2.44, 4.64, 7.36),
+    32: (1.42, 3.63, 9.56, 24.1),
+    64: (1.36, 4.00, 11.6, 40.0),
+}
+"""What the authors measured on an A40, by batch and PREFIXES (their repository's raw tables)."""
+
+
+class Card(NamedTuple):
+    """flops, bytes: a second."""
+
+    name: str
+    flops: float
+    bytes: float
+
+
+H100 = Card("H100 SXM (data sheet)", 989e12, 3.35e12)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a layer's attention has to move and to compute."""
+
+    bytes: int
+    flops: int
+
+    def least_seconds(self, card: Card) -> float:
+        """The roofline: whichever takes longer."""
+        return max(self.bytes / card.bytes, self.flops / card.flops)
+
+
+def work_of(ranges: KVRanges, shape: AttentionShape, page_bytes: int, page_size: int) -> Work:
+    """Of ranges over pages of ``page_bytes`` in one layer; queries and results are of bf16."""
+    counts = np.diff(ranges.row_start)
+    seen = [0, *np.maximum.reduceat(ranges.visible, ranges.row_start[:-1][counts > 0])]
+    keys = int(np.sum(seen, dtype=np.int64))
+    rows = len(np.unique(ranges.rows))
+    moved = keys * page_bytes // page_size + 2 * rows * shape.heads * shape.head_dim * 2
+    visible = int(ranges.visible.sum(dtype=np.int64))
+    return Work(moved, 4 * visible * shape.heads * shape.head_dim)
+
+
+def sequences(count: int, keys: int, rows: int, page_size: int) -> KVRanges:
+    """``count`` sequences with pages of their own; their last ``rows`` rows, a staircase each."""
+    pages = -(-keys // page_size)
+    each = np.arange(count + 1, dtype=np.int32)
+    return KVRanges(
+        page_start=each * pages,
+        pages=np.arange(count * pages, dtype=np.int32),
+        first_key=np.zeros(count, np.int32),
+        row_start=each * rows,
+        rows=np.arange(count * rows, dtype=np.int32),
+        visible=np.tile(np.arange(keys - rows + 1, keys + 1, dtype=np.int32), count),
+    )
+
+
+def sharing(count: int, prefix: int, own: int, page_size: int) -> KVRanges:
+    """One full range over ``prefix`` keys for all, and ``own`` keys of each."""
+    shared = prefix // page_size
+    apart = sequences(count, own, 1, page_size)
+    return KVRanges(
+        page_start=np.concatenate([[0], apart.page_start + shared]).astype(np.int32),
+        pages=np.concatenate([np.arange(shared), apart.pages + shared]).astype(np.int32),
+        first_key=np.array([0] + [prefix] * count, dtype=np.int32),
+        row_start=np.concatenate([[0], apart.row_start + count]).astype(np.int32),
+        rows=np.concatenate([apart.rows, apart.rows]).astype(np.int32),
+        visible=np.concatenate([np.full(count, prefix), apart.visible]).astype(np.int32),
+    )
+
+
+class Case(NamedTuple):
+    """A layer's attention to be timed; ``pages`` its ranges refer to."""
+
+    name: str
+    shape: AttentionShape
+    ranges: KVRanges
+    kv_format: str
+
+    @property
+    def pages(self) -> int:
+        return int(self.ranges.pages.max()) + 1
+
+
+def relay_cases(page_size: int) -> Iterator[tuple[int, int, Case, Case]]:
+    """(batch, prefix, plain, shared)."""
+    for batch in BATCHES:
+        for prefix in PREFIXES:
+            plain = sequences(batch, prefix + OWN, 1, page_size)
+            shared = sharing(batch, prefix, OWN, page_size)
+            name = f"{batch} x ({prefix} + {OWN})"
+            yield (
+                batch,
+                prefix,
+                Case(f"{name}, each its own", MULTI_HEAD, plain, "auto"),
+                Case(f"{name}, read once", MULTI_HEAD, shared, "auto"),
+            )
+
+
+def other_cases(page_size: int) -> Iterator[Case]:
+    for tokens in (4096, 16384):
+        prompt = sequences(1, tokens, tokens, page_size)
+        yield Case(f"prefill of {tokens}", GROUPED, prompt, "auto")
+    for kv_format in ("auto", "fp8", "int8"):
+        name = f"decode 64 x 4096, {kv_format.replace('auto', 'bf16')} KV"
+        yield Case(name, GROUPED, sequences(64, 4096, 1, page_size), kv_format)
+
+
+def work_in(case: Case, page_size: int) -> Work:
+    elements = 2 * case.shape.kv_heads * page_size
+    eight_bits = case.kv_format != "auto"
+    page_bytes = elements * (case.shape.head_dim + 4 if eight_bits else 2 * case.shape.head_dim)
+    return work_of(case.ranges, case.shape, page_bytes, page_size)
+
+
+Timer = Callable[[Case], float]
+
+
+def report(card: Card, seconds: Timer | None, page_size: int = 32) -> str:
+    """Markdown. Without ``seconds``, the least time on ``card`` stands for it."""
+    timed = "measured" if seconds else "least time by the roofline"
+    lines = [
+        f"# Attention on {card.name}",
+        "",
+        f"Speed-up of reading a prefix once ({timed}); in",
+        "",
+    ]
+    lines[-2] += " brackets what RelayAttention's authors measured on an A40."
+    lines += ["| batch | " + " | ".join(f"s={s}" for s in PREFIXES) + " |"]
+    lines += ["|---" * (len(PREFIXES) + 1) + "|"]
+
+    def time_of(case: Case) -> float:
+        return seconds(case) if seconds else work_in(case, page_size).least_seconds(card)
+
+    cells: dict[int, list[str]] = {}
+    for batch, prefix, plain, shared in relay_cases(page_size):
+        known = AUTHORS[batch][PREFIXES.index(prefix)]
+        cells.setdefault(batch, []).append(f"{time_of(plain) / time_of(shared):.2f} ({known})")
+    lines += [f"| {batch} | " + " | ".join(line) + " |" for batch, line in cells.items()]
+    lines += ["", f"Peaks: {card.flops / 1e12:.0f} TFLOP/s, {card.bytes / 1e12:.2f} TB/s.", ""]
+    lines += ["| case | MB | GFLOP | least us | us | of the limit | TFLOP/s | GB/s |"]
+    lines += ["|---" * 8 + "|"]
+    for case in other_cases(page_size):
+        work, taken = work_in(case, page_size), time_of(case)
+        least = work.least_seconds(card)
+        lines.append(
+            f"| {case.name} | {work.bytes / 1e6:.0f} | {work.flops / 1e9:.1f} | {least * 1e6:.0f} "
+            f"| {taken * 1e6:.0f} | {least / taken:.0%} | {work.flops / taken / 1e12:.0f} "
+            f"| {work.bytes / taken / 1e9:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def measure_card(backend: Any) -> Card:
+    """Peaks of the card at hand: a large copy, a large matrix product."""
+    where = backend.on.torch_device
+    block = torch.empty(1 << 30, dtype=torch.uint8, device=where)
+    target = torch.empty_like(block)
+    copied = 2 * block.numel() / backend.on.seconds(lambda: target.copy_(block))
+    size = 8192
+    a = torch.randn(size, size, device=where).to(torch.bfloat16)
+    product = 2 * size**3 / backend.on.seconds(lambda: a @ a)
+    return Card(backend.on.name, product, copied)
+
+
+def timer(page_size: int, flash: bool) -> Timer:
+    """Times cases on the card, each in a pool of its own."""
+    from headstart.kernels.gpu.backend import GpuBackend
+    from headstart.kernels.gpu.device import find_device
+    from headstart.kernels.gpu.flash import find_flash
+    from headstart.kernels.gpu.tuning import Tuner
+
+    device = find_device()
+    tuner = Tuner(device)
+
+    def seconds(case: Case) -> float:
+        backend = GpuBackend(
+            device,
+            tuner,
+            weights="bf16",
+            kv_format=case.kv_format,
+            page_size=page_size,
+            flash_attn=find_flash() if flash else None,
+        )
+        pool = backend.allocate_kv(case.shape, 1, case.pages)
+        rows = int(case.ranges.rows.max()) + 1
+        size = (rows, case.shape.heads, case.shape.head_dim)
+        q = torch.randn(size, device=device.torch_device).to(torch.bfloat16)
+        plan = backend.plan_attention(rows, case.ranges, case.shape)
+        return device.seconds(lambda: backend.attend(q, pool, 0, plan))
+
+    return seconds
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--roofline", action="store_true", help="no measuring: an H100's limits")
+    parser.add_argument("--page-size", type=int, default=32, help="tokens of a KV page")
+    parser.add_argument("--flash", action="store_true", help="with flash-attn where it is faster")
+    args = parser.parse_args(argv)
+    if args.roofline:
+        print(report(H100, None, args.page_size), end="")
+        return 0
+    from headstart.kernels.backend import load_backend
+
+    try:
+        backend = load_backend("gpu", isa="auto", weights="bf16", threads=1)
+    except ValueError as error:
+        print(f"error: {error} (--roofline needs none)", file=sys.stderr)
+        return 1
+    card = measure_card(backend)
+    text = report(card, timer(args.page_size, args.flash), args.page_size)
+    name = re.sub(r"[^a-z0-9]+", "-", card.name.lower()).strip("-")
+    path = RESULTS / f"gpu-{name}{'-flash' if args.flash else ''}.md"
+    path.write_text(text, encoding="utf-8")
+    print(text, end="")
+    print(f"written to {path}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
