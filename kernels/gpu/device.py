@@ -210,8 +210,7 @@ class InterpretedDevice:
                 with _disable_current_modes():  # what the interpreter does with torch is its own
                     kernel[grid](*args, **constants)
 
-        with _disable_current_modes():  # the interpreter's own use of torch is not recorded
-            start()
+        start()
         if self._recording is not None:
             self._recording.calls.append(start)
 

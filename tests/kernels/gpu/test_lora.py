@@ -110,23 +110,23 @@ def added(device, x, y, adapters, rows):
     return result.cpu()
 
 
-@pytest.mark.parametrize("rank", [1, 2, 7, 8, 9, 33, 100, 256, 500, 512])
+@pytest.mark.parametrize("rank", [1, 2, 7, 8, 9, 33, 100, 511, 512])
 def test_every_rank(device, dtype, rank):
     """Beside an adapter of another rank, so that neither is read as the other; inputs of an odd
     size, whose rows are not aligned, too."""
     generator = torch.Generator().manual_seed(rank)
-    for size in (37, 280):
-        parts = [some_part(generator, 3, 70, r, size) for r in (rank, 16)]
-        x = torch.randn(20, size, generator=generator).to(dtype)
-        y = torch.randn(20, 80, generator=generator).to(dtype)
-        ours = [lora.GpuAdapter([[part]], dtype, device.torch_device) for part in parts]
-        owned = [list(range(1, 19)), [19]]
-        expected = y.float().clone()
-        for part, rows in zip(parts, owned, strict=True):
-            down, up = part.down.to(dtype).float(), part.up.to(dtype).float()
-            expected[rows, 3:73] += x[rows].float() @ down.T @ up.T
-        error = (added(device, x, y, ours, owned).float() - expected).abs().max()
-        assert error <= TOLERANCE[dtype] * expected.abs().max()
+    size = 37 if rank % 2 else 280
+    parts = [some_part(generator, 3, 70, r, size) for r in (rank, 16)]
+    x = torch.randn(20, size, generator=generator).to(dtype)
+    y = torch.randn(20, 80, generator=generator).to(dtype)
+    ours = [lora.GpuAdapter([[part]], dtype, device.torch_device) for part in parts]
+    owned = [list(range(1, 19)), [19]]
+    expected = y.float().clone()
+    for part, rows in zip(parts, owned, strict=True):
+        down, up = part.down.to(dtype).float(), part.up.to(dtype).float()
+        expected[rows, 3:73] += x[rows].float() @ down.T @ up.T
+    error = (added(device, x, y, ours, owned).float() - expected).abs().max()
+    assert error <= TOLERANCE[dtype] * expected.abs().max()
 
 
 def test_numbers_of_bfloat16(device):
