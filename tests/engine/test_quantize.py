@@ -290,5 +290,5 @@ def test_auto_takes_int8_where_it_is_fast_and_good(
 
 
 def test_an_unknown_weight_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--weights must be auto, f32, bf16, int8; got int3"):
+    with pytest.raises(ConfigError, match="--weights must be auto, f32, f16, bf16, int8; got int3"):
         choose_weights("int3", "cpu", "avx2", tmp_path)

@@ -28,7 +28,7 @@ def test_each_instruction_set_can_be_asked_for(isa):
 
 
 def test_what_there_is_not():
-    with pytest.raises(ValueError, match="no backend 'tpu'; there are cpu and reference"):
+    with pytest.raises(ValueError, match="no backend 'tpu'; there are gpu, cpu and reference"):
         load_backend("tpu", isa="auto", weights="f32", threads=1)
     with pytest.raises(ValueError, match=r"no neon kernels; it has .*portable"):
         load_backend("cpu", isa="neon", weights="f32", threads=1)
