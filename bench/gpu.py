@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from headstart.kernels.backend import AttentionShape, KVRanges
+from headstart.kernels.backend import AttentionShape, KVRanges, Range
+from headstart.kernels.gpu.kv import PageLayout
 
 RESULTS = Path(__file__).with_name("results")
 MULTI_HEAD = AttentionShape(32, 32, 128)
@@ -82,32 +83,16 @@ def work_of(ranges: KVRanges, shape: AttentionShape, page_bytes: int, page_size:
     return Work(moved, 4 * visible * shape.heads * shape.head_dim)
 
 
-def sequences(count: int, keys: int, rows: int, page_size: int) -> KVRanges:
-    """``count`` sequences with pages of their own; their last ``rows`` rows, a staircase each."""
-    pages = -(-keys // page_size)
-    each = np.arange(count + 1, dtype=np.int32)
-    return KVRanges(
-        page_start=each * pages,
-        pages=np.arange(count * pages, dtype=np.int32),
-        first_key=np.zeros(count, np.int32),
-        row_start=each * rows,
-        rows=np.arange(count * rows, dtype=np.int32),
-        visible=np.tile(np.arange(keys - rows + 1, keys + 1, dtype=np.int32), count),
-    )
-
-
 def sharing(count: int, prefix: int, own: int, page_size: int) -> KVRanges:
     """One full range over ``prefix`` keys for all, and ``own`` keys of each."""
     shared = prefix // page_size
-    apart = sequences(count, own, 1, page_size)
-    return KVRanges(
-        page_start=np.concatenate([[0], apart.page_start + shared]).astype(np.int32),
-        pages=np.concatenate([np.arange(shared), apart.pages + shared]).astype(np.int32),
-        first_key=np.array([0] + [prefix] * count, dtype=np.int32),
-        row_start=np.concatenate([[0], apart.row_start + count]).astype(np.int32),
-        rows=np.concatenate([apart.rows, apart.rows]).astype(np.int32),
-        visible=np.concatenate([np.full(count, prefix), apart.visible]).astype(np.int32),
-    )
+    pages = own // page_size
+    all_rows = Range(range(shared), range(count), [prefix] * count)
+    apart = [
+        Range(range(shared + i * pages, shared + (i + 1) * pages), [i], [own], prefix)
+        for i in range(count)
+    ]
+    return KVRanges.of([all_rows, *apart])
 
 
 class Case(NamedTuple):
@@ -127,7 +112,7 @@ def relay_cases(page_size: int) -> Iterator[tuple[int, int, Case, Case]]:
     """(batch, prefix, plain, shared)."""
     for batch in BATCHES:
         for prefix in PREFIXES:
-            plain = sequences(batch, prefix + OWN, 1, page_size)
+            plain = KVRanges.of_sequences(batch, prefix + OWN, 1, page_size)
             shared = sharing(batch, prefix, OWN, page_size)
             name = f"{batch} x ({prefix} + {OWN})"
             yield (
@@ -140,18 +125,17 @@ def relay_cases(page_size: int) -> Iterator[tuple[int, int, Case, Case]]:
 
 def other_cases(page_size: int) -> Iterator[Case]:
     for tokens in (4096, 16384):
-        prompt = sequences(1, tokens, tokens, page_size)
+        prompt = KVRanges.of_sequences(1, tokens, tokens, page_size)
         yield Case(f"prefill of {tokens}", GROUPED, prompt, "auto")
     for kv_format in ("auto", "fp8", "int8"):
         name = f"decode 64 x 4096, {kv_format.replace('auto', 'bf16')} KV"
-        yield Case(name, GROUPED, sequences(64, 4096, 1, page_size), kv_format)
+        yield Case(name, GROUPED, KVRanges.of_sequences(64, 4096, 1, page_size), kv_format)
 
 
 def work_in(case: Case, page_size: int) -> Work:
-    elements = 2 * case.shape.kv_heads * page_size
-    eight_bits = case.kv_format != "auto"
-    page_bytes = elements * (case.shape.head_dim + 4 if eight_bits else 2 * case.shape.head_dim)
-    return work_of(case.ranges, case.shape, page_bytes, page_size)
+    kv_format = "same" if case.kv_format == "auto" else case.kv_format
+    layout = PageLayout(case.shape, page_size, torch.bfloat16, kv_format)
+    return work_of(case.ranges, case.shape, layout.num_bytes, page_size)
 
 
 Timer = Callable[[Case], float]
@@ -163,10 +147,10 @@ def report(card: Card, seconds: Timer | None, page_size: int = 32) -> str:
     lines = [
         f"# Attention on {card.name}",
         "",
-        f"Speed-up of reading a prefix once ({timed}); in",
+        f"Speed-up of reading a prefix once ({timed}); in brackets what RelayAttention's authors "
+        "measured on an A40.",
         "",
     ]
-    lines[-2] += " brackets what RelayAttention's authors measured on an A40."
     lines += ["| batch | " + " | ".join(f"s={s}" for s in PREFIXES) + " |"]
     lines += ["|---" * (len(PREFIXES) + 1) + "|"]
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from headstart.engine.scheduler import ScheduledSequence
-from headstart.kernels.backend import IntArray, KVRanges
+from headstart.kernels.backend import Backend, IntArray, KVRanges, starts
 
 if TYPE_CHECKING:
     from headstart.engine.adapters import Adapter
@@ -71,6 +71,10 @@ class Pending(NamedTuple):
     rows: Tensor
     sources: Tensor
     token_ids: Tensor
+
+    def tokens(self, ops: Backend) -> tuple[Tensor, Tensor]:
+        """The rows and the token of each, where ``ops`` reads them: the host does not see them."""
+        return ops.upload(self.rows), self.token_ids.index_select(0, ops.upload(self.sources))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,19 +247,11 @@ def _pending(rows: dict[Sequence, int], in_flight: InFlight | None) -> Pending:
 def _ranges_of_rows(ranges: KVRanges, first: int, last: int) -> KVRanges:
     """What ``ranges`` are to rows ``[first, last)`` alone, which become rows 0, 1, ..."""
     here = (ranges.rows >= first) & (ranges.rows < last)
-    counts = np.diff(_starts(here)[ranges.row_start])
-    kept = np.flatnonzero(counts)
-    pages = [ranges.pages[ranges.page_start[i] : ranges.page_start[i + 1]] for i in kept]
-    return KVRanges(
-        page_start=_starts([len(run) for run in pages]),
-        pages=np.concatenate([ranges.pages[:0], *pages]),
-        first_key=ranges.first_key[kept],
-        row_start=_starts(counts[kept]),
+    counts = np.diff(starts(here)[ranges.row_start])
+    narrowed = replace(
+        ranges,
+        row_start=starts(counts),
         rows=ranges.rows[here] - np.int32(first),
         visible=ranges.visible[here],
     )
-
-
-def _starts(counts: npt.ArrayLike) -> IntArray:
-    """Where runs of these lengths begin, one after the other, and where the last one ends."""
-    return np.cumsum(np.append(np.zeros(1, np.int32), counts), dtype=np.int32)
+    return narrowed.chosen(np.flatnonzero(counts).tolist())

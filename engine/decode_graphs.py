@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -29,12 +29,6 @@ MOST_ROWS = 256
 """Rows of the largest captured step; beyond, computing takes longer than launching."""
 
 
-class _Captured(NamedTuple):
-    fixed: FixedBatch
-    logits: Tensor
-    replay: Callable[[], None]
-
-
 class DecodeGraphs:
     """Captured steps of 1, 2, 4, ... rows. ``replayed`` counts the steps."""
 
@@ -42,7 +36,8 @@ class DecodeGraphs:
         self._decoder = decoder
         self._backend = backend
         self._kv = kv
-        self._captured: dict[int, _Captured | None] = {}
+        self._places: dict[int, FixedBatch | None] = {}
+        self._captured: dict[int, tuple[Tensor, Callable[[], None]]] = {}
         self.replayed = 0
 
     def run(self, batch: Batch) -> Tensor | None:
@@ -50,36 +45,28 @@ class DecodeGraphs:
         if batch.logit_rows is not None or batch.adapters or batch.num_rows > MOST_ROWS:
             return None
         rows = 1 << (batch.num_rows - 1).bit_length()
+        if rows not in self._places:
+            pages_of_one = -(-self._decoder.max_len // self._backend.page_size)
+            shape = self._decoder.shape
+            self._places[rows] = self._backend.fixed_batch(rows, rows * pages_of_one, shape)
+        fixed = self._places[rows]
+        if fixed is None or not fixed.fill(
+            batch.token_ids, batch.positions, batch.slots, batch.kv_ranges
+        ):
+            return None
+        if batch.pending is not None:
+            fixed.token_ids.index_copy_(0, *batch.pending.tokens(self._backend))
         if rows not in self._captured:
-            self._captured[rows] = self._capture(rows, batch)
-        found = self._captured[rows]
-        if found is None or not self._fill(found.fixed, batch):
-            return None
-        found.replay()
+            self._captured[rows] = self._capture(fixed)
+            logger.info("decoding steps of up to %d rows are replayed", rows)
+        logits, replay = self._captured[rows]
+        replay()
         self.replayed += 1
-        return found.logits[: batch.num_rows]
+        return logits[: batch.num_rows]
 
-    def _fill(self, fixed: FixedBatch, batch: Batch) -> bool:
-        if not fixed.fill(batch.token_ids, batch.positions, batch.slots, batch.kv_ranges):
-            return False
-        if batch.pending is not None:  # tokens that only the device knows yet
-            upload, pending = self._backend.upload, batch.pending
-            tokens = pending.token_ids.index_select(0, upload(pending.sources))
-            fixed.token_ids.index_copy_(0, upload(pending.rows), tokens)
-        return True
-
-    def _capture(self, rows: int, batch: Batch) -> _Captured | None:
-        """None where the backend has no graphs."""
-        pages_of_one = -(-self._decoder.max_len // self._backend.page_size)
-        shape = self._decoder.shape
-        fixed = self._backend.fixed_batch(rows, rows * pages_of_one, shape)
-        if fixed is None or not self._fill(fixed, batch):
-            return None
-
+    def _capture(self, fixed: FixedBatch) -> tuple[Tensor, Callable[[], None]]:
         def work() -> Tensor:
             return self._decoder.forward_fixed(fixed, self._kv)
 
         work()  # so that kernels are compiled, and libraries have their workspaces
-        logits, replay = fixed.capture(work)
-        logger.info("decoding steps of up to %d rows are replayed", rows)
-        return _Captured(fixed, logits, replay)
+        return fixed.capture(work)

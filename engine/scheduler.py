@@ -120,8 +120,14 @@ class _Step:
     """What one call of ``schedule`` has decided so far."""
 
     __slots__ = (
-        *("ahead", "before", "budget", "in_flight", "long_chunk"),
-        *("preempted", "prefills", "scheduled"),
+        "ahead",
+        "before",
+        "budget",
+        "in_flight",
+        "long_chunk",
+        "preempted",
+        "prefills",
+        "scheduled",
     )
 
     def __init__(self, budget: int, before: SchedulerOutput) -> None:

@@ -12,9 +12,9 @@ import contextlib
 import importlib.util
 import itertools
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,64 @@ class KVRanges:
 
     def __len__(self) -> int:
         return len(self.page_start) - 1
+
+    def __getitem__(self, i: int) -> Range:
+        pages = slice(self.page_start[i], self.page_start[i + 1])
+        entries = slice(self.row_start[i], self.row_start[i + 1])
+        return Range(
+            self.pages[pages], self.rows[entries], self.visible[entries], int(self.first_key[i])
+        )
+
+    @classmethod
+    def of(cls, ranges: Sequence[Range]) -> KVRanges:
+        """The ranges of a list, in its order."""
+
+        def joined(parts: Iterable[Sequence[int] | IntArray]) -> IntArray:
+            return np.concatenate([np.zeros(0), *parts]).astype(np.int32)
+
+        return cls(
+            page_start=starts([len(each.pages) for each in ranges]),
+            pages=joined(each.pages for each in ranges),
+            first_key=np.array([each.first_key for each in ranges], dtype=np.int32),
+            row_start=starts([len(each.rows) for each in ranges]),
+            rows=joined(each.rows for each in ranges),
+            visible=joined(each.visible for each in ranges),
+        )
+
+    @classmethod
+    def of_sequences(cls, count: int, keys: int, rows: int, page_size: int) -> KVRanges:
+        """``count`` sequences of ``keys`` keys in pages of their own: of each the last ``rows``
+        rows, which are a staircase."""
+        pages = -(-keys // page_size)
+        visible = np.arange(keys - rows + 1, keys + 1, dtype=np.int32)
+        return cls.of(
+            [
+                Range(
+                    np.arange(i * pages, (i + 1) * pages, dtype=np.int32),
+                    np.arange(i * rows, (i + 1) * rows, dtype=np.int32),
+                    visible,
+                )
+                for i in range(count)
+            ]
+        )
+
+    def chosen(self, which: Iterable[int]) -> KVRanges:
+        """These ranges alone."""
+        return KVRanges.of([self[i] for i in which])
+
+
+class Range(NamedTuple):
+    """One of KVRanges: the pages, who reads them, how far, and the key they begin with."""
+
+    pages: Sequence[int] | IntArray
+    rows: Sequence[int] | IntArray
+    visible: Sequence[int] | IntArray
+    first_key: int = 0
+
+
+def starts(counts: npt.ArrayLike) -> IntArray:
+    """Where runs of these lengths begin, one after the other, and where the last one ends."""
+    return np.cumsum(np.append(np.zeros(1, np.int32), counts), dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +180,22 @@ class Linear(Protocol):
 
     @property
     def out_features(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLinear:
+    """A weight ``[out, in]`` and bias ``[out]`` for torch's matrix product."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
 
 
 class Backend(Protocol):
@@ -277,6 +351,33 @@ class Backend(Protocol):
     def argmax(self, logits: Tensor) -> list[int]:
         """Index of each row's largest value, the first of equals; or of a NaN."""
         ...
+
+
+class HostMemory:
+    """What a backend is that computes in the host's memory and is done when it returns."""
+
+    tile_rows = 512
+    """Their activations stay in the cores' caches."""
+
+    asynchronous = False
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def synchronize(self) -> None:
+        """Nothing is ever under way."""
+
+    def free_memory(self) -> None:
+        """There is none but the host's."""
+
+    def peak_memory(self, work: Callable[[], None]) -> None:
+        """Not counted."""
+
+    def fixed_batch(self, rows: int, pages: int, shape: AttentionShape) -> None:
+        """Operations are called, not launched."""
 
 
 WEIGHT_FORMATS = ("f32", "f16", "bf16", "int8")

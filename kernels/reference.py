@@ -15,7 +15,7 @@ same algebra serves chunked prefill, RelayAttention (arXiv 2402.14808, eq. 4-6),
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from headstart.kernels.backend import (
     AttentionShape,
+    DenseLinear,
+    HostMemory,
     IntArray,
     KVRanges,
     LoraPart,
@@ -62,22 +64,6 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class ReferenceLinear:
-    """A dense layer in float32."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-
-@dataclass(frozen=True, slots=True)
 class ReferencePlan:
     """A batch's ranges, and the number of its rows."""
 
@@ -103,41 +89,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed
 
 
-class ReferenceBackend:
+class ReferenceBackend(HostMemory):
     """Every operation of Backend in torch float32.
 
     Pool: ``[layers, pages * page_size, 2 (key, value), kv_heads, head_dim]``.
     """
 
     name = "reference"
-    tile_rows = 512
-    asynchronous = False
 
     def __init__(self, *, page_size: int) -> None:
         self.page_size = self.range_step = page_size
         self.device = f"{processor_name()}, reference"
 
-    def constant(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def linear_weight(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
+        return DenseLinear(weight.float(), None if bias is None else bias.float())
 
-    def upload(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def synchronize(self) -> None:
-        """Operations are done when they return."""
-
-    def free_memory(self) -> None:
-        """It computes in the host's memory."""
-
-    def peak_memory(self, work: Callable[[], None]) -> None:
-        """Not counted."""
-
-    def linear_weight(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
-        return ReferenceLinear(weight.float(), None if bias is None else bias.float())
-
-    def quantized_weight(
-        self, weight: Tensor, scale: Tensor, bias: Tensor | None
-    ) -> ReferenceLinear:
+    def quantized_weight(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> DenseLinear:
         return self.linear_weight(weight.float() * scale[:, None], bias)
 
     def kv_bytes_per_page(self, shape: AttentionShape, layers: int) -> int:
@@ -164,9 +131,6 @@ class ReferenceBackend:
     ) -> ReferencePlan:
         return ReferencePlan(num_rows, ranges, shape)
 
-    def fixed_batch(self, rows: int, pages: int, shape: AttentionShape) -> None:
-        """Operations are called, not launched."""
-
     def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
         return table.index_select(0, token_ids).float()
 
@@ -175,7 +139,7 @@ class ReferenceBackend:
             residual += delta
         return rms_norm(residual, weight, eps)
 
-    def linear(self, x: Tensor, weight: ReferenceLinear) -> Tensor:
+    def linear(self, x: Tensor, weight: DenseLinear) -> Tensor:
         return torch.nn.functional.linear(x, weight.weight, weight.bias)
 
     def lora_adapter(self, layers: Sequence[Sequence[LoraPart]]) -> list[list[LoraPart]]:

@@ -7,7 +7,7 @@ attention method is active is not known here; a batch's KV ranges say what each 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -83,28 +83,14 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Any) -> Tensor:
         """Logits ``[len(batch.logit_rows), vocab]``, float32; valid until the next call."""
-        layers = self._layers(batch, kv, beside=False)
-        while True:
-            try:
-                next(layers)
-            except StopIteration as end:
-                logits: Tensor = end.value
-                return logits
+        return _result(self._layers(self._tiles(batch, beside=False), kv))
 
     @torch.inference_mode()
     def forward_fixed(self, fixed: FixedBatch, kv: Any) -> Tensor:
         """The same of a decoding step that lies in ``fixed``: logits of all of its rows."""
-        tile = _Tile.of_fixed(self._backend, fixed, self._backend.embed(
-            self._embedding, fixed.token_ids
-        ))  # fmt: skip
-        delta: Tensor | None = None
-        for i in range(len(self.layers)):
-            self._write_keys(i, tile, delta, kv)
-            delta = self._attend(i, tile, kv)
-            if i + 1 < len(self.layers):
-                delta = self._mlp(i, tile, delta)
-        assert delta is not None
-        return self._head(tile, delta)
+        residual = self._backend.embed(self._embedding, fixed.token_ids)
+        tile = _Tile(self._backend, 0, residual, fixed.positions, fixed.slots, fixed.plan, None, [])
+        return _result(self._layers([tile], kv))
 
     @torch.inference_mode()
     def forward_beside(self, batch: Batch, kv: Any) -> Generator[int, None, Tensor]:
@@ -114,9 +100,31 @@ class Decoder:
         Yields the layer whose keys all rows have written and some will now read. Keys of other
         rows of this sequence, computed elsewhere, have to be in their pages by then.
         """
-        return (yield from self._layers(batch, kv, beside=True))
+        return (yield from self._layers(self._tiles(batch, beside=True), kv))
 
-    def _layers(self, batch: Batch, kv: Any, *, beside: bool) -> Generator[int, None, Tensor]:
+    def _tiles(self, batch: Batch, *, beside: bool) -> list[_Tile]:
+        """The rows of ``batch`` in tiles, uploaded, with numbers of their own for what is computed
+        beside: queries are kept by them."""
+        ops = self._backend
+        token_ids = ops.upload(batch.token_ids)
+        if batch.pending is not None:
+            token_ids = token_ids.index_copy(0, *batch.pending.tokens(ops))
+        residual = ops.embed(self._embedding, token_ids)
+        return [
+            _Tile(
+                ops,
+                ~i if beside else i,
+                residual[rows],
+                ops.upload(part.positions),
+                ops.upload(part.slots),
+                ops.plan_attention(part.num_rows, part.kv_ranges, self.shape),
+                part.logit_rows,
+                part.adapters,
+            )
+            for i, (rows, part) in enumerate(batch.tiles(ops.tile_rows))
+        ]
+
+    def _layers(self, tiles: list[_Tile], kv: Any) -> Generator[int, None, Tensor]:
         """Yields the layer before each tile's attention, and returns the logits.
 
         Rows go through a layer in tiles, so that a long segment takes no more room than a chunk:
@@ -126,13 +134,6 @@ class Decoder:
 
         All keys of a layer are written before any row reads them.
         """
-        token_ids = _token_ids(batch, self._backend)
-        residual = self._backend.embed(self._embedding, token_ids)
-        tiles = [
-            # Numbers of their own for what is computed beside: queries are kept by them.
-            _Tile.of_batch(self._backend, self.shape, ~i if beside else i, part, residual[rows])
-            for i, (rows, part) in enumerate(batch.tiles(self._backend.tile_rows))
-        ]
         for tile in tiles:
             self._write_keys(0, tile, None, kv)
         last = len(self.layers) - 1
@@ -149,7 +150,9 @@ class Decoder:
                 logits.append(found if tile is tiles[-1] else found.clone())
         if len(logits) == 1:
             return logits[0]
-        return torch.cat(logits) if logits else residual.new_empty(0, self.config.vocab_size)
+        return (
+            torch.cat(logits) if logits else tiles[0].residual.new_empty(0, self.config.vocab_size)
+        )
 
     def _write_keys(self, i: int, tile: _Tile, delta: Tensor | None, kv: Any) -> None:
         """Layer ``i`` up to attention: its keys and values are written, the queries kept."""
@@ -183,17 +186,12 @@ class Decoder:
 
     def _logits(self, tile: _Tile, delta: Tensor) -> Tensor:
         """The rest of the last layer, and the head, for the rows whose logits are wanted."""
-        wanted = tile.logit_rows
-        if wanted is not None:
-            rows = self._backend.upload(wanted)
-            tile, delta = tile.narrowed(wanted, rows), delta.index_select(0, rows)
-        return self._head(tile, delta)
-
-    def _head(self, tile: _Tile, delta: Tensor) -> Tensor:
+        if tile.logit_rows is not None:
+            tile, delta = tile.narrowed(tile.logit_rows, delta)
         delta = self._mlp(len(self.layers) - 1, tile, delta)
         eps = self.config.rms_norm_eps
-        normed = self._backend.norm(tile.residual, delta, self._final_norm, eps)
-        return self._backend.linear(normed, self.head).float()
+        rows = self._backend.norm(tile.residual, delta, self._final_norm, eps)
+        return self._backend.linear(rows, self.head).float()
 
 
 class _Tile:
@@ -220,8 +218,8 @@ class _Tile:
         positions: Tensor,
         slots: Tensor,
         plan: Any,
-        logit_rows: Tensor | None = None,
-        adapters: Sequence[AdapterRows] = (),
+        logit_rows: Tensor | None,
+        adapters: list[AdapterRows],
     ) -> None:
         self._ops = ops
         self.number = number
@@ -234,18 +232,6 @@ class _Tile:
         self._adapters = adapters
         self._lora = _plan_lora(ops, adapters)
 
-    @classmethod
-    def of_batch(
-        cls, ops: Backend, shape: AttentionShape, number: int, batch: Batch, residual: Tensor
-    ) -> _Tile:
-        plan = ops.plan_attention(batch.num_rows, batch.kv_ranges, shape)
-        positions, slots = ops.upload(batch.positions), ops.upload(batch.slots)
-        return cls(ops, number, residual, positions, slots, plan, batch.logit_rows, batch.adapters)
-
-    @classmethod
-    def of_fixed(cls, ops: Backend, fixed: FixedBatch, residual: Tensor) -> _Tile:
-        return cls(ops, 0, residual, fixed.positions, fixed.slots, fixed.plan)
-
     def linear(self, x: Any, weight: Linear, i: int, matrix: int) -> Tensor:
         """Product with a matrix of layer ``i``, the rows' adapters included."""
         y = self._ops.linear(x, weight)
@@ -253,26 +239,26 @@ class _Tile:
             self._ops.add_lora(x, y, self._lora, i * MATRICES + matrix)
         return y
 
-    def narrowed(self, rows: Tensor, uploaded: Tensor) -> _Tile:
-        """These rows of the tile alone, for what comes after attention."""
-        tile = copy(self)
+    def narrowed(self, rows: Tensor, delta: Tensor) -> tuple[_Tile, Tensor]:
+        """These rows of the tile and of ``delta`` alone, for what comes after attention."""
+        tile, uploaded = copy(self), self._ops.upload(rows)
         tile.residual = self.residual.index_select(0, uploaded)
         if self._lora is not None:
             tile._lora = _plan_lora(self._ops, [a.narrowed(rows.numpy()) for a in self._adapters])
-        return tile
+        return tile, delta.index_select(0, uploaded)
 
 
-def _token_ids(batch: Batch, ops: Backend) -> Tensor:
-    """Int32 ``[rows]``: those the host knows, and those that the step before has sampled, taken
-    from where they are without the host seeing them."""
-    token_ids, pending = ops.upload(batch.token_ids), batch.pending
-    if pending is None:
-        return token_ids
-    tokens = pending.token_ids.index_select(0, ops.upload(pending.sources))
-    return token_ids.index_copy(0, ops.upload(pending.rows), tokens)
+def _result(layers: Generator[int, None, Tensor]) -> Tensor:
+    """Run through all layers."""
+    while True:
+        try:
+            next(layers)
+        except StopIteration as end:
+            logits: Tensor = end.value
+            return logits
 
 
-def _plan_lora(ops: Backend, adapters: Sequence[AdapterRows]) -> Any:
+def _plan_lora(ops: Backend, adapters: list[AdapterRows]) -> Any:
     changed = [entry for entry in adapters if len(entry.rows)]
     if not changed:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from headstart.kernels import _cpu
 from headstart.kernels.backend import (
     AttentionShape,
+    DenseLinear,
+    HostMemory,
     IntArray,
     KVRanges,
     LoraPart,
@@ -42,16 +44,6 @@ class Rows(NamedTuple):
     data_ptr: int
     scales_ptr: int
     rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class DenseLinear:
-    """A float32 or bf16 weight for torch's matrix product."""
-
-    weight: Tensor
-    bias: Tensor | None
-    in_features: int
-    out_features: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +106,10 @@ def pack_lora(weight: Tensor, panel: int, dtype: torch.dtype) -> Tensor:
     return panels.permute(0, 2, 1, 3).contiguous()
 
 
-class CpuBackend:
+class CpuBackend(HostMemory):
     """See Backend. ``weights``: "f32", "bf16" or "int8"; KV is float32 for f32, else bf16."""
 
     name = "cpu"
-    tile_rows = 512  # their activations stay in the cores' caches
-    asynchronous = False
 
     def __init__(self, *, isa: str, weights: str, threads: int, page_size: int) -> None:
         if page_size < 32 or page_size % 32:
@@ -160,28 +150,11 @@ class CpuBackend:
         scales, scales_ptr = self._buffer(name + ".scales", rows, 1, torch.float32)
         return Rows(data, scales, data_ptr, scales_ptr, rows)
 
-    def constant(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def upload(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def synchronize(self) -> None:
-        """Operations are done when they return."""
-
-    def free_memory(self) -> None:
-        """It computes in the host's memory."""
-
-    def peak_memory(self, work: Callable[[], None]) -> None:
-        """Not counted."""
-
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
         dtype = torch.bfloat16 if self._rows_dtype is torch.bfloat16 else torch.float32
         return DenseLinear(
             weight.to(dtype).contiguous(),
             None if bias is None else bias.to(dtype),
-            weight.shape[1],
-            weight.shape[0],
         )
 
     def quantized_weight(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -257,9 +230,6 @@ class CpuBackend:
             ranges.visible,
         )
         return plan, shape
-
-    def fixed_batch(self, rows: int, pages: int, shape: AttentionShape) -> None:
-        """Operations are called, not launched."""
 
     def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
         return table.index_select(0, token_ids).float()

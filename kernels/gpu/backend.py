@@ -10,17 +10,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from headstart.kernels.backend import (
     KV_FORMATS,
     AttentionShape,
+    DenseLinear,
     IntArray,
     KVRanges,
     LoraPart,
@@ -37,22 +36,6 @@ _LOG2E = 1.4426950408889634
 FLASH_ROWS = 64
 """Rows of the shortest range that goes to flash-attn: a tile of its kernels."""
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class DenseLinear:
-    """A weight for torch's matrix product, on the device."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
 
 
 class AttentionPlan(NamedTuple):
@@ -159,21 +142,27 @@ class GpuBackend:
     def plan_attention(
         self, num_rows: int, ranges: KVRanges, shape: AttentionShape
     ) -> AttentionPlan:
-        configs = self._configs.get(shape)
-        if configs is None:
-            configs = self._configs[shape] = self._choose(shape)
         calls: list[flash.FlashCall] = []
-        if self._flash is not None and self._flash_is_faster(shape, configs):
-            calls, ranges = flash.split(ranges, FLASH_ROWS)
-        return self._plan(num_rows, ranges, shape, *configs, calls)
+        if self._flash is not None and self._flash_is_faster(shape):
+            calls, ranges = self._flash_calls(ranges, shape)
+        return self._plan(num_rows, ranges, shape, *self._kernels(shape), calls)
 
-    def _flash_is_faster(self, shape: AttentionShape, configs: tuple[Config, Config]) -> bool:
+    def _flash_calls(
+        self, ranges: KVRanges, shape: AttentionShape
+    ) -> tuple[list[flash.FlashCall], KVRanges]:
+        """What flash-attn computes, and the rest."""
+        found, rest = flash.split(ranges, FLASH_ROWS)
+        layout = self._layout(shape)
+        return [flash.place(*call, layout, self.on.upload) for call in found], rest
+
+    def _flash_is_faster(self, shape: AttentionShape) -> bool:
         """By measured time of a long chunk; without a device that measures, taken to be so."""
         if shape not in self._flash_wins:
             pool, q, ranges = self._chunk(shape, sequences=1, rows=1024, keys=2048)
-            plain = self._plan(len(q), ranges, shape, *configs, [])
-            calls, rest = flash.split(ranges, FLASH_ROWS)
-            other = self._plan(len(q), rest, shape, *configs, calls)
+            kernels = self._kernels(shape)
+            plain = self._plan(len(q), ranges, shape, *kernels, [])
+            calls, rest = self._flash_calls(ranges, shape)
+            other = self._plan(len(q), rest, shape, *kernels, calls)
             seconds = [0.0, 1.0]
             if self.on.measures:
                 seconds = [
@@ -183,6 +172,12 @@ class GpuBackend:
                 logger.info("flash-attn %.1f us, Triton %.1f us", *(1e6 * s for s in seconds))
             self._flash_wins[shape] = seconds[0] < seconds[1]
         return self._flash_wins[shape]
+
+    def _kernels(self, shape: AttentionShape) -> tuple[Config, Config]:
+        """Configurations for few and for many vectors, chosen when a shape is first met."""
+        if shape not in self._configs:
+            self._configs[shape] = self._choose(shape)
+        return self._configs[shape]
 
     def _choose(self, shape: AttentionShape) -> tuple[Config, Config]:
         """Of the kernels for few and for many vectors; a tile holds a whole group."""
@@ -218,21 +213,10 @@ class GpuBackend:
         self, shape: AttentionShape, *, sequences: int, rows: int, keys: int
     ) -> tuple[kv.KVPool, Tensor, KVRanges]:
         """Pages, queries and ranges of sequences with ``keys`` keys, their last ``rows`` rows."""
-        pages = keys // self.page_size
-        pool = self.allocate_kv(shape, 1, sequences * pages)
+        pool = self.allocate_kv(shape, 1, sequences * -(-keys // self.page_size))
         size = (sequences * rows, shape.heads, shape.head_dim)
         q = torch.randn(size, device=self.on.torch_device).to(self.dtype)
-        each = np.arange(sequences + 1, dtype=np.int32)
-        visible = np.arange(keys - rows + 1, keys + 1, dtype=np.int32)
-        ranges = KVRanges(
-            page_start=each * pages,
-            pages=np.arange(sequences * pages, dtype=np.int32),
-            first_key=np.zeros(sequences, np.int32),
-            row_start=each * rows,
-            rows=np.arange(sequences * rows, dtype=np.int32),
-            visible=np.tile(visible, sequences),
-        )
-        return pool, q, ranges
+        return pool, q, KVRanges.of_sequences(sequences, keys, rows, self.page_size)
 
     def cut(
         self,
@@ -271,10 +255,7 @@ class GpuBackend:
         return AttentionPlan(sections, capacity, num_rows, shape, row_config, tile_config, calls)
 
     def fixed_batch(self, rows: int, pages: int, shape: AttentionShape) -> GpuFixedBatch:
-        configs = self._configs.get(shape)
-        if configs is None:
-            configs = self._configs[shape] = self._choose(shape)
-        return GpuFixedBatch(self, rows, pages, shape, *configs)
+        return GpuFixedBatch(self, rows, pages, shape, *self._kernels(shape))
 
     def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
         return table.index_select(0, token_ids).float()
@@ -357,13 +338,13 @@ class GpuBackend:
                 attention.MERGE,
                 parts, part_lse, merge_rows, starts, slots, out, lse,
                 HEADS=shape.heads, HEAD_DIM=shape.head_dim,
-                BLOCK_D=1 << (shape.head_dim - 1).bit_length(),
+                BLOCK_D=rows.power_of_two(shape.head_dim),
             )  # fmt: skip
         for call in plan.flash_calls:
             assert self._flash is not None
             part = flash.attend(self._flash, q, kv, layer, call)
             whole = out.view(plan.num_rows, shape.heads, shape.head_dim)
-            flash.merge_into(whole, lse, flash.row_tensor(call, where), *part)
+            flash.merge_into(whole, lse, call.rows, *part)
         return out, lse
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:

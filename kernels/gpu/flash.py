@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.kernels.backend import IntArray, KVRanges
-from headstart.kernels.gpu.kv import KVPool
+from headstart.kernels.backend import KVRanges, starts
+from headstart.kernels.gpu.kv import KVPool, PageLayout
 
 PAGE_MULTIPLE = 256
 LEAST_VERSION = (2, 8)
@@ -51,31 +51,9 @@ def find_flash() -> Callable[..., Any] | None:
     return found
 
 
-class FlashCall(NamedTuple):
-    """Ranges that go into one call, as arrays of ``flash_attn_varlen_func``.
-
-    rows int64 ``[total]``: of the batch, in the order of q. cu_q, cu_k: int32 ``[ranges + 1]``.
-    pages: each range's, and how many. keys: of each range.
-    """
-
-    causal: bool
-    rows: IntArray
-    cu_q: IntArray
-    cu_k: IntArray
-    pages: list[IntArray]
-
-    @property
-    def max_q(self) -> int:
-        return int(np.diff(self.cu_q).max())
-
-    @property
-    def max_k(self) -> int:
-        return int(np.diff(self.cu_k).max())
-
-
-def split(ranges: KVRanges, least_rows: int) -> tuple[list[FlashCall], KVRanges]:
-    """The ranges that flash-attn computes, in one call for full ones and one for staircases, and
-    the rest: those of another form, and those of fewer rows than ``least_rows``.
+def split(ranges: KVRanges, least_rows: int) -> tuple[list[tuple[bool, KVRanges]], KVRanges]:
+    """The ranges that flash-attn computes, in one call for full ones and one for staircases
+    (causal), and the rest: those of another form, and those of fewer rows than ``least_rows``.
 
     Below that its kernels, of 64 rows at least, have less to win than copying rows costs.
     """
@@ -83,10 +61,9 @@ def split(ranges: KVRanges, least_rows: int) -> tuple[list[FlashCall], KVRanges]
     stairs: list[int] = []
     rest: list[int] = []
     for i in range(len(ranges)):
-        entries = slice(ranges.row_start[i], ranges.row_start[i + 1])
-        visible = ranges.visible[entries]
+        visible = ranges[i].visible
         steps = np.diff(visible)
-        if len(visible) < least_rows or visible.min() == 0:
+        if len(visible) < least_rows or min(visible) == 0:
             rest.append(i)
         elif (steps == 0).all():
             full.append(i)
@@ -95,64 +72,83 @@ def split(ranges: KVRanges, least_rows: int) -> tuple[list[FlashCall], KVRanges]
         else:
             rest.append(i)
     calls = [
-        _call(ranges, some, causal) for some, causal in ((full, False), (stairs, True)) if some
+        (causal, ranges.chosen(some)) for some, causal in ((full, False), (stairs, True)) if some
     ]
-    return calls, _of(ranges, rest)
+    return calls, ranges.chosen(rest)
 
 
-def _call(ranges: KVRanges, chosen: list[int], causal: bool) -> FlashCall:
-    entries = [slice(ranges.row_start[i], ranges.row_start[i + 1]) for i in chosen]
+class FlashCall(NamedTuple):
+    """Ranges that go into one call, as arguments of ``flash_attn_varlen_func`` on the device: made
+    once a step, for all layers.
+
+    rows int64 ``[total]``: of the batch, in the order of q. cu_q, cu_k: int32 ``[ranges + 1]``.
+    table: int32 ``[ranges, pages]``, where pages are read as they lie; None: they are copied, from
+    ``page`` and ``at`` (int64 ``[keys]``) of each key.
+    """
+
+    causal: bool
+    rows: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    table: Tensor | None
+    page: Tensor
+    at: Tensor
+
+
+def place(
+    causal: bool, ranges: KVRanges, layout: PageLayout, upload: Callable[[Tensor], Tensor]
+) -> FlashCall:
+    """The call of some of ``split``'s ranges."""
+    each = [ranges[i] for i in range(len(ranges))]
+    keys = [max(one.visible) for one in each]
+    size = layout.page_size
+    table, slots = None, np.zeros(0, np.int64)
+    if layout.format == "same" and size % PAGE_MULTIPLE == 0:
+        padded = np.zeros((len(each), max(len(one.pages) for one in each)), np.int32)
+        for line, one in zip(padded, each, strict=True):
+            line[: len(one.pages)] = one.pages
+        table = upload(torch.from_numpy(padded))
+    else:
+        slots = np.concatenate(
+            [
+                (np.asarray(one.pages, np.int64)[:, None] * size + np.arange(size)).ravel()[:length]
+                for one, length in zip(each, keys, strict=True)
+            ]
+        )
+    page, at = (upload(torch.from_numpy(part)) for part in np.divmod(slots, size))
     return FlashCall(
         causal,
-        np.concatenate([ranges.rows[some] for some in entries]),
-        _starts([some.stop - some.start for some in entries]),
-        _starts([ranges.visible[some].max() for some in entries]),
-        [ranges.pages[ranges.page_start[i] : ranges.page_start[i + 1]] for i in chosen],
+        upload(torch.from_numpy(ranges.rows.astype(np.int64))),
+        upload(torch.from_numpy(ranges.row_start)),
+        upload(torch.from_numpy(starts(keys))),
+        int(np.diff(ranges.row_start).max()),
+        int(max(keys)),
+        table,
+        page,
+        at,
     )
-
-
-def _of(ranges: KVRanges, chosen: list[int]) -> KVRanges:
-    pages = [ranges.pages[ranges.page_start[i] : ranges.page_start[i + 1]] for i in chosen]
-    entries = [slice(ranges.row_start[i], ranges.row_start[i + 1]) for i in chosen]
-    return KVRanges(
-        page_start=_starts([len(run) for run in pages]),
-        pages=np.concatenate([ranges.pages[:0], *pages]),
-        first_key=ranges.first_key[chosen],
-        row_start=_starts([some.stop - some.start for some in entries]),
-        rows=np.concatenate([ranges.rows[:0], *(ranges.rows[some] for some in entries)]),
-        visible=np.concatenate([ranges.visible[:0], *(ranges.visible[some] for some in entries)]),
-    )
-
-
-def _starts(counts: list[Any]) -> IntArray:
-    return np.cumsum([0, *counts], dtype=np.int32)
-
-
-def row_tensor(call: FlashCall, where: torch.device) -> Tensor:
-    """The call's rows, int64."""
-    return torch.from_numpy(call.rows.astype(np.int64)).to(where)
 
 
 def attend(
     flash: Callable[..., Any], q: Tensor, kv: KVPool, layer: int, call: FlashCall
 ) -> tuple[Tensor, Tensor]:
     """(out ``[total, heads, head_dim]``, lse ``[total, heads]``) of the call's rows, in order."""
-    where = q.device
-    rows = row_tensor(call, where)
-    keys, values, table = _keys_and_values(kv, layer, call, q.dtype)
+    keys, values = _keys_and_values(kv, layer, call, q.dtype)
     out, lse, _ = flash(
-        q[rows].contiguous(),
+        q[call.rows].contiguous(),
         keys,
         values,
-        torch.from_numpy(call.cu_q).to(where),
-        torch.from_numpy(call.cu_k).to(where),
+        call.cu_q,
+        call.cu_k,
         call.max_q,
         call.max_k,
         dropout_p=0.0,
         softmax_scale=1 / math.sqrt(q.shape[-1]),
         causal=call.causal,
         return_attn_probs=True,
-        block_table=table,
+        block_table=call.table,
     )
     lse = lse.T.contiguous()
     return out, torch.where(lse == math.inf, -math.inf, lse)
@@ -160,38 +156,23 @@ def attend(
 
 def _keys_and_values(
     kv: KVPool, layer: int, call: FlashCall, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pages as they lie, with a block table; or copied side by side, without."""
+) -> tuple[Tensor, Tensor]:
+    """Pages as they lie, for the block table; or copied side by side, without."""
     layout, shape = kv.layout, kv.layout.shape
-    pages, size = kv.layers[layer].elements, layout.page_size
-    where = pages.device
+    elements, scales, _, _ = kv.layers[layer]
     # [pages, 2, page, kv_heads, head_dim]: strides are all that flash-attn asks for.
-    halves = pages[:, : layout.values].view(-1, 2, shape.kv_heads, size, shape.head_dim)
-    halves = halves.transpose(2, 3)
-    if layout.format == "same" and size % PAGE_MULTIPLE == 0:
-        longest = max(len(run) for run in call.pages)
-        table = np.zeros((len(call.pages), longest), np.int32)
-        for line, run in zip(table, call.pages, strict=True):
-            line[: len(run)] = run
-        keys, values = halves[:, 0], halves[:, 1]
-        return keys, values, torch.from_numpy(table).to(where)
-    lengths = np.diff(call.cu_k)
-    slots = np.concatenate(
-        [
-            (run[:, None].astype(np.int64) * size + np.arange(size)).ravel()[:length]
-            for run, length in zip(call.pages, lengths, strict=True)
-        ]
-    )
-    page, at = (torch.from_numpy(part).to(where) for part in np.divmod(slots, size))
-    found = halves[page, :, at]  # [keys, 2, kv_heads, head_dim]
-    if layout.format == "same":
-        keys, values = found.unbind(1)
-        return keys.contiguous(), values.contiguous(), None
+    halves = elements[:, : layout.values]
+    halves = halves.view(-1, 2, shape.kv_heads, layout.page_size, shape.head_dim).transpose(2, 3)
+    if call.table is not None:
+        return halves[:, 0], halves[:, 1]
+    found = halves[call.page, :, call.at]  # [keys, 2, kv_heads, head_dim]
     if layout.format == "fp8":
         found = found.view(torch.float8_e4m3fn)
-    scales = kv.layers[layer].scales.view(-1, 2, shape.kv_heads, size)[page, :, :, at]
-    keys, values = (found.float() * scales[..., None]).to(dtype).unbind(1)
-    return keys.contiguous(), values.contiguous(), None
+    if layout.format != "same":
+        each = scales.view(-1, 2, shape.kv_heads, layout.page_size)[call.page, :, :, call.at]
+        found = (found.float() * each[..., None]).to(dtype)
+    keys, values = found.unbind(1)
+    return keys.contiguous(), values.contiguous()
 
 
 def merge_into(out: Tensor, lse: Tensor, rows: Tensor, part: Tensor, part_lse: Tensor) -> None:

@@ -110,7 +110,9 @@ class Cut:
         )
 
     def write(self, capacity: Capacity) -> Tensor:
-        """One buffer ``[capacity.total]`` with all of it; the rest says: nothing to do."""
+        """All of it as the beginning of a buffer ``[capacity.total]``; what it does not fill says:
+        nothing to do. Pages come last: those it does not have are left out."""
+        capacity = capacity._replace(pages=len(self.pages))
         buffer = torch.zeros(capacity.total, dtype=torch.int32)
         sections = [section.numpy() for section in capacity.sections(buffer)]
         parts = (
@@ -126,8 +128,7 @@ class Cut:
         for section, part in zip(sections, parts, strict=True):
             section[: len(part)] = part
         sections[4][len(self.merge_rows) :] = -1
-        # Pages come last: what a batch does not have of them need not travel.
-        return buffer[: capacity.total - capacity.pages + len(self.pages)]
+        return buffer
 
 
 def cut(

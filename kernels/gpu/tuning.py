@@ -1,8 +1,8 @@
 """Config and Tuner: how each kernel is cut, by device, measured on first use and kept.
 
 ``tuning.json`` holds one entry per (kernel, architecture, head size, number formats): the choice
-until a device has been measured. It is made by ``python -m headstart.kernels.gpu.compile``, which
-takes the first candidate that spills no register. On a device each kernel's candidates are timed
+until a device has been measured. ``python -m headstart.kernels.gpu.compile --choose`` makes it: the
+first candidate that spills no register. On a device each kernel's candidates are timed
 when a shape is first met, and the best is kept in the folder of the machine's measurements.
 """
 
@@ -51,8 +51,8 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a choice depends on. width: bytes of an activation. format: of KV ("" for kernels
-    that do not read it)."""
+    """What a choice depends on. width: bytes of an activation. format: of KV, as ``widen``
+    in attention.py names it."""
 
     kernel: str
     arch: int

@@ -14,33 +14,33 @@ from headstart.bench.gpu import (
     main,
     relay_cases,
     report,
-    sequences,
     sharing,
     work_in,
 )
+from headstart.kernels.backend import KVRanges
 
 
 def test_bytes_and_flops_of_decoding():
     """64 sequences of 4,096 keys, 8 KV heads of 128 in bf16: every key and value once."""
-    work = work_in(Case("", GROUPED, sequences(64, 4096, 1, 32), "auto"), 32)
+    work = work_in(Case("", GROUPED, KVRanges.of_sequences(64, 4096, 1, 32), "auto"), 32)
     assert work.bytes == 64 * 4096 * 2 * 8 * 128 * 2 + 2 * 64 * 32 * 128 * 2
     assert work.flops == 4 * 64 * 4096 * 32 * 128
     assert work.least_seconds(H100) == work.bytes / H100.bytes
 
 
 def test_flops_of_a_causal_prompt_are_half_a_square():
-    work = work_in(Case("", GROUPED, sequences(1, 1000, 1000, 32), "auto"), 32)
+    work = work_in(Case("", GROUPED, KVRanges.of_sequences(1, 1000, 1000, 32), "auto"), 32)
     assert work.flops == 4 * (1000 * 1001 // 2) * 32 * 128
 
 
 def test_eight_bits_and_scales():
     """A byte an element, and 4 bytes of scale for a head's key and for its value."""
-    case = Case("", GROUPED, sequences(1, 32, 1, 32), "fp8")
+    case = Case("", GROUPED, KVRanges.of_sequences(1, 32, 1, 32), "fp8")
     assert work_in(case, 32).bytes == 32 * 8 * 2 * (128 + 4) + 2 * 32 * 128 * 2
 
 
 def test_a_shared_prefix_is_counted_once():
-    plain = work_in(Case("", MULTI_HEAD, sequences(8, 2048 + 128, 1, 32), "auto"), 32)
+    plain = work_in(Case("", MULTI_HEAD, KVRanges.of_sequences(8, 2048 + 128, 1, 32), "auto"), 32)
     shared = work_in(Case("", MULTI_HEAD, sharing(8, 2048, 128, 32), "auto"), 32)
     assert plain.flops == shared.flops
     rows = 2 * 8 * 32 * 128 * 2

@@ -563,6 +563,20 @@ def laid_out(layout: list[Span], num_tokens: int, end: int = 0) -> list[Span]:
     return spans
 
 
+def continued(
+    data: st.DataObject, sequences: list[Sequence], prompt: list[int], layout: list[Span]
+) -> tuple[list[int], list[Span]]:
+    """A prompt and its segments: as drawn, or behind what a sequence has come to."""
+    spans: list[Span] = []
+    if sequences and data.draw(st.booleans()):
+        # Some of it or all, and more: with its segments.
+        known = data.draw(st.sampled_from(sequences))
+        kept = data.draw(st.integers(0, min(known.num_tokens, 16)))
+        prompt = [*known.token_ids[:kept], *prompt][:16]
+        spans = [span for span in known.segments.spans if span[1] <= kept]
+    return prompt, spans + laid_out(layout, len(prompt), spans[-1][1] if spans else 0)
+
+
 @given(
     layout=LAYOUTS,
     lengths=st.lists(st.integers(1, 3), min_size=1, max_size=3),
@@ -719,14 +733,7 @@ class Use(RuleBasedStateMachine):
         max_tokens: int,
         namespace: bytes,
     ) -> None:
-        spans: list[Span] = []
-        if self.sequences and data.draw(st.booleans()):
-            # What a sequence has come to, some of it or all, and more: with its segments.
-            known = data.draw(st.sampled_from(self.sequences))
-            kept = data.draw(st.integers(0, min(known.num_tokens, 16)))
-            prompt = [*known.token_ids[:kept], *prompt][:16]
-            spans = [span for span in known.segments.spans if span[1] <= kept]
-        spans += laid_out(layout, len(prompt), spans[-1][1] if spans else 0)
+        prompt, spans = continued(data, self.sequences, prompt, layout)
         for _ in range(copies):
             seq = make_sequence(len(self.sequences), prompt, max_tokens, namespace, spans)
             longest = min(len(prompt) + max_tokens, 24) - 1
@@ -1069,13 +1076,7 @@ class OverlappingUse(RuleBasedStateMachine):
     )
     def add(self, data: st.DataObject, prompt: list[int], layout: list[Span], copies: int,
             max_tokens: int, penalty: float) -> None:  # fmt: skip
-        spans: list[Span] = []
-        if self.sequences and data.draw(st.booleans()):
-            known = data.draw(st.sampled_from(self.sequences))
-            kept = data.draw(st.integers(0, min(known.num_tokens, 16)))
-            prompt = [*known.token_ids[:kept], *prompt][:16]
-            spans = [span for span in known.segments.spans if span[1] <= kept]
-        spans += laid_out(layout, len(prompt), spans[-1][1] if spans else 0)
+        prompt, spans = continued(data, self.sequences, prompt, layout)
         longest = min(len(prompt) + max_tokens, 24) - 1
         if self.engine.pool.pages_for(longest) > self.engine.pool.num_pages:
             return

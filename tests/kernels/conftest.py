@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,6 +12,7 @@ from headstart.kernels.backend import (
     AttentionShape,
     Backend,
     KVRanges,
+    Range,
     RopeTable,
     instruction_sets,
     load_backend,
@@ -23,20 +24,9 @@ def isa(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-Range = tuple[list[int], list[int], list[int]] | tuple[list[int], list[int], list[int], int]
-
-
-def ranges_of(ranges: Sequence[Range]) -> KVRanges:
+def ranges_of(ranges: Sequence[tuple[Any, ...]]) -> KVRanges:
     """KVRanges from (pages, rows, visible) or (pages, rows, visible, first key)."""
-
-    def starts(column: int) -> np.ndarray:
-        return np.cumsum([0] + [len(r[column]) for r in ranges]).astype(np.int32)
-
-    def flat(column: int) -> np.ndarray:
-        return np.array([x for r in ranges for x in r[column]], dtype=np.int32)
-
-    first_key = np.array([r[3] if len(r) > 3 else 0 for r in ranges], dtype=np.int32)
-    return KVRanges(starts(0), flat(0), first_key, starts(1), flat(1), flat(2))
+    return KVRanges.of([Range(*each) for each in ranges])
 
 
 class Scene:
@@ -74,7 +64,7 @@ class Scene:
             self.shape, self.pools[b.name], layer,
         )  # fmt: skip
 
-    def attend(self, ranges: Sequence[Range]):
+    def attend(self, ranges: Sequence[tuple[Any, ...]]):
         """(result, expected) of layer 1 under ``ranges``, float32."""
         results = []
         for b in (self.backend, self.reference):

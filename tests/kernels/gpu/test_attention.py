@@ -10,12 +10,11 @@ import itertools
 import math
 import random
 
-import numpy as np
 import pytest
 import torch
 
 from headstart.kernels import reference
-from headstart.kernels.backend import AttentionShape, KVRanges
+from headstart.kernels.backend import AttentionShape, KVRanges, Range
 from headstart.kernels.gpu.backend import GpuBackend
 from headstart.kernels.gpu.tuning import Config, Tuner
 
@@ -120,14 +119,7 @@ class Scene:
 
 
 def kv_ranges(ranges):
-    def starts(column):
-        return np.cumsum([0] + [len(r[column]) for r in ranges]).astype(np.int32)
-
-    def flat(column):
-        return np.array([x for r in ranges for x in r[column]], dtype=np.int32)
-
-    first = np.array([r[3] for r in ranges], dtype=np.int32)
-    return KVRanges(starts(0), flat(0), first, starts(1), flat(1), flat(2))
+    return KVRanges.of([Range(*each) for each in ranges])
 
 
 def staircase(scene, keys):

@@ -109,7 +109,7 @@ def test_staircases_full_ranges_and_others(flash_scene, dtype, page, format):
         (rest, [15, 16, 17], [5, 4, 9], cut),  # neither full nor a staircase
     ]
     calls, others = flash.split(kv_ranges(ranges), 3)
-    assert [call.causal for call in calls] == [False, True]
+    assert [causal for causal, _ in calls] == [False, True]
     assert len(others) == 2
     close(dtype, *scene.attend(ranges))
 
@@ -135,7 +135,8 @@ def test_plus_infinity_becomes_minus_infinity(device):
     """flash-attn marks rows that saw nothing with +inf: merged as it is, it would win."""
     scene = Scene(device, torch.float32, AttentionShape(2, 1, 32), 40, 4)
     ranges = [(scene.pages[:1], [0, 1, 2, 3], [5, 5, 5, 5], 0)]
-    (call,), _ = flash.split(kv_ranges(ranges), 1)
+    (found,), _ = flash.split(kv_ranges(ranges), 1)
+    call = flash.place(*found, scene.pool.layout, device.upload)
 
     def nothing_seen(q, *args, **kwargs):
         return torch.zeros_like(q), torch.full((2, len(q)), math.inf, device=q.device), None
@@ -145,7 +146,7 @@ def test_plus_infinity_becomes_minus_infinity(device):
     assert (lse == -math.inf).all()
     assert lse.shape == (4, 2)
     known, known_lse = torch.ones_like(out), torch.zeros(4, 2, device=where)
-    flash.merge_into(known, known_lse, flash.row_tensor(call, where), out, lse)
+    flash.merge_into(known, known_lse, call.rows, out, lse)
     assert (known == 1).all()
     assert (known_lse == 0).all()
 
