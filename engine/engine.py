@@ -220,8 +220,17 @@ class Engine:
         if self.runahead is not None:
             self.runahead.poll()
 
+    def rank_descriptors(self) -> list[int]:
+        """Readable while nothing runs if a process it computes with has ended."""
+        return self._runner.followers.descriptors()
+
+    def check_ranks(self) -> None:
+        """Raises RankError if one has ended."""
+        self._runner.followers.check()
+
     def close(self) -> None:
         """End the processes it has started."""
+        self._runner.followers.close()
         if self.runahead is not None:
             self.runahead.close()
 

@@ -57,11 +57,16 @@ def plan_memory(
     page_size: int,
     kv_memory: int | None,
     max_model_len: int,
+    processes: int = 1,
 ) -> MemoryPlan:
-    """Size the KV pool. Raises ConfigError, with figures, where it cannot hold one sequence."""
+    """Size the KV pool. Raises ConfigError, with figures, where it cannot hold one sequence.
+
+    Figures are of one process; ``kv_memory`` and the memory there is are for all ``processes``.
+    """
     available = available_memory()
-    budget = int((available - activations) * KV_SHARE) if kv_memory is None else kv_memory
-    if kv_memory is not None and kv_memory > available - activations:
+    free = available - processes * activations
+    budget = (int(free * KV_SHARE) if kv_memory is None else kv_memory) // processes
+    if kv_memory is not None and kv_memory > free:
         raise ConfigError(
             f"--kv-memory asks for {_size(kv_memory)}; {_size(available)} of memory are available"
         )
@@ -70,7 +75,8 @@ def plan_memory(
     if num_pages < needed:
         raise ConfigError(
             f"too little memory: one sequence of {max_model_len} tokens needs "
-            f"{_size(needed * bytes_per_page)} of KV pool and {_size(max(budget, 0))} are there; "
+            f"{_size(processes * needed * bytes_per_page)} of KV pool and "
+            f"{_size(max(budget * processes, 0))} are there; "
             "use a smaller --max-model-len or a larger --kv-memory"
         )
     return MemoryPlan(weights, activations, num_pages * bytes_per_page, num_pages, page_size)
