@@ -35,11 +35,13 @@ from headstart.engine.tensor_parallel.messages import (
     Beside,
     Channel,
     Drop,
+    Failed,
     Forget,
     Load,
     Loaded,
     Prepare,
     Run,
+    ToRank,
 )
 
 
@@ -103,34 +105,36 @@ class Follower:
         return None
 
 
-def serve(connection: socket.socket) -> int:
-    """Follow the rank 0 at the other end; returns the exit status."""
-    from headstart.engine.tensor_parallel.messages import Failed, ToRank
-
-    channel = Channel(connection, ToRank)
+def serve(begin: Begin, channel: Channel) -> int:
+    """Start as told, and follow; returns the exit status."""
     try:
-        begin = channel.receive()
-        assert isinstance(begin, Begin)
-        level = max(logging.getLevelNamesMapping()[begin.config.log_level.upper()], logging.WARNING)
-        logging.basicConfig(
-            level=level, format=f"%(levelname)s: rank {begin.rank}: %(message)s", force=True
-        )
-        Follower(begin, channel).follow()
+        try:
+            follower = Follower(begin, channel)
+        except (HeadstartError, RuntimeError, MemoryError) as error:
+            lines = str(error).splitlines()
+            channel.send(Failed(lines[0] if lines else type(error).__name__))
+            return 1
+        follower.follow()
     except RankError:  # rank 0 notices as well, and says it
-        return 1
-    except HeadstartError as error:
-        channel.send(Failed(str(error)))
         return 1
     except OSError:  # rank 0 has ended
         return 0
-    return 0
 
 
 def main() -> None:
     # They reach the whole process group; rank 0 decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(serve(socket.socket(fileno=sys.stdin.fileno())))
+    channel = Channel(socket.socket(fileno=sys.stdin.fileno()), ToRank)
+    try:
+        begin = channel.receive()
+    except OSError:
+        sys.exit(0)
+    assert isinstance(begin, Begin)
+    # What the ranks agree on, rank 0 has said.
+    level = max(logging.getLevelNamesMapping()[begin.config.log_level.upper()], logging.WARNING)
+    logging.basicConfig(level=level, format=f"%(levelname)s: rank {begin.rank}: %(message)s")
+    sys.exit(serve(begin, channel))
 
 
 if __name__ == "__main__":

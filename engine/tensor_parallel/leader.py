@@ -170,7 +170,8 @@ class Leader:
 
     def _send(self, message: ToRank) -> None:
         """To all of them, after what was queued; Begin tells each its own rank."""
-        queued, self._queued[:] = list(self._queued), []
+        queued = self._queued[:]
+        del self._queued[: len(queued)]
         for follower in self._followers:
             if isinstance(message, Begin):
                 message = msgspec.structs.replace(message, rank=follower.rank)
