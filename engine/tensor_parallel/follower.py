@@ -16,6 +16,7 @@ from collections.abc import Generator
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -69,7 +70,7 @@ class Follower:
         self._smoothing = cache(self._setup.smoothing)
         self._beside: Generator[int, None, Tensor] | None = None
 
-    def follow(self) -> None:
+    def follow(self) -> NoReturn:
         """Do what rank 0 says, until it is gone: then OSError."""
         while True:
             match self._channel.receive():
