@@ -32,6 +32,7 @@ from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.messages import AdapterInfo
 from headstart.engine.models.config import ModelConfig, read_json, segment_mask
 from headstart.engine.models.decoder import DOWN, GATE_UP, MATRICES, QKV, O
+from headstart.engine.models.share import WHOLE, Share
 from headstart.engine.models.weights import Weights
 from headstart.kernels.backend import Backend, LoraPart
 
@@ -110,11 +111,12 @@ class Settings:
         return next(fitting, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Adapter:
     """A loaded adapter. ``weights``: the backend's ``lora_adapter``.
 
-    ``digest`` is of all numbers in them: KV made with others under the same name is not found.
+    ``digest`` is of all numbers in the whole adapter: KV made with others under the same name is
+    not found.
     """
 
     info: AdapterInfo
@@ -128,8 +130,9 @@ def load_adapter(
     config: ModelConfig,
     backend: Backend,
     smoothing: list[dict[str, Tensor]] | None,
+    share: Share = WHOLE,
 ) -> Adapter:
-    """Read the adapter in ``folder`` for a model of this shape.
+    """Read the adapter in ``folder`` for a model of this shape, or ``share``'s part of both.
 
     ``smoothing``: what each layer's inputs are divided by (``quantize.read_smoothing``), or None.
     Raises ModelError naming the setting, file or tensor that is missing, wrong or not supported.
@@ -142,24 +145,29 @@ def load_adapter(
         raise ModelError(f"{folder}: holds no {WEIGHTS}{other}")
     weights = Weights.open_file(folder / WEIGHTS)
     every = targets(config)
+    own = targets(share.config(config))
     found = _modules(weights.names(), every, config.num_layers, folder)
     layers: list[list[LoraPart]] = []
     largest = 0
     digest = hashlib.blake2b(digest_size=16)
     for layer in range(config.num_layers):
         parts: list[list[LoraPart]] = [[] for _ in range(MATRICES)]
-        for target in every:
+        for target, local in zip(every, own, strict=True):
             if (layer, target.name) not in found:
                 continue
             module = f"model.layers.{layer}.{target.module}"
             down, up = _read_pair(weights, module, target, settings, folder)
             if smoothing is not None:
                 _follow_smoothing(down, up, target, smoothing[layer], config)
-            parts[target.matrix].append(LoraPart(target.first, down, up))
             largest = max(largest, len(down))
             digest.update(f"{module} {len(down)} ".encode())
             digest.update(down.numpy().data)
             digest.update(up.numpy().data)
+            if target.matrix in (O, DOWN):  # its outputs are terms of a sum
+                down = share.part(down, 1)
+            else:
+                up = share.part(up, 0)
+            parts[target.matrix].append(LoraPart(local.first, down, up))
         layers += parts
     weights.finish()
     info = AdapterInfo(
@@ -174,7 +182,11 @@ def load_adapter(
 
 
 class Adapters:
-    """The loaded ones, by name; at most ``most``. ``smoothing`` is asked for when one is loaded."""
+    """The loaded ones, by name; at most ``most``. ``smoothing`` is asked for when one is loaded.
+
+    ``share``: what of each belongs here. ``announce`` is told of each before it counts as loaded,
+    and may raise ModelError.
+    """
 
     def __init__(
         self,
@@ -182,8 +194,12 @@ class Adapters:
         backend: Backend,
         smoothing: Callable[[], list[dict[str, Tensor]] | None],
         most: int,
+        share: Share = WHOLE,
+        announce: Callable[[Adapter], None] = lambda _: None,
     ) -> None:
         self._config = config
+        self._share = share
+        self._announce = announce
         self._backend = backend
         self._smoothing = smoothing
         self._most = most
@@ -199,7 +215,10 @@ class Adapters:
                 "unload one first",
                 "lora_name",
             )
-        adapter = load_adapter(name, Path(path), self._config, self._backend, self._smoothing())
+        adapter = load_adapter(
+            name, Path(path), self._config, self._backend, self._smoothing(), self._share
+        )
+        self._announce(adapter)
         self._by_name[name] = adapter
         info = adapter.info
         logger.info(

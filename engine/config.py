@@ -19,11 +19,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     isa:                 CPU kernels: "auto", "avx512_bf16", "avx512", "avx2" or "portable"
     weights:             "auto", "f32", "f16" (gpu), "bf16" or "int8" (cpu)
     kv_format:           of keys and values: "auto" (as activations), or on a gpu "fp8" or "int8"
-    kv_memory:           bytes of KV pool
+    kv_memory:           bytes of KV pool, of all tensor-parallel processes together
     max_model_len:       longest prompt plus output of one sequence, tokens
     max_batched_tokens:  token budget of one step
     max_running:         sequences computed in one step
-    threads:             CPU threads of the kernels in each process; None: cores / runahead
+    threads:             CPU threads of the kernels in each process; None: cores / processes
     prefix_caching:      keep KV of finished prompts in the radix cache
     relay:               read shared prefixes once a batch: "auto" where it pays, "on", or "off"
     relay_check:         compare with plain attention on every so many steps that share; 0: never
@@ -31,6 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                          the backend computes beside the host
     adapters:            LoRA adapters to load at start-up: name -> folder
     max_adapters:        adapters loaded at a time
+    tensor_parallel:     processes of this machine that hold the model together
     runahead:            processes of this machine, this one included, in the chain for long prompts
     runahead_hosts:      HOST:PORT of ranks that come before them in the chain
     runahead_secret:     what those ranks have to know; None: there are none
@@ -58,6 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     async_scheduling: str = "auto"
     adapters: dict[str, str] = {}
     max_adapters: int = 32
+    tensor_parallel: int = 1
     runahead: int = 1
     runahead_hosts: list[str] = []
     runahead_secret: str | None = None

@@ -44,6 +44,8 @@ class DecodeGraphs:
         """Logits of all rows, valid until the next call; None if it is no step to be replayed."""
         if batch.logit_rows is not None or batch.adapters or batch.num_rows > MOST_ROWS:
             return None
+        if not self._decoder.capturable:
+            return None
         rows = 1 << (batch.num_rows - 1).bit_length()
         if rows not in self._places:
             pages_of_one = -(-self._decoder.max_len // self._backend.page_size)

@@ -89,6 +89,8 @@ class Engine:
                 f"--async-scheduling must be {', '.join(ASYNC_MODES)}; got "
                 f"{config.async_scheduling}"
             )
+        if config.async_scheduling == "on" and config.tensor_parallel > 1:
+            raise ConfigError("--async-scheduling on and --tensor-parallel cannot be combined")
         loaded = load_model(config)
         model, backend, folder = loaded.config, loaded.backend, loaded.folder
         max_model_len, shape = loaded.max_model_len, loaded.runner.decoder.shape
@@ -118,7 +120,9 @@ class Engine:
         self._guard = RelayGuard(self._relay, self._runner, loaded.weights, config.relay_check)
         self._relayed = RelayStats()
         self._folder = folder
-        overlaps = {"auto": backend.asynchronous, "on": True, "off": False}
+        # The tokens of a step in flight are known to rank 0's device alone.
+        alone = config.tensor_parallel == 1
+        overlaps = {"auto": backend.asynchronous and alone, "on": True, "off": False}
         self._overlaps = overlaps[config.async_scheduling]
         self._sampler: Sampler | DeviceSampler = (
             DeviceSampler(model.vocab_size)
@@ -268,8 +272,17 @@ class Engine:
         if self.runahead is not None:
             self.runahead.poll()
 
+    def rank_descriptors(self) -> list[int]:
+        """Readable while nothing runs if a process it computes with has ended."""
+        return self._runner.followers.descriptors()
+
+    def check_ranks(self) -> None:
+        """Raises RankError if one has ended."""
+        self._runner.followers.check()
+
     def close(self) -> None:
         """End the processes it has started."""
+        self._runner.followers.close()
         if self.runahead is not None:
             self.runahead.close()
 

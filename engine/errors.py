@@ -3,6 +3,7 @@
 HeadstartError                 message is one line a user can act on; the CLI prints it and exits 1
 ├── ConfigError                a flag or setting that cannot work
 ├── ModelError                 a model that cannot be fetched, read or run
+├── RankError                  a process that computes with this one ended; neither can go on
 ├── RequestError               this request cannot be served (HTTP 400); others are unaffected
 └── EngineDeadError            the engine process ended while the request was running (HTTP 503)
 """
@@ -18,6 +19,10 @@ class ConfigError(HeadstartError):
 
 class ModelError(HeadstartError):
     """A model that cannot be fetched, read or run; the message names the file or tensor."""
+
+
+class RankError(HeadstartError):
+    """A process of --tensor-parallel ended, hangs or cannot start: this one has to end as well."""
 
 
 class RequestError(HeadstartError):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import msgspec
+from torch import Tensor
 
 from headstart.engine.adapters import Adapters
 from headstart.engine.config import EngineConfig
@@ -20,7 +24,10 @@ from headstart.engine.model_runner import (
     measured_activations,
 )
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.quantize import read_quality, read_smoothing
+from headstart.engine.models.ranks import OneRank, Ranks
+from headstart.engine.models.share import Share
 from headstart.kernels.backend import (
     WEIGHT_FORMATS,
     Backend,
@@ -57,8 +64,48 @@ def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Setup:
+    """What is decided before weights are read. ``settings``: with nothing left open."""
+
+    settings: EngineConfig
+    folder: Path
+    model: ModelConfig
+    backend: Backend
+    max_model_len: int
+
+    def decoder(self, share: Share, ranks: Ranks) -> Decoder:
+        """The process's share of the model, its weights read."""
+        weights, length = self.settings.weights, self.max_model_len
+        return load_decoder(self.folder, self.model, self.backend, weights, length, share, ranks)
+
+    def num_pages(self, decoder: Decoder, share: Share) -> int:
+        """How many KV pages each process gets. Raises ConfigError where they are too few."""
+        settings, model, rows = self.settings, decoder.config, self.settings.max_batched_tokens
+        # Measuring computes a batch, which a share of a model cannot do alone.
+        alone = share.ranks == 1
+        activations = measured_activations(decoder, self.backend, rows) if alone else None
+        plan = plan_memory(
+            available=self.backend.free_memory(),
+            weights=_weight_bytes(model, settings.weights, share.ranks),
+            activations=_activation_bytes(model, rows) if activations is None else activations,
+            bytes_per_page=self.backend.kv_bytes_per_page(attention_shape(model), model.num_layers),
+            page_size=self.backend.page_size,
+            kv_memory=settings.kv_memory,
+            max_model_len=self.max_model_len,
+            processes=share.ranks,
+        )
+        logger.info("%s%s", plan, ", of each rank" if share.ranks > 1 else "")
+        return plan.num_pages
+
+    def smoothing(self) -> list[dict[str, Tensor]] | None:
+        """What the layers' inputs are divided by, of the whole model; None: by nothing."""
+        return read_smoothing(self.model, self.folder) if self.settings.weights == "int8" else None
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """``weights``: their format. ``device``: what computes, for people."""
+    """``config``: of the whole model. ``weights``: their format. ``device``: what computes, for
+    people. ``share``: what of the model this process has."""
 
     folder: Path
     config: ModelConfig
@@ -68,18 +115,53 @@ class LoadedModel:
     device: str
     threads: int
     max_model_len: int
+    share: Share
+    smoothing: Callable[[], list[dict[str, Tensor]] | None]
 
     def adapters(self, most: int) -> Adapters:
         """A place for LoRA adapters of this model."""
-        int8 = self.weights == "int8"
-        smoothing = cache(lambda: read_smoothing(self.config, self.folder) if int8 else None)
-        return Adapters(self.config, self.backend, smoothing, most)
+        smoothing, announce = cache(self.smoothing), self.runner.followers.load_adapter
+        return Adapters(self.config, self.backend, smoothing, most, self.share, announce)
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
-    """Load the model and allocate its KV pool. Raises ConfigError and ModelError."""
+    """Load the model and allocate its KV pool. Raises ConfigError and ModelError.
+
+    With ``tensor_parallel`` the other ranks are started; ``runner.followers.close`` ends them.
+    """
+    setup = set_up(config)
+    settings, backend = setup.settings, setup.backend
+    share = Share(0, settings.tensor_parallel)
+    logger.info(
+        "backend %s (%s), weights %s, %d threads",
+        *(settings.backend, backend.device, settings.weights, settings.threads),
+    )
+    if share.ranks > 1:
+        runner = _lead(setup, share)
+    else:
+        decoder = setup.decoder(share, OneRank())
+        runner = ModelRunner(decoder, backend, setup.num_pages(decoder, share))
+    return LoadedModel(
+        folder=setup.folder,
+        config=setup.model,
+        backend=backend,
+        runner=runner,
+        weights=settings.weights,
+        device=f"cpu {settings.isa}" if settings.backend == "cpu" else settings.backend,
+        threads=settings.threads or 1,
+        max_model_len=setup.max_model_len,
+        share=share,
+        smoothing=setup.smoothing,
+    )
+
+
+def set_up(config: EngineConfig) -> Setup:
+    """Decide what ``config`` leaves open. Raises ConfigError and ModelError."""
+    if config.tensor_parallel > 1 and (config.runahead > 1 or config.runahead_hosts):
+        raise ConfigError("--tensor-parallel and --runahead cannot be combined")
     folder = Path(config.model_path)
     model = ModelConfig.from_folder(folder)
+    Share(0, config.tensor_parallel).config(model)  # raises if it cannot be divided so
     max_model_len = config.max_model_len or model.max_position_embeddings
     if max_model_len > model.max_position_embeddings:
         raise ConfigError(
@@ -88,8 +170,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
         )
     if model.context_limit:
         logger.info("%s", model.context_limit)
-    # The processes of a chain compute at the same time, each with its share.
-    threads = config.threads or max(usable_cores() // config.runahead, 1)
+    # The processes compute at the same time, each with its share of the cores.
+    processes = max(config.runahead, config.tensor_parallel)
+    threads = config.threads or max(usable_cores() // processes, 1)
     name = config.backend
     if name == "auto":
         name = "gpu" if gpu_is_there() else "cpu"
@@ -106,31 +189,41 @@ def load_model(config: EngineConfig) -> LoadedModel:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    logger.info("backend %s (%s), weights %s, %d threads", name, backend.device, weights, threads)
-    decoder = load_decoder(folder, model, backend, weights, max_model_len)
-    rows = config.max_batched_tokens
-    activations = measured_activations(decoder, backend, rows)
-    plan = plan_memory(
-        available=backend.free_memory(),
-        weights=_weight_bytes(model, weights),
-        activations=_activation_bytes(model, rows) if activations is None else activations,
-        bytes_per_page=backend.kv_bytes_per_page(attention_shape(model), model.num_layers),
-        page_size=backend.page_size,
-        kv_memory=config.kv_memory,
-        max_model_len=max_model_len,
+    settings = msgspec.structs.replace(
+        config, backend=name, isa=isa, weights=weights, threads=threads, max_model_len=max_model_len
     )
-    logger.info("%s", plan)
-    runner = ModelRunner(decoder, backend, plan.num_pages)
-    device = f"{name} {isa}" if name == "cpu" else name
-    return LoadedModel(folder, model, backend, runner, weights, device, threads, max_model_len)
+    return Setup(settings, folder, model, backend, max_model_len)
 
 
-def _weight_bytes(model: ModelConfig, weights: str) -> int:
+def _lead(setup: Setup, share: Share) -> ModelRunner:
+    """Rank 0's runner, with the other ranks started and ready."""
+    # Imported here: torch.distributed is for those who need it.
+    from headstart.engine.tensor_parallel.collective import use_device
+    from headstart.engine.tensor_parallel.leader import Leader
+
+    use_device(share.rank)
+    leader = Leader(setup.settings, setup.model.vocab_size)
+    try:
+        decoder = setup.decoder(share, leader.ranks)
+        leader.wait_until_loaded()  # so that the memory they take is known
+        num_pages = setup.num_pages(decoder, share)
+        leader.allocate(num_pages)
+        runner = ModelRunner(decoder, setup.backend, num_pages, leader)
+        leader.connect(setup.backend.kv_pages(runner.kv).device)
+    except BaseException:
+        leader.close()
+        raise
+    return runner
+
+
+def _weight_bytes(model: ModelConfig, weights: str, ranks: int) -> int:
+    """Of one rank, whose layers ``model`` describes; it has the whole embedding."""
     size = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1}[weights]
     q_size, kv_size = (n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
     layer = model.hidden_size * (2 * q_size + 2 * kv_size + 3 * model.intermediate_size)
     table = model.vocab_size * model.hidden_size
-    return model.num_layers * layer * size + table * (size + (2 if weights != "f32" else 4))
+    embedding = 2 if weights != "f32" else 4
+    return model.num_layers * layer * size + table * embedding + table * size // ranks
 
 
 def _activation_bytes(model: ModelConfig, rows: int) -> int:

@@ -61,16 +61,20 @@ def plan_memory(
     page_size: int,
     kv_memory: int | None,
     max_model_len: int,
+    processes: int = 1,
 ) -> MemoryPlan:
     """Size the KV pool. Raises ConfigError, with figures, where it cannot hold one sequence.
 
-    available: free bytes of the device's own memory, weights in place; None: it is the host's.
+    Figures are of one process; ``kv_memory`` is for all ``processes``. ``available``: free bytes of
+    the process's own device, weights in place; None: it is the host's memory, for all of them.
     """
-    share = KV_SHARE if available is None else DEVICE_KV_SHARE
     if available is None:
-        available = available_memory()
-    budget = int((available - activations) * share) if kv_memory is None else kv_memory
-    if kv_memory is not None and kv_memory > available - activations:
+        available, share = available_memory(), KV_SHARE
+    else:
+        available, share = available * processes, DEVICE_KV_SHARE
+    free = available - processes * activations
+    budget = (int(free * share) if kv_memory is None else kv_memory) // processes
+    if kv_memory is not None and kv_memory > free:
         raise ConfigError(
             f"--kv-memory asks for {_size(kv_memory)}; {_size(available)} of memory are available"
         )
@@ -79,7 +83,8 @@ def plan_memory(
     if num_pages < needed:
         raise ConfigError(
             f"too little memory: one sequence of {max_model_len} tokens needs "
-            f"{_size(needed * bytes_per_page)} of KV pool and {_size(max(budget, 0))} are there; "
+            f"{_size(processes * needed * bytes_per_page)} of KV pool and "
+            f"{_size(max(budget * processes, 0))} are there; "
             "use a smaller --max-model-len or a larger --kv-memory"
         )
     return MemoryPlan(weights, activations, num_pages * bytes_per_page, num_pages, page_size)

@@ -19,7 +19,7 @@ import msgspec
 import zmq
 
 from headstart.engine.config import EngineConfig
-from headstart.engine.errors import HeadstartError, RequestError
+from headstart.engine.errors import HeadstartError, ModelError, RankError, RequestError
 from headstart.engine.messages import (
     Abort,
     AdapterLoaded,
@@ -55,6 +55,7 @@ class Service:
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(sys.stdin.fileno(), zmq.POLLIN)
+        self._ranks: list[int] = []
 
     def run(self, config: EngineConfig) -> None:
         """Load the model, say so, and serve until told to stop. Raises HeadstartError."""
@@ -63,6 +64,9 @@ class Service:
 
         engine = Engine(config)
         try:
+            self._ranks = engine.rank_descriptors()
+            for descriptor in self._ranks:
+                self._poller.register(descriptor, zmq.POLLIN)
             engine.warm_up()
             self._send(Ready(engine.model))
             self._serve(engine)
@@ -71,14 +75,18 @@ class Service:
 
     def _serve(self, engine: Engine) -> None:
         busy = True
-        while self._receive(engine, wait=not busy):
-            if engine.has_work:
-                outputs = engine.step()
-                self._send(Step(outputs, engine.stats))
-                busy = True
-            else:
-                self._attend(engine)
-                busy = engine.prepare_memory()
+        try:
+            while self._receive(engine, wait=not busy):
+                if engine.has_work:
+                    outputs = engine.step()
+                    self._send(Step(outputs, engine.stats))
+                    busy = True
+                else:
+                    self._attend(engine)
+                    busy = engine.prepare_memory()
+        except RankError as error:  # the client learns no more than that this process ended
+            logger.error("%s", error)
+            raise
 
     def fail(self, message: str) -> None:
         self._send(Failed(message))
@@ -98,6 +106,8 @@ class Service:
         """Handle what has arrived, waiting for it if asked to; False if it is time to end."""
         patience = None if engine.runahead is None else ATTEND_MS
         ready = dict(self._poller.poll(patience if wait else 0))
+        if any(descriptor in ready for descriptor in self._ranks):
+            engine.check_ranks()
         if sys.stdin.fileno() in ready:  # the parent ended: nothing is ever written there
             return False
         while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
@@ -141,7 +151,7 @@ def _change_adapters(
         return AdapterUnloaded(message.id)
     except RequestError as error:
         return Rejected(message.id, str(error), error.param)
-    except HeadstartError as error:  # what is wrong with the adapter's files
+    except ModelError as error:  # what is wrong with the adapter's files
         return Rejected(message.id, str(error))
 
 

@@ -26,6 +26,7 @@ from headstart.server.flags import (
     add_cache_dir,
     add_engine_flags,
     add_http_flags,
+    add_parallel_flags,
     add_runahead_flags,
     add_runahead_rank_flags,
     engine_config,
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_http_flags(serve)
     add_engine_flags(serve)
     add_adapter_flags(serve)
+    add_parallel_flags(serve)
     add_runahead_flags(serve)
 
     plan = commands.add_parser(
@@ -151,6 +153,8 @@ def bind(host: str, port: int) -> socket.socket:
 def run_serve(args: argparse.Namespace) -> int:
     """``headstart serve``."""
     adapters(args)  # wrong usage is told before anything slow happens
+    if args.tensor_parallel > 1 and args.runahead is None:
+        raise ConfigError("--tensor-parallel and --runahead cannot be combined")
     if args.runahead is None:
         placement = Placement.from_environment()
         if not placement.serves:

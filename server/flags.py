@@ -132,7 +132,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--threads",
         type=positive,
-        help="threads of the kernels (default: one per core, shared among --runahead processes)",
+        help="threads of the kernels (default: one per core, shared among --tensor-parallel or "
+        "--runahead processes)",
         default=argparse.SUPPRESS,
     )
     engine.add_argument(
@@ -192,6 +193,18 @@ def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
         help="folder whose adapters may be loaded, and any unloaded, at run time over HTTP "
         "(default: none may)",
         default=argparse.SUPPRESS,
+    )
+
+
+def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tensor parallelism: a model held by several processes")
+    group.add_argument(
+        "--tensor-parallel",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes of this machine, the engine included, each with 1/N of every layer and of "
+        "the KV cache; N has to divide the attention heads, key/value heads and MLP features",
     )
 
 
@@ -305,6 +318,7 @@ def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
         async_scheduling=args.async_scheduling,
         adapters=adapters(args),
         max_adapters=getattr(args, "max_loras", 32),
+        tensor_parallel=getattr(args, "tensor_parallel", 1),
         runahead=getattr(args, "runahead", 1) or 1,
         runahead_hosts=getattr(args, "runahead_hosts", []),
         runahead_secret=runahead_secret(args),

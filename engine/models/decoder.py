@@ -18,6 +18,7 @@ from torch import Tensor
 from headstart.engine.batch import AdapterRows, Batch
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.parameters import Matrix, Parameters
+from headstart.engine.models.ranks import OneRank, Ranks
 from headstart.kernels.backend import AttentionShape, Backend, FixedBatch, Linear, RopeTable
 
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741
@@ -41,12 +42,22 @@ class DecoderLayer:
 
 
 class Decoder:
-    """``forward(batch, kv)`` computes a batch's rows, writes their KV and returns logits."""
+    """``forward(batch, kv)`` computes a batch's rows, writes their KV and returns logits.
+
+    ``config`` and ``parameters`` are of this process's share of the model; ``ranks`` are the
+    processes that have the others, if there are any.
+    """
 
     def __init__(
-        self, config: ModelConfig, backend: Backend, parameters: Parameters, rope: RopeTable
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        parameters: Parameters,
+        rope: RopeTable,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
+        self._ranks = ranks or OneRank()
         self.shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
         self._backend = backend
         self._rope = RopeTable(backend.constant(rope.cos), backend.constant(rope.sin))
@@ -79,6 +90,11 @@ class Decoder:
         self.head = linear(parameters.head)
         self._embedding = backend.constant(parameters.embedding)
         self._final_norm = backend.constant(parameters.final_norm)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether ``forward_fixed`` may be part of a CUDA graph."""
+        return self._ranks.capturable
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Any) -> Tensor:
@@ -176,13 +192,13 @@ class Decoder:
         begin = time.perf_counter()
         attended = self._backend.attend(tile.q, kv, i, tile.plan)
         self.attention_seconds += time.perf_counter() - begin
-        return tile.linear(attended, self.layers[i].o, i, O)
+        return self._ranks.sum(tile.linear(attended, self.layers[i].o, i, O))
 
     def _mlp(self, i: int, tile: _Tile, delta: Tensor) -> Tensor:
         ops, layer = self._backend, self.layers[i]
         rows = ops.norm(tile.residual, delta, layer.post_norm, self.config.rms_norm_eps)
         hidden = ops.silu_mul(tile.linear(rows, layer.gate_up, i, GATE_UP))
-        return tile.linear(hidden, layer.down, i, DOWN)
+        return self._ranks.sum(tile.linear(hidden, layer.down, i, DOWN))
 
     def _logits(self, tile: _Tile, delta: Tensor) -> Tensor:
         """The rest of the last layer, and the head, for the rows whose logits are wanted."""
@@ -191,7 +207,7 @@ class Decoder:
         delta = self._mlp(len(self.layers) - 1, tile, delta)
         eps = self.config.rms_norm_eps
         rows = self._backend.norm(tile.residual, delta, self._final_norm, eps)
-        return self._backend.linear(rows, self.head).float()
+        return self._ranks.gather(self._backend.linear(rows, self.head)).float()
 
 
 class _Tile:

@@ -189,3 +189,16 @@ def test_what_the_backend_does_not_have(tiny_model: Callable[..., Path]) -> None
         make_engine(folder, weights="int8")
     with pytest.raises(ConfigError, match="the cpu backend has no fp8 KV"):
         make_engine(folder, backend="cpu", kv_format="fp8")
+
+
+def test_tensor_parallel(tiny_model: Callable[..., Path], references: Any) -> None:
+    """Two processes with half of each layer: nothing is captured, and no steps overlap."""
+    folder = tiny_model("llama", head_dim=64)
+    engine = make_engine(folder, tensor_parallel=2)
+    try:
+        prompts = some_prompts()
+        references(folder).check(prompts, engine.generate(prompts, greedy()), NEW)
+        engine.check()
+        assert engine._runner.graphs.replayed == 0
+    finally:
+        engine.close()

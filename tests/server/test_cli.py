@@ -125,6 +125,15 @@ def test_runahead_flags(tmp_path, monkeypatch):
     assert (config.runahead_timeout, config.runahead_transport) == (0.5, "gloo")
 
 
+def test_tensor_parallel(tmp_path):
+    assert cli.engine_config(parse("serve", "m"), tmp_path).tensor_parallel == 1
+    args = parse("serve", "m", "--tensor-parallel", "3")
+    assert cli.engine_config(args, tmp_path).tensor_parallel == 3
+    args = parse("serve", "m", "--tensor-parallel", "3", "--runahead", "env")
+    with pytest.raises(ConfigError, match="--tensor-parallel and --runahead cannot be combined"):
+        args.run(args)
+
+
 def test_the_secret_may_come_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv(SECRET_VARIABLE, "of the environment")
     args = parse("runahead-rank", "m", "--listen", "127.0.0.1:7000")
