@@ -73,10 +73,16 @@ peers: .venv-peers/.installed
 gpu-check:
 	pytest tests/kernels/gpu tests/engine/test_gpu.py tests/engine/test_decode_graphs.py $(ARGS)
 
-# The authors' relay table, prefill TFLOP/s, decode GB/s, into bench/results with the card's name.
+# The authors' relay table, prefill TFLOP/s, decode GB/s, into bench/results with the card's name;
+# end to end beside vLLM, where the interpreter VLLM_PYTHON has it.
+VLLM_PYTHON ?= $(shell command -v python)
 gpu-bench:
 	python -m headstart.bench.gpu
 	python -m headstart.bench.gpu --flash
+	@if $(VLLM_PYTHON) -c "import vllm" 2>/dev/null; then \
+		python -m headstart.bench.peers --beside vllm --python $(VLLM_PYTHON) --model $(MODEL) \
+			--out bench/results/gpu-vllm.jsonl $(ARGS); \
+	else echo "vLLM is not installed for VLLM_PYTHON=$(VLLM_PYTHON): not compared with it"; fi
 
 container-test:
 	deploy/container_test.sh

@@ -35,7 +35,7 @@ from headstart.engine.batch import Batch, build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.loading import load_model
 from headstart.engine.model_runner import warm_up
-from headstart.engine.runahead.links import gloo_group, meeting
+from headstart.engine.process_groups import gloo_group, meeting
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence as Prompt

@@ -1,9 +1,10 @@
-"""headstart beside OpenVINO GenAI on the same prompts: `python -m headstart.bench.peers`.
+"""headstart beside another engine on the same prompts: `python -m headstart.bench.peers`.
 
 Each repetition of each workload runs on one engine and then on the other (A B B A ...), so that
 drift of the machine meets both; the engine that is not measured waits and computes nothing.
 headstart is started by this command unless --url names a running server. OpenVINO GenAI runs in
-process, in an environment of its own (`make peers` creates it).
+process, in an environment of its own (`make peers` creates it). With --beside vllm, on a GPU, it is
+vLLM's server, which is started from the --python that has it, on the weights headstart converted.
 
 JSON lines on stdout (or appended to --out), tables and the ratios on stderr. bench/README.md
 defines every figure. Exit status: 0, 1 if an engine cannot be used or a request failed, 2 for
@@ -20,16 +21,18 @@ from pathlib import Path
 import uvloop
 
 from headstart.bench.command import exit_status
-from headstart.bench.headstart_process import default_gguf, start_headstart
 from headstart.bench.http_client import BenchError, connect
 from headstart.bench.openvino_target import OpenVinoSettings, start_openvino
 from headstart.bench.prompts import PromptSource
 from headstart.bench.report import print_comparison, print_header, print_result
 from headstart.bench.samples import Result, Target, summarise
 from headstart.bench.serve import emit, fresh_seed, now
+from headstart.bench.server_process import default_gguf, start_headstart, start_vllm
 from headstart.bench.workloads import WORKLOADS, Workload, alternate, by_name, calibrate, check
+from headstart.engine.config import default_home
+from headstart.engine.models.store import resolve
 
-TARGETS = ("headstart", "openvino")
+PEERS = ("openvino", "vllm")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
     add = command.add_argument
     names = ", ".join(w.name for w in WORKLOADS)
     add("--workload", nargs="+", metavar="NAME", help=f"only these (default all): {names}")
-    add("--only", choices=TARGETS, help="measure one engine alone")
+    add("--beside", choices=PEERS, default="openvino", help="the other engine (%(default)s)")
+    add("--only", choices=("headstart", "peer"), help="measure one engine alone")
     add("--url", help="a running headstart server; default: start one and stop it at the end")
     add("--model", default="smollm2-135m", help="what `headstart serve` gets (%(default)s)")
     add(
@@ -56,7 +60,13 @@ def parser() -> argparse.ArgumentParser:
         "--python",
         type=Path,
         default=Path(".venv-peers/bin/python"),
-        help="interpreter that has openvino-genai (%(default)s)",
+        help="interpreter that has openvino-genai, or vllm (%(default)s)",
+    )
+    add(
+        "--vllm-args",
+        default="",
+        metavar="'FLAG ...'",
+        help="further arguments of vLLM's server, as one string",
     )
     add(
         "--openvino",
@@ -80,26 +90,37 @@ def parser() -> argparse.ArgumentParser:
 async def _targets(stack: AsyncExitStack, args: argparse.Namespace) -> list[Target]:
     """Start what is to be measured, one after the other."""
     targets: list[Target] = []
-    if args.only != "openvino":
+    if args.only != "peer":
         url = args.url or await stack.enter_async_context(
             start_headstart([args.model, *shlex.split(args.serve_args)])
         )
         client = connect(url, None, timeout=args.timeout, name="headstart")
         targets.append(await stack.enter_async_context(client))
-    if args.only != "headstart":
+    if args.only != "headstart" and args.beside == "vllm":
+        _check(args.python, "give --python")
+        folder = resolve(args.model, default_home())
+        server = start_vllm(args.python, folder, shlex.split(args.vllm_args))
+        url = await stack.enter_async_context(server)
+        client = connect(url, None, timeout=args.timeout, name="vllm")
+        targets.append(await stack.enter_async_context(client))
+    elif args.only != "headstart":
         try:
             settings = OpenVinoSettings(**args.openvino)
         except TypeError as error:
             raise BenchError(f"--openvino: {error}") from error
         gguf = args.gguf or default_gguf()
-        for path, hint in ((args.python, "`make peers` creates it"), (gguf, "give --gguf")):
-            if not path.exists():
-                raise BenchError(f"{path} does not exist; {hint}")
+        _check(args.python, "`make peers` creates it")
+        _check(gguf, "give --gguf")
         worker = start_openvino(args.python, gguf, settings, timeout=args.timeout)
         openvino = await stack.enter_async_context(worker)
         print(f"openvino-genai {openvino.version}  {settings}", file=sys.stderr)
         targets.append(openvino)
     return targets
+
+
+def _check(path: Path, hint: str) -> None:
+    if not path.exists():
+        raise BenchError(f"{path} does not exist; {hint}")
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -140,8 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     command = parser()
     args = command.parse_args(argv)
-    if args.only == "openvino" and args.url:
-        command.error("--url and --only openvino exclude each other")
+    if args.only == "peer" and args.url:
+        command.error("--url and --only peer exclude each other")
     try:
         for name in args.workload or ():
             by_name(name)

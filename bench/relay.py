@@ -26,12 +26,12 @@ from types import ModuleType
 import uvloop
 
 from headstart.bench.command import exit_status
-from headstart.bench.headstart_process import start_headstart
 from headstart.bench.http_client import BenchError, connect
 from headstart.bench.prompts import USER_WORDS, Calibration, PromptSource
 from headstart.bench.report import markdown, print_header, print_result
 from headstart.bench.samples import Result, Target, summarise
 from headstart.bench.serve import at_least, fresh_seed, now, positive
+from headstart.bench.server_process import start_headstart
 from headstart.bench.workloads import Workload, alternate, calibrate, check
 
 PREFIXES = (0, 512, 1024, 2048, 4096, 6048)

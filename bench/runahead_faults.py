@@ -24,8 +24,8 @@ import psutil
 import uvloop
 
 from headstart.bench.command import exit_status
-from headstart.bench.headstart_process import start_headstart
 from headstart.bench.http_client import BenchError
+from headstart.bench.server_process import start_headstart
 from headstart.bench.soak import read_metrics
 
 MODEL = "smollm2-135m"

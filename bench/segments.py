@@ -32,11 +32,11 @@ import uvloop
 
 from headstart.bench import segment_training as training
 from headstart.bench.command import exit_status
-from headstart.bench.headstart_process import start_headstart
 from headstart.bench.http_client import BenchError
 from headstart.bench.report import markdown
 from headstart.bench.segment_task import CHANCE, Question, questions
 from headstart.bench.serve import at_least, now, positive
+from headstart.bench.server_process import start_headstart
 from headstart.engine.config import default_home
 from headstart.engine.errors import HeadstartError
 from headstart.engine.models.store import resolve

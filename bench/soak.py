@@ -24,10 +24,10 @@ import aiohttp
 import psutil
 import uvloop
 
-from headstart.bench.headstart_process import start_headstart
 from headstart.bench.http_client import BenchError
 from headstart.bench.prompts import PromptSource
 from headstart.bench.serve import fresh_seed
+from headstart.bench.server_process import start_headstart
 from headstart.bench.soak_traffic import Traffic, WrongAnswer
 
 # Small, so that it is soon all touched: what still grows then is a leak. One sequence of the

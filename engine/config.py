@@ -37,7 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     runahead_secret:     what those ranks have to know; None: there are none
     runahead_min:        least uncached tokens of a prompt that runs ahead; None: where it pays
     runahead_cuts:       where prompts are cut: "auto", "even", "predicted" or "modelled"
-    runahead_transport:  of KV: "auto" (shared memory within a machine) or "gloo"
+    runahead_transport:  of KV: "auto" (shared memory, NCCL between GPUs, else Gloo) or "gloo"
     runahead_timeout:    seconds after which a rank that does not get on is left out
     cache_dir:           where measurements of this machine are kept; None: nowhere
     log_level:           of the engine process, a name of the logging module

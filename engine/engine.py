@@ -44,6 +44,7 @@ from headstart.engine.messages import (
 from headstart.engine.model_runner import warm_up
 from headstart.engine.models.decoder import Decoder
 from headstart.engine.pages_ahead import PagesAhead
+from headstart.engine.process_groups import check_gpus
 from headstart.engine.radix_cache import RadixCache
 from headstart.engine.relay import MODES, Relay, RelayPlan
 from headstart.engine.relay_guard import RelayGuard
@@ -152,10 +153,8 @@ class Engine:
 
         # Last, since it is to be closed.
         if config.runahead > 1 or config.runahead_hosts:
-            if backend.free_memory() is not None:
-                raise ConfigError(
-                    "--runahead sends KV out of the host's memory: it does not run on a GPU yet"
-                )
+            if backend.free_memory() is not None:  # a device's own
+                check_gpus(f"--runahead {config.runahead}", config.runahead)
             self.runahead = Chain(config, loaded, self._pool)
 
     def _runs_ahead(self, seq: Sequence, start: int, num_ahead: int) -> bool:

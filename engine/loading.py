@@ -198,10 +198,10 @@ def set_up(config: EngineConfig) -> Setup:
 def _lead(setup: Setup, share: Share) -> ModelRunner:
     """Rank 0's runner, with the other ranks started and ready."""
     # Imported here: torch.distributed is for those who need it.
-    from headstart.engine.tensor_parallel.collective import use_device
+    from headstart.engine.process_groups import use_gpu
     from headstart.engine.tensor_parallel.leader import Leader
 
-    use_device(share.rank)
+    use_gpu(share.rank)
     leader = Leader(setup.settings, setup.model.vocab_size)
     try:
         decoder = setup.decoder(share, leader.ranks)

@@ -62,6 +62,7 @@ class LongChunk:
         self._neighbours = neighbours or Alone()
         self._layers = runner.run_beside(build_batch([entry], page_size))
         self._num_layers = runner.decoder.config.num_layers
+        self._backend = runner.backend
         self._tile_rows = runner.backend.tile_rows
         self._shares_page = entry.start % page_size > 0
         self._layer = -1  # whose keys are written, and are read next
@@ -96,6 +97,10 @@ class LongChunk:
                 logits: Tensor = end.value
                 return logits
         return None
+
+    def synchronize(self) -> None:
+        """Wait until what it launched is computed, for its time to be known."""
+        self._backend.synchronize()
 
     def _may_go_on(self) -> bool:
         ahead = self._layer + 1 if self._shares_page else self._layer

@@ -284,7 +284,7 @@ def add_runahead_rank_flags(group: argparse._ArgumentGroup) -> None:
         choices=("auto", "gloo"),
         default="auto",
         help="how KV goes from rank to rank: through shared memory where they are on one machine, "
-        "else through torch.distributed; or always through that",
+        "NCCL between GPUs, else Gloo; or always Gloo",
     )
 
 

@@ -47,7 +47,7 @@ from headstart.engine.long_chunk import LongChunk
 from headstart.engine.messages import RunaheadStats
 from headstart.engine.runahead import control, costs
 from headstart.engine.runahead.cuts import CutTable, Plan, Positions, even_cuts, plan
-from headstart.engine.runahead.links import Opening, Pool, Receiver, Sender, readable
+from headstart.engine.runahead.links import Pool, Receiver, Sender, readable
 from headstart.engine.runahead.measure import about_prefill, identity, rank_costs
 from headstart.engine.runahead.messages import (
     Bye,
@@ -67,6 +67,7 @@ from headstart.engine.runahead.messages import (
     ToRank,
     Welcome,
 )
+from headstart.engine.runahead.opening import Opening
 from headstart.engine.runahead.rank import OPENING_SECONDS, JobNeighbours, RankConfig
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
@@ -161,6 +162,7 @@ class Ahead:
             self.idle += begin - self.waiting_since
         layer = self.chunk.layer
         logits = self.chunk.advance(pieces)
+        self.chunk.synchronize()
         now = time.perf_counter()
         self.busy += now - begin
         if not self.chunk.waits or self.chunk.layer != layer:
@@ -239,7 +241,7 @@ class Chain:
                 self._add(f"rank {len(self._ranks)} ({address})", address)
             for i in range(config.runahead - 1):
                 address = f"ipc://{self._folder}/rank-{i}.sock"
-                self._add(f"rank {len(self._ranks)} (local)", address, self._local(address))
+                self._add(f"rank {len(self._ranks)} (local)", address, self._local(address, i + 1))
         except ConfigError:
             self.close()
             raise
@@ -252,16 +254,19 @@ class Chain:
         monitor = socket.get_monitor_socket(events)
         self._ranks.append(_Rank(name, socket, monitor, local))
 
-    def _local(self, address: str) -> RankConfig:
+    def _local(self, address: str, number: int) -> RankConfig:
         """A rank on this machine: as the engine, with a share of its KV memory."""
-        loaded, count = self._loaded, self._config.runahead - 1
+        loaded, config, count = self._loaded, self._config, self._config.runahead - 1
         sequence = -(-loaded.max_model_len // self._page_size)
         pages = max(self._runner.num_pages // (2 * count), sequence)
         return RankConfig(
             engine=msgspec.structs.replace(
-                self._config,
+                config,
                 weights=loaded.weights,
-                kv_memory=pages * self._memory.page_bytes,
+                # A GPU of its own has memory of its own.
+                kv_memory=(
+                    config.kv_memory if self._memory.gpu else pages * self._memory.page_bytes
+                ),
                 max_model_len=loaded.max_model_len,
                 threads=loaded.threads,
                 adapters={},
@@ -271,7 +276,8 @@ class Chain:
             ),
             listen=address,
             secret=self._secret,
-            transport=self._config.runahead_transport,
+            transport=config.runahead_transport,
+            gpu=number,
         )
 
     # ---------------------------------------------------------------- for the engine
@@ -531,14 +537,20 @@ class Chain:
         shares = rank.welcome.shares and self._config.runahead_transport == "auto"
         if other is None:
             shares &= self._memory.memory is not None
+            gpu = self._memory.gpu
         else:
             assert other.welcome is not None
             shares &= other.welcome.shares
+            gpu = other.welcome.gpu
         if shares:
             end = LinkEnd(name, "shared", path=f"{self._folder}/{name}")
             return end, end
+        between_gpus = gpu and rank.welcome.gpu and gpu != rank.welcome.gpu
+        transport = "gloo"
+        if between_gpus and self._config.runahead_transport == "auto":
+            transport = "nccl"
         host, port = rank.welcome.host, rank.welcome.store_port
-        return LinkEnd(name, "gloo"), LinkEnd(name, "gloo", host=host, port=port)
+        return LinkEnd(name, transport), LinkEnd(name, transport, host=host, port=port)
 
     def _connect(self, now: float) -> None:
         """Take the links that are open; the chain is formed once all are."""

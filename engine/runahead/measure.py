@@ -111,6 +111,8 @@ def _seconds(runner: ModelRunner, start: int, num_tokens: int) -> float:
     seq = Sequence(0, tokens, len(tokens), SamplingParams(max_tokens=1))
     seq.pages = [*before, *range(count)]
     batch = build_batch([ScheduledSequence(seq, start, num_tokens, True)], page_size)
+    runner.backend.synchronize()
     begin = time.perf_counter()
     runner.run(batch)
+    runner.backend.synchronize()
     return time.perf_counter() - begin

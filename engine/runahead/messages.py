@@ -45,13 +45,15 @@ class Hello(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 class Welcome(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """``shares``: the rank can read the engine's folder, and others can map its KV memory.
-    ``store_port``: of its torch.distributed store, where links between machines meet."""
+    ``store_port``: of its torch.distributed store, where links between machines meet. ``gpu``: see
+    links.Pool."""
 
     session: int
     costs: RankCosts
     shares: bool
     store_port: int
     host: str
+    gpu: str
 
 
 class Refused(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -64,8 +66,8 @@ class Refused(msgspec.Struct, tag=True, array_like=True, frozen=True):
 class LinkEnd(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """One end of a link. ``name`` cannot be guessed, and is the same at both ends.
 
-    transport: "shared" (``path``: a Unix socket, the sender listens) or "gloo" (``host`` and
-    ``port`` of the store where both meet, 0 for one's own).
+    transport: "shared" (``path``: a Unix socket, the sender listens), "gloo" or "nccl" (``host``
+    and ``port`` of the store where both meet, 0 for one's own).
     """
 
     name: str

@@ -35,9 +35,10 @@ from headstart.engine.kv_pool import PagePool
 from headstart.engine.loading import load_model
 from headstart.engine.long_chunk import LongChunk
 from headstart.engine.pages_ahead import PagesAhead
+from headstart.engine.process_groups import Store, use_gpu
 from headstart.engine.radix_cache import Node, RadixCache
 from headstart.engine.runahead import control
-from headstart.engine.runahead.links import Opening, Pool, Receiver, Sender, Store
+from headstart.engine.runahead.links import Pool, Receiver, Sender
 from headstart.engine.runahead.measure import identity, rank_costs
 from headstart.engine.runahead.messages import (
     Bye,
@@ -56,6 +57,7 @@ from headstart.engine.runahead.messages import (
     ToRank,
     Welcome,
 )
+from headstart.engine.runahead.opening import Opening
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.segments import Segments
@@ -72,13 +74,15 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     listen:     HOST:PORT, HOST being an address that the other ranks reach, or a ZeroMQ endpoint
     secret:     what the engine has to know
-    transport:  "auto" (shared memory with ranks of the same machine) or "gloo"
+    transport:  "auto" (shared memory with ranks of the same machine, NCCL between GPUs) or "gloo"
+    gpu:        which of the machine's, if there are any
     """
 
     engine: EngineConfig
     listen: str
     secret: str
     transport: str = "auto"
+    gpu: int = 0
 
 
 class JobNeighbours:
@@ -136,6 +140,7 @@ class Rank:
     """Raises HeadstartError when the model or a setting cannot work."""
 
     def __init__(self, config: RankConfig) -> None:
+        use_gpu(config.gpu)
         loaded = load_model(config.engine)
         self._runner = loaded.runner
         self._layers = loaded.config.num_layers
@@ -251,6 +256,7 @@ class Rank:
                 shares and self._transport != "gloo",
                 self._store.port,
                 self._store.host,
+                self._memory.gpu,
             )
         )
 
@@ -409,7 +415,9 @@ class Rank:
     def _advance(self, job: _Job) -> bool:
         """Compute some of the job, or hand some on; whether that is all."""
         if job.chunk is not None:
-            return job.chunk.advance(1) is not None
+            done = job.chunk.advance(1) is not None
+            job.chunk.synchronize()
+            return done
         assert job.neighbours is not None
         while job.layer < self._layers:
             if not (job.neighbours.arrived(job.layer) and job.neighbours.written(job.layer)):

@@ -11,24 +11,16 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from headstart.engine.errors import ConfigError, RankError
+from headstart.engine.errors import RankError
 from headstart.engine.models.share import Share
-from headstart.engine.runahead.links import gloo_group
-
-dist: Any = distributed  # which does not declare what it has
+from headstart.engine.process_groups import check_gpus, dist, gloo_group, nccl_group
 
 HOST = "127.0.0.1"
 """Ranks are processes of one machine."""
 HANG_SECONDS = 60.0
 """How long a rank may keep the others waiting before it counts as lost."""
-
-
-def use_device(rank: int) -> None:
-    """Make GPU number ``rank`` this thread's, where there is one; before a backend is loaded."""
-    if rank < torch.cuda.device_count():
-        torch.cuda.set_device(rank)
 
 
 def open_group(store: Any, share: Share, device: torch.device) -> Any:
@@ -39,14 +31,8 @@ def open_group(store: Any, share: Share, device: torch.device) -> Any:
     timeout = timedelta(seconds=HANG_SECONDS)
     if device.type != "cuda":
         return gloo_group(store, share.rank, share.ranks, HOST, timeout)
-    if share.ranks > torch.cuda.device_count():
-        raise ConfigError(
-            f"--tensor-parallel {share.ranks} needs {share.ranks} GPUs; "
-            f"there are {torch.cuda.device_count()}"
-        )
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, share.rank, share.ranks, options)
+    check_gpus(f"--tensor-parallel {share.ranks}", share.ranks)
+    return nccl_group(store, share.rank, share.ranks, timeout)
 
 
 class Collective:

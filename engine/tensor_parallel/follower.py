@@ -25,8 +25,8 @@ from headstart.engine.errors import HeadstartError, ModelError, RankError
 from headstart.engine.loading import set_up
 from headstart.engine.model_runner import ModelRunner
 from headstart.engine.models.share import Share
-from headstart.engine.runahead.links import meeting
-from headstart.engine.tensor_parallel.collective import HANG_SECONDS, HOST, Collective, use_device
+from headstart.engine.process_groups import meeting, use_gpu
+from headstart.engine.tensor_parallel.collective import HANG_SECONDS, HOST, Collective
 from headstart.engine.tensor_parallel.messages import (
     AdapterRead,
     Advance,
@@ -53,7 +53,7 @@ class Follower:
     def __init__(self, begin: Begin, channel: Channel) -> None:
         self._channel = channel
         self._share = Share(begin.rank, begin.config.tensor_parallel)
-        use_device(begin.rank)
+        use_gpu(begin.rank)
         self._setup = set_up(begin.config)
         vocab_size = self._setup.model.vocab_size
         ranks = Collective(self._share, vocab_size, lambda error: f"a rank is gone: {error}")

@@ -27,7 +27,7 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.cores import kernel_environment
 from headstart.engine.errors import ModelError, RankError
 from headstart.engine.models.share import Share
-from headstart.engine.runahead.links import Store
+from headstart.engine.process_groups import Store
 from headstart.engine.tensor_parallel import collective
 from headstart.engine.tensor_parallel.collective import HOST, Collective
 from headstart.engine.tensor_parallel.messages import (

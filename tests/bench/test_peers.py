@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from headstart.bench import openvino_target
-from headstart.bench.headstart_process import start_headstart
 from headstart.bench.http_client import BenchError
 from headstart.bench.openvino_target import OpenVinoSettings, start_openvino
 from headstart.bench.peers import main
 from headstart.bench.prompts import Calibration, Messages, PromptSource
 from headstart.bench.report import print_comparison
 from headstart.bench.samples import Burst, Sample, summarise
+from headstart.bench.server_process import start_headstart, start_vllm
 from headstart.bench.workloads import Workload, alternate
 
 FAKE_WORKER = """
@@ -40,7 +40,7 @@ for line in sys.stdin:
 FAKE_SERVE = """
 import http.server, signal, sys, pathlib
 port = int(sys.argv[sys.argv.index("--port") + 1])
-pathlib.Path(sys.argv[1]).write_text(" ".join(sys.argv[2:4]))
+pathlib.Path(sys.argv[1]).write_text(" ".join(sys.argv[2:-2]))
 def end(*_):
     pathlib.Path(sys.argv[1]).write_text("ended")
     sys.exit()
@@ -194,6 +194,28 @@ async def test_headstart_that_cannot_start(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="ended with status 1:\nerror: no such model"):
         async with start_headstart(["tiny"], command):
             pass
+
+
+async def test_vllm_is_started_from_its_own_python(tmp_path: Path) -> None:
+    script = tmp_path / "serve.py"
+    script.write_text(FAKE_SERVE)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {script} {tmp_path}/state "$@"\n')
+    python.chmod(0o755)
+    async with start_vllm(python, Path("/models/m"), ["--dtype", "bfloat16"]):
+        assert (tmp_path / "state").read_text() == (
+            "-m vllm.entrypoints.openai.api_server --model /models/m --served-model-name model "
+            "--host 127.0.0.1 --enable-prefix-caching --dtype bfloat16"
+        )
+    assert (tmp_path / "state").read_text() == "ended"
+
+
+def test_no_vllm_is_one_line(
+    server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = str(tmp_path / "none")
+    assert main(["--url", server.url, "--beside", "vllm", "--python", python]) == 1
+    assert capsys.readouterr().err == f"error: {python} does not exist; give --python\n"
 
 
 def test_against_a_running_server(server: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ are few and short. The kernels by themselves are in tests/kernels/gpu.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +178,7 @@ def test_memory_is_planned_from_the_device_s_own_figures(
     engine = make_engine(folder, kv_memory=None, max_batched_tokens=40)
     page = 2 * 32 * 2 * 2 * 16 * 4  # layers, tokens, key and value, heads, size, float32
     assert engine.model.num_pages == int(56 * 0.9 * 2**20) // page
-    with pytest.raises(ConfigError, match=r"--runahead .* does not run on a GPU yet"):
+    with pytest.raises(ConfigError, match=r"^--runahead 2 needs 2 GPUs; there are \d$"):
         make_engine(folder, max_batched_tokens=40, runahead=2)
     with pytest.raises(ConfigError, match=r"asks for 57.00 MiB; 64.00 MiB of memory"):
         make_engine(folder, max_batched_tokens=40, kv_memory=57 << 20)
@@ -200,5 +201,27 @@ def test_tensor_parallel(tiny_model: Callable[..., Path], references: Any) -> No
         references(folder).check(prompts, engine.generate(prompts, greedy()), NEW)
         engine.check()
         assert engine._runner.graphs.replayed == 0
+    finally:
+        engine.close()
+
+
+def test_runahead(tiny_model: Callable[..., Path], references: Any, tmp_path: Path) -> None:
+    """A prompt computed by a chain of two processes; its KV travels as it lies in their pools."""
+    folder = tiny_model("llama", head_dim=64)
+    engine = make_engine(folder, runahead=2, runahead_min=64, cache_dir=str(tmp_path))
+    try:
+        chain = engine.runahead
+        assert chain is not None
+        deadline = time.monotonic() + 120
+        while not chain.whole:
+            assert time.monotonic() < deadline, str(chain)
+            engine.attend_chain()
+            time.sleep(0.01)
+        generator = torch.Generator().manual_seed(8)
+        prompts = [torch.randint(0, 320, (n,), generator=generator).tolist() for n in (150, 101)]
+        references(folder).check(prompts, engine.generate(prompts, greedy()), NEW)
+        engine.check()
+        assert (chain.stats.prompts, chain.stats.failed) == (2, 0)
+        assert chain.stats.bytes_sent > 0
     finally:
         engine.close()

@@ -16,9 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.engine.runahead import links
-from headstart.engine.runahead.links import Opening, Pool, Store, readable
+from headstart.engine import process_groups
+from headstart.engine.process_groups import Store, gloo_group
+from headstart.engine.runahead import group_links
+from headstart.engine.runahead.group_links import GroupSender
+from headstart.engine.runahead.links import Pool, readable
 from headstart.engine.runahead.messages import LinkEnd
+from headstart.engine.runahead.opening import Opening
+from headstart.engine.runahead.shared_links import SharedSender
 from headstart.kernels.shared_memory import SharedMemory
 
 LAYERS, PAGES, PAGE_BYTES = 3, 24, 64
@@ -32,6 +37,18 @@ def make_pool(seed: int, num_pages: int = PAGES, page_bytes: int = PAGE_BYTES) -
     generator = torch.Generator().manual_seed(seed)
     pages.copy_(torch.randint(256, pages.shape, dtype=torch.uint8, generator=generator))
     return Pool(pages, memory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nccl() -> Iterator[None]:
+    """What NCCL carries from GPU to GPU, another Gloo group carries from pool to pool here."""
+
+    def stand_in(store: Any, rank: int, size: int, timeout: Any) -> Any:
+        return gloo_group(store, rank, size, "127.0.0.1", timeout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_groups, "nccl_group", stand_in)
+        yield
 
 
 def until(holds: Callable[[], Any], otherwise: str) -> None:
@@ -48,7 +65,7 @@ class Link:
         self.theirs, self.own = make_pool(1), make_pool(2)
         self.store = Store("127.0.0.1")
         here = there = LinkEnd(name, transport, path=str(folder / name))
-        if transport == "gloo":
+        if transport != "shared":
             there = LinkEnd(name, transport, host=self.store.host, port=self.store.port)
         openings = [
             Opening(True, here, self.theirs, self.store, timeout),
@@ -83,7 +100,7 @@ class Link:
             end.join(SECONDS)
 
 
-@pytest.fixture(params=["shared", "gloo"])
+@pytest.fixture(params=["shared", "gloo", "nccl"])
 def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -256,7 +273,7 @@ def test_a_closed_sender_keeps_its_pages_until_the_receiver_is_gone(link: Link) 
     assert link.sender.send(1, 0)
     link.sender.close()
     link.sender.drop(1)
-    if isinstance(link.sender, links.SharedSender):
+    if isinstance(link.sender, SharedSender):
         assert not link.sender.taken(1)
     link.receiver.close()
     link.wait_until_taken(1)
@@ -267,7 +284,7 @@ def test_what_has_arrived_may_wait_long(
     make_link: MakeLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The receiver may be busy with another prompt for longer than any patience of the link's."""
-    monkeypatch.setattr(links, "STAGED_BYTES", 3 * PAGE_BYTES)
+    monkeypatch.setattr(group_links, "STAGED_BYTES", 3 * PAGE_BYTES)
     link = make_link(timeout=1.0)
     jobs = range(1, 7)
     waiting = [(job, layer) for job in jobs for layer in range(LAYERS)]
@@ -278,7 +295,7 @@ def test_what_has_arrived_may_wait_long(
         if waiting and link.sender.send(*waiting[0]):
             del waiting[0]
         time.sleep(0.005)
-    if isinstance(link.sender, links.GlooSender):
+    if isinstance(link.sender, GroupSender):
         assert waiting, "no limit to what is under way"
     for job in jobs:
         for layer in range(LAYERS):
@@ -299,7 +316,7 @@ def test_what_has_arrived_may_wait_long(
 def test_a_closed_receiver_that_is_full_hears_the_goodbye(
     make_link: MakeLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(links, "STAGED_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(group_links, "STAGED_BYTES", PAGE_BYTES)
     link = make_link()
     for job in range(1, 5):
         link.begin(job, [1, 2], [1, 2])
@@ -328,7 +345,7 @@ def test_an_end_that_never_comes_is_an_error(transport: str, tmp_path: Path) -> 
 def test_what_is_closed_while_it_opens_stays_closed(transport: str, tmp_path: Path) -> None:
     store = Store("127.0.0.1")
     here = there = LinkEnd("a", transport, path=str(tmp_path / "a"))
-    if transport == "gloo":
+    if transport != "shared":
         there = LinkEnd("a", transport, host=store.host, port=store.port)
     sender = Opening(True, here, make_pool(1), store, SECONDS)
     sender.close()
@@ -363,7 +380,7 @@ def test_a_stranger_at_a_shared_link_is_an_error(tmp_path: Path, first: bytes) -
 # --------------------------------------------------------------------------- random use
 
 
-@pytest.fixture(scope="module", params=["shared", "gloo"])
+@pytest.fixture(scope="module", params=["shared", "gloo", "nccl"])
 def lasting(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Link]:

@@ -1,11 +1,11 @@
-"""A headstart server for the time of a benchmark: started on a free port, stopped with SIGTERM."""
+"""A server for the time of a benchmark: started on a free port, stopped with SIGTERM."""
 
 import asyncio
 import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import IO
 
@@ -36,7 +36,9 @@ def _log_tail(log: IO[bytes]) -> str:
     return "\n".join(line for line in lines[-15:] if line.strip())
 
 
-async def _until_healthy(url: str, process: asyncio.subprocess.Process, log: IO[bytes]) -> None:
+async def _until_healthy(
+    url: str, process: asyncio.subprocess.Process, log: IO[bytes], name: str
+) -> None:
     """Return when /health answers 200; BenchError if the process ends or takes too long."""
     async with asyncio.timeout(START_LIMIT), aiohttp.ClientSession() as session:
         while process.returncode is None:
@@ -47,26 +49,23 @@ async def _until_healthy(url: str, process: asyncio.subprocess.Process, log: IO[
             except aiohttp.ClientError:
                 pass  # not listening yet
             await asyncio.sleep(0.2)
-    raise BenchError(f"`headstart serve` ended with status {process.returncode}:\n{_log_tail(log)}")
+    raise BenchError(f"`{name}` ended with status {process.returncode}:\n{_log_tail(log)}")
 
 
 @asynccontextmanager
-async def start_headstart(
-    serve_args: Sequence[str], command: Sequence[str] = ()
-) -> AsyncIterator[str]:
-    """Run `headstart serve ARGS --port FREE`; yields its URL. `command` replaces `headstart`."""
+async def _start(name: str, command: Sequence[str]) -> AsyncIterator[str]:
+    """Run `command --port FREE`; yields its URL."""
     url = f"http://127.0.0.1:{(port := _free_port())}"
-    program = command or [sys.executable, "-m", "headstart.server.cli"]
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
-            *program, "serve", *serve_args, "--port", str(port), stdout=log, stderr=log
+            *command, "--port", str(port), stdout=log, stderr=log
         )
         try:
             try:
-                await _until_healthy(url, process, log)
+                await _until_healthy(url, process, log, name)
             except TimeoutError as error:
                 raise BenchError(
-                    f"`headstart serve` is not ready after {START_LIMIT:.0f} s:\n{_log_tail(log)}"
+                    f"`{name}` is not ready after {START_LIMIT:.0f} s:\n{_log_tail(log)}"
                 ) from error
             yield url
         finally:
@@ -77,3 +76,20 @@ async def start_headstart(
                 except TimeoutError:
                     process.kill()
                     await process.wait()
+
+
+def start_headstart(
+    serve_args: Sequence[str], command: Sequence[str] = ()
+) -> AbstractAsyncContextManager[str]:
+    """Run `headstart serve ARGS`; gives its URL. `command` replaces `headstart`."""
+    program = command or [sys.executable, "-m", "headstart.server.cli"]
+    return _start("headstart serve", [*program, "serve", *serve_args])
+
+
+def start_vllm(
+    python: Path, folder: Path, serve_args: Sequence[str]
+) -> AbstractAsyncContextManager[str]:
+    """Run vLLM's server, with prefix caching, on a folder of safetensors; gives its URL."""
+    server = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
+    model = ["--model", str(folder), "--served-model-name", "model", "--host", "127.0.0.1"]
+    return _start("vllm", [*server, *model, "--enable-prefix-caching", *serve_args])
