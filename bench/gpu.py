@@ -1,9 +1,9 @@
-"""Attention kernels of the gpu backend: time on this card, beside what its memory and cores allow.
+"""Kernels of the gpu backend: time on this card, beside what its memory and cores allow.
 
     python -m headstart.bench.gpu               needs a GPU; writes bench/results/gpu-CARD.md
     python -m headstart.bench.gpu --roofline    needs none: the least times of an H100
 
-Four questions, each of one layer's attention in bf16:
+Five questions, each of one layer in bf16:
 
     relay     the table of RelayAttention's authors (arXiv 2402.14808): own context 128, prefixes of
               64 to 16,384 tokens, 1 to 64 requests, 32 heads of 128; speed-up of reading the prefix
@@ -11,6 +11,7 @@ Four questions, each of one layer's attention in bf16:
     prefill   a causal prompt: TFLOP/s, of Triton's kernel and of flash-attn where it is installed
     decode    64 sequences, grouped heads: GB/s against the card's own copy speed
     formats   the same with KV in fp8 and int8
+    layer     every other kernel of ours, with 64 and 8,192 rows (bench/gpu_layer.py)
 
 Bytes and FLOPs are counted from the ranges: a range is read once a KV head, 4 FLOPs a query head,
 visible key and dimension. The card's peaks are measured (a copy, a matrix product), or an H100's
@@ -23,15 +24,18 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from headstart.bench.gpu_layer import LayerCase, Work, layer_cases
 from headstart.kernels.backend import AttentionShape, KVRanges, Range
 from headstart.kernels.gpu.kv import PageLayout
+
+if TYPE_CHECKING:
+    from headstart.kernels.gpu.backend import GpuBackend
 
 RESULTS = Path(__file__).with_name("results")
 MULTI_HEAD = AttentionShape(32, 32, 128)
@@ -60,16 +64,9 @@ class Card(NamedTuple):
 H100 = Card("H100 SXM (data sheet)", 989e12, 3.35e12)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a layer's attention has to move and to compute."""
-
-    bytes: int
-    flops: int
-
-    def least_seconds(self, card: Card) -> float:
-        """The roofline: whichever takes longer."""
-        return max(self.bytes / card.bytes, self.flops / card.flops)
+def least_seconds(work: Work, card: Card) -> float:
+    """The roofline: whichever takes longer."""
+    return max(work.bytes / card.bytes, work.flops / card.flops)
 
 
 def work_of(ranges: KVRanges, shape: AttentionShape, page_bytes: int, page_size: int) -> Work:
@@ -96,16 +93,21 @@ def sharing(count: int, prefix: int, own: int, page_size: int) -> KVRanges:
 
 
 class Case(NamedTuple):
-    """A layer's attention to be timed; ``pages`` its ranges refer to."""
+    """A layer's attention to be timed."""
 
     name: str
     shape: AttentionShape
     ranges: KVRanges
     kv_format: str
 
-    @property
-    def pages(self) -> int:
-        return int(self.ranges.pages.max()) + 1
+    def ready(self, backend: GpuBackend) -> Callable[[], Any]:
+        """What is to be timed, in a pool of its own."""
+        pool = backend.allocate_kv(self.shape, 1, int(self.ranges.pages.max()) + 1)
+        rows = int(self.ranges.rows.max()) + 1
+        size = (rows, self.shape.heads, self.shape.head_dim)
+        q = torch.randn(size, device=backend.on.torch_device).to(backend.dtype)
+        plan = backend.plan_attention(rows, self.ranges, self.shape)
+        return lambda: backend.attend(q, pool, 0, plan)
 
 
 def relay_cases(page_size: int) -> Iterator[tuple[int, int, Case, Case]]:
@@ -138,7 +140,7 @@ def work_in(case: Case, page_size: int) -> Work:
     return work_of(case.ranges, case.shape, layout.num_bytes, page_size)
 
 
-Timer = Callable[[Case], float]
+Timer = Callable[[Case | LayerCase], float]
 
 
 def report(card: Card, seconds: Timer | None, page_size: int = 32) -> str:
@@ -155,7 +157,7 @@ def report(card: Card, seconds: Timer | None, page_size: int = 32) -> str:
     lines += ["|---" * (len(PREFIXES) + 1) + "|"]
 
     def time_of(case: Case) -> float:
-        return seconds(case) if seconds else work_in(case, page_size).least_seconds(card)
+        return seconds(case) if seconds else least_seconds(work_in(case, page_size), card)
 
     cells: dict[int, list[str]] = {}
     for batch, prefix, plain, shared in relay_cases(page_size):
@@ -165,15 +167,28 @@ def report(card: Card, seconds: Timer | None, page_size: int = 32) -> str:
     lines += ["", f"Peaks: {card.flops / 1e12:.0f} TFLOP/s, {card.bytes / 1e12:.2f} TB/s.", ""]
     lines += ["| case | MB | GFLOP | least us | us | of the limit | TFLOP/s | GB/s |"]
     lines += ["|---" * 8 + "|"]
-    for case in other_cases(page_size):
-        work, taken = work_in(case, page_size), time_of(case)
-        least = work.least_seconds(card)
+    layer = [
+        *layer_cases(64, 2),
+        *(case for case in layer_cases(64, 2, kv_format="fp8") if "KV write" in case.name),
+        *layer_cases(8192, 2),
+    ]
+    cases: list[tuple[Case | LayerCase, Work]] = [
+        *((case, work_in(case, page_size)) for case in other_cases(page_size)),
+        *((case, case.work) for case in layer),
+    ]
+    for case, work in cases:
+        least = least_seconds(work, card)
+        taken = seconds(case) if seconds else least
         lines.append(
-            f"| {case.name} | {work.bytes / 1e6:.0f} | {work.flops / 1e9:.1f} | {least * 1e6:.0f} "
-            f"| {taken * 1e6:.0f} | {least / taken:.0%} | {work.flops / taken / 1e12:.0f} "
-            f"| {work.bytes / taken / 1e9:.0f} |"
+            f"| {case.name} | {_short(work.bytes / 1e6)} | {_short(work.flops / 1e9)} "
+            f"| {_short(least * 1e6)} | {_short(taken * 1e6)} | {least / taken:.0%} "
+            f"| {_short(work.flops / taken / 1e12)} | {work.bytes / taken / 1e9:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def measure_card(backend: Any) -> Card:
@@ -198,7 +213,7 @@ def timer(page_size: int, flash: bool) -> Timer:
     device = find_device()
     tuner = Tuner(device)
 
-    def seconds(case: Case) -> float:
+    def seconds(case: Case | LayerCase) -> float:
         backend = GpuBackend(
             device,
             tuner,
@@ -207,12 +222,7 @@ def timer(page_size: int, flash: bool) -> Timer:
             page_size=page_size,
             flash_attn=find_flash() if flash else None,
         )
-        pool = backend.allocate_kv(case.shape, 1, case.pages)
-        rows = int(case.ranges.rows.max()) + 1
-        size = (rows, case.shape.heads, case.shape.head_dim)
-        q = torch.randn(size, device=device.torch_device).to(torch.bfloat16)
-        plan = backend.plan_attention(rows, case.ranges, case.shape)
-        return device.seconds(lambda: backend.attend(q, pool, 0, plan))
+        return device.seconds(case.ready(backend))
 
     return seconds
 

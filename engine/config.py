@@ -21,8 +21,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_format:           of keys and values: "auto" (as activations), or on a gpu "fp8" or "int8"
     kv_memory:           bytes of KV pool, of all tensor-parallel processes together
     max_model_len:       longest prompt plus output of one sequence, tokens
-    max_batched_tokens:  token budget of one step
-    max_running:         sequences computed in one step
+    max_batched_tokens:  token budget of one step; None: 512, or 2,048 on a gpu
+    max_running:         sequences computed in one step; None: 64, or 256 on a gpu
     threads:             CPU threads of the kernels in each process; None: cores / processes
     prefix_caching:      keep KV of finished prompts in the radix cache
     relay:               read shared prefixes once a batch: "auto" where it pays, "on", or "off"
@@ -50,8 +50,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_format: str = "auto"
     kv_memory: int | None = None
     max_model_len: int | None = None
-    max_batched_tokens: int = 512
-    max_running: int = 64
+    max_batched_tokens: int | None = None
+    max_running: int | None = None
     threads: int | None = None
     prefix_caching: bool = True
     relay: str = "auto"

@@ -105,8 +105,8 @@ class Engine:
         self._scheduler = Scheduler(
             self._pool,
             self._cache,
-            max_batched_tokens=config.max_batched_tokens,
-            max_running=config.max_running,
+            max_batched_tokens=loaded.max_batched_tokens,
+            max_running=loaded.max_running,
             max_model_len=max_model_len,
             eos_token_ids=model.eos_token_ids,
             prefix_caching=config.prefix_caching,
@@ -134,7 +134,7 @@ class Engine:
         logger.info("steps overlap: %s", "yes" if self._overlaps else "no")
         self._pages_ahead = PagesAhead(self._runner, self._pool, self._page_bytes)
         self._beside: list[LongChunk | Ahead] = []
-        self._max_batched_tokens = config.max_batched_tokens
+        self._max_batched_tokens = loaded.max_batched_tokens
         self._adapters = loaded.adapters(config.max_adapters)
         self._steps = 0
         self._step_seconds = 0.0

@@ -38,6 +38,10 @@ from headstart.kernels.backend import (
 
 logger = logging.getLogger(__name__)
 
+SMALL_STEP, GPU_STEP = (512, 64), (2048, 256)
+"""Tokens and sequences of a step unless told otherwise. A core is busy with few rows, a GPU is not;
+steps should not take so long that those who decode notice."""
+
 INT8_TOLERANCE = 1.01
 """int8 is chosen by "auto" while its perplexity is at most this many times that of bf16."""
 
@@ -72,6 +76,8 @@ class Setup:
     model: ModelConfig
     backend: Backend
     max_model_len: int
+    max_batched_tokens: int
+    max_running: int
 
     def decoder(self, share: Share, ranks: Ranks) -> Decoder:
         """The process's share of the model, its weights read."""
@@ -80,7 +86,7 @@ class Setup:
 
     def num_pages(self, decoder: Decoder, share: Share) -> int:
         """How many KV pages each process gets. Raises ConfigError where they are too few."""
-        settings, model, rows = self.settings, decoder.config, self.settings.max_batched_tokens
+        settings, model, rows = self.settings, decoder.config, self.max_batched_tokens
         # Measuring computes a batch, which a share of a model cannot do alone.
         alone = share.ranks == 1
         activations = measured_activations(decoder, self.backend, rows) if alone else None
@@ -115,6 +121,8 @@ class LoadedModel:
     device: str
     threads: int
     max_model_len: int
+    max_batched_tokens: int
+    max_running: int
     share: Share
     smoothing: Callable[[], list[dict[str, Tensor]] | None]
 
@@ -150,6 +158,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
         device=f"cpu {settings.isa}" if settings.backend == "cpu" else settings.backend,
         threads=settings.threads or 1,
         max_model_len=setup.max_model_len,
+        max_batched_tokens=setup.max_batched_tokens,
+        max_running=setup.max_running,
         share=share,
         smoothing=setup.smoothing,
     )
@@ -189,10 +199,19 @@ def set_up(config: EngineConfig) -> Setup:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    tokens, sequences = GPU_STEP if name == "gpu" else SMALL_STEP
+    tokens, sequences = config.max_batched_tokens or tokens, config.max_running or sequences
     settings = msgspec.structs.replace(
-        config, backend=name, isa=isa, weights=weights, threads=threads, max_model_len=max_model_len
+        config,
+        backend=name,
+        isa=isa,
+        weights=weights,
+        threads=threads,
+        max_model_len=max_model_len,
+        max_batched_tokens=tokens,
+        max_running=sequences,
     )
-    return Setup(settings, folder, model, backend, max_model_len)
+    return Setup(settings, folder, model, backend, max_model_len, tokens, sequences)
 
 
 def _lead(setup: Setup, share: Share) -> ModelRunner:

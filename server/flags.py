@@ -122,12 +122,14 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--max-batched-tokens",
         type=positive,
-        default=512,
         metavar="TOKENS",
-        help="token budget of one step",
+        help="token budget of one step (default: 512, on a GPU 2048)",
     )
     engine.add_argument(
-        "--max-running", type=positive, default=64, help="sequences computed in one step"
+        "--max-running",
+        type=positive,
+        metavar="N",
+        help="sequences computed in one step (default: 64, on a GPU 256)",
     )
     engine.add_argument(
         "--threads",

@@ -33,7 +33,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from headstart.kernels.gpu.device import Device
+from headstart.kernels.gpu.rows import power_of_two
 from headstart.kernels.gpu.tuning import Config
 
 MERGE = Config(block_m=1, block_n=1, warps=1)
@@ -330,3 +333,22 @@ def merge(
     tl.store(lse_ptr + at, tl.where(seen, top + tl.log(safe), -float("inf")))
     out = tl.where(seen, acc / safe, 0.0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at * HEAD_DIM + d, out, mask=d < HEAD_DIM)
+
+
+def merge_parts(
+    device: Device,
+    parts: Tensor,
+    part_lse: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """See ``merge``. parts: float32 ``[slots, heads, head_dim]``; part_lse: ``[slots, heads]``."""
+    _, heads, head_dim = parts.shape
+    device.launch(
+        merge, (len(starts) - 1, heads), MERGE,
+        parts, part_lse, rows, starts, slots, out, lse,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
+    )  # fmt: skip

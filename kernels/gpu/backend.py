@@ -332,14 +332,7 @@ class GpuBackend:
                 FORMAT=self._read_as, PRECISION=self._precision,
             )  # fmt: skip
         if capacity.merge_rows:
-            self.on.launch(
-                attention.merge,
-                (capacity.merge_rows, shape.heads),
-                attention.MERGE,
-                parts, part_lse, merge_rows, starts, slots, out, lse,
-                HEADS=shape.heads, HEAD_DIM=shape.head_dim,
-                BLOCK_D=rows.power_of_two(shape.head_dim),
-            )  # fmt: skip
+            attention.merge_parts(self.on, parts, part_lse, merge_rows, starts, slots, out, lse)
         for call in plan.flash_calls:
             assert self._flash is not None
             part = flash.attend(self._flash, q, kv, layer, call)

@@ -19,6 +19,7 @@ from headstart.engine.attention_costs import AttentionCosts
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
+from headstart.engine.loading import set_up
 from headstart.engine.sampling_params import SamplingParams
 
 NEW = 4
@@ -182,6 +183,16 @@ def test_memory_is_planned_from_the_device_s_own_figures(
         make_engine(folder, max_batched_tokens=40, runahead=2)
     with pytest.raises(ConfigError, match=r"asks for 57.00 MiB; 64.00 MiB of memory"):
         make_engine(folder, max_batched_tokens=40, kv_memory=57 << 20)
+
+
+def test_steps_are_larger_than_a_cpu_s(tiny_model: Callable[..., Path]) -> None:
+    folder = str(tiny_model("llama"))
+    for backend, expected in (("gpu", (2048, 256)), ("cpu", (512, 64)), ("reference", (512, 64))):
+        setup = set_up(EngineConfig(model_path=folder, backend=backend, weights="f32"))
+        assert (setup.max_batched_tokens, setup.max_running) == expected
+    asked = EngineConfig(model_path=folder, backend="gpu", max_batched_tokens=40, max_running=3)
+    setup = set_up(asked)
+    assert (setup.max_batched_tokens, setup.max_running) == (40, 3)
 
 
 def test_what_the_backend_does_not_have(tiny_model: Callable[..., Path]) -> None:
