@@ -6,7 +6,6 @@ step of as many rows with next to no context. ``headstart plan`` prints it.
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -145,8 +144,6 @@ def _best(
     runner.run(batch)
     times = []
     for _ in range(REPEATS):
-        begin, attention = time.perf_counter(), runner.decoder.attention_seconds
-        runner.run(batch)
-        attention = runner.decoder.attention_seconds - attention
-        times.append(StepTime(attention, time.perf_counter() - begin - attention))
+        seconds, attention = runner.timed(batch)
+        times.append(StepTime(attention, seconds - attention))
     return min(times, key=lambda step: step.total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from array import array
 from collections.abc import Generator
 from pathlib import Path
@@ -144,6 +145,19 @@ class ModelRunner:
         self.followers.run(batch)
         replayed = self.graphs.run(batch)
         return self.decoder.forward(batch, self.kv) if replayed is None else replayed
+
+    def timed(self, batch: Batch) -> tuple[float, float]:
+        """Seconds that ``batch`` takes when it is not replayed, and those of them in attention."""
+        decoder, begin = self.decoder, time.perf_counter()
+        before, counted = decoder.attention_seconds, decoder.times_attention
+        decoder.times_attention = True
+        try:
+            self.followers.run(batch)
+            decoder.forward(batch, self.kv)
+            self.backend.synchronize()
+        finally:
+            decoder.times_attention = counted
+        return time.perf_counter() - begin, decoder.attention_seconds - before
 
     def run_beside(self, batch: Batch) -> Generator[int, None, Tensor]:
         """The same in pieces (``Decoder.forward_beside``): others may run between them."""

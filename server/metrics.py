@@ -78,7 +78,8 @@ class EngineCollector(Collector):
             ("relay_checks", "Steps computed both ways and compared", relay.checks),
             (
                 "relay_attention_seconds",
-                "Inside attention, in steps with a shared prefix, read once or not",
+                "Inside attention, in steps with a shared prefix, read once or not; 0 on a GPU, "
+                "where it is not waited for",
                 relay.seconds,
             ),
             (

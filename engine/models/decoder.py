@@ -65,6 +65,8 @@ class Decoder:
         """Tokens of the longest sequence: there are no rotations for positions from here on."""
         self.attention_seconds = 0.0
         """Total time inside ``attend``, for the cost model to be compared with."""
+        self.times_attention = not backend.asynchronous
+        """Whether it is counted. Where ``attend`` only launches, it has to be waited for."""
 
         def linear(matrix: Matrix) -> Linear:
             if matrix.scale is None:
@@ -189,9 +191,14 @@ class Decoder:
         )
 
     def _attend(self, i: int, tile: _Tile, kv: Any) -> Tensor:
-        begin = time.perf_counter()
-        attended = self._backend.attend(tile.q, kv, i, tile.plan)
-        self.attention_seconds += time.perf_counter() - begin
+        if self.times_attention:
+            self._backend.synchronize()
+            begin = time.perf_counter()
+            attended = self._backend.attend(tile.q, kv, i, tile.plan)
+            self._backend.synchronize()
+            self.attention_seconds += time.perf_counter() - begin
+        else:
+            attended = self._backend.attend(tile.q, kv, i, tile.plan)
         return self._ranks.sum(tile.linear(attended, self.layers[i].o, i, O))
 
     def _mlp(self, i: int, tile: _Tile, delta: Tensor) -> Tensor:

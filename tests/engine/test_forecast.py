@@ -124,13 +124,13 @@ def test_a_measured_step_is_attention_and_the_rest(
 ) -> None:
     engine = make_engine()
     runner = engine._runner
-    run = runner.run
+    forward = runner.decoder.forward
 
-    def slow(batch: Batch) -> Tensor:
+    def slow(batch: Batch, kv: Any) -> Tensor:
         runner.decoder.attention_seconds += 1000.0  # more than this step can have taken
-        return run(batch)
+        return forward(batch, kv)
 
-    monkeypatch.setattr(runner, "run", slow)
+    monkeypatch.setattr(runner.decoder, "forward", slow)
     measured = ask(engine, measure=True).measured
     assert measured is not None
     for step in measured:

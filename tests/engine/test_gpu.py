@@ -16,11 +16,14 @@ import pytest
 import torch
 
 from headstart.engine.attention_costs import AttentionCosts
+from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
 from headstart.engine.loading import set_up
 from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.sequence import Sequence
 
 NEW = 4
 
@@ -236,3 +239,16 @@ def test_runahead(tiny_model: Callable[..., Path], references: Any, tmp_path: Pa
         assert chain.stats.bytes_sent > 0
     finally:
         engine.close()
+
+
+def test_attention_is_waited_for_only_when_it_is_timed(tiny_model: Callable[..., Path]) -> None:
+    engine = make_engine(tiny_model("llama"))
+    engine.generate([[5, 6, 7]], greedy())
+    runner = engine._runner
+    assert engine._overlaps
+    assert runner.decoder.attention_seconds == 0.0
+    seq = Sequence(0, array("i", [5, 6, 7]), 3, greedy(), pages=[0])
+    batch = build_batch([ScheduledSequence(seq, 0, 3, True)], runner.backend.page_size)
+    seconds, attention = runner.timed(batch)
+    assert 0.0 < attention < seconds
+    assert not runner.decoder.times_attention
