@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from headstart.engine.messages import TokenLogprobs
-from headstart.engine.sampler import GREEDY_BELOW, Sampled, Sampling, checked_shape, uniform
+from headstart.engine.sampler import (
+    GREEDY_BELOW,
+    Sampled,
+    Sampling,
+    checked_shape,
+    forbidden,
+    is_restricted,
+    uniform,
+)
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 
@@ -47,8 +55,9 @@ class _Logprobs(NamedTuple):
 class DeviceSampler:
     """Samples on the logits' own device, which may be the CPU."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, eos_token_ids: Iterable[int] = ()) -> None:
         self._vocab_size = vocab_size
+        self._eos_token_ids = tuple(eos_token_ids)
 
     @torch.inference_mode()
     def launch(self, logits: Tensor, entries: list[ScheduledSequence]) -> Sampling:
@@ -59,14 +68,14 @@ class DeviceSampler:
         """
         sequences = [entry.seq for entry in entries]
         checked_shape(logits, len(sequences), self._vocab_size)
-        changed = self._changed(logits, sequences)
+        # The number of output tokens before this one, which the host may not know all yet.
+        indices = [e.start + e.num_tokens - e.seq.num_prompt_tokens for e in entries]
+        changed = self._changed(logits, sequences, indices)
         token_ids = changed.argmax(-1)
         valid = changed.gather(1, token_ids.unsqueeze(1)).squeeze(1).isfinite()
         drawn = [i for i, seq in enumerate(sequences) if seq.params.temperature >= GREEDY_BELOW]
         if drawn:
             rows = _upload(drawn, torch.int64, logits)
-            # The number of output tokens before this one, which the host may not know all yet.
-            indices = [e.start + e.num_tokens - e.seq.num_prompt_tokens for e in entries]
             uniforms = [uniform(sequences[i].seed, indices[i]) for i in drawn]
             some = changed if len(drawn) == len(sequences) else changed.index_select(0, rows)
             ids = _draw(some, [sequences[i] for i in drawn], uniforms)
@@ -76,11 +85,12 @@ class DeviceSampler:
         arrive = _copy_to_host([ids32, valid, *(logprobs[2:] if logprobs else ())])
         return Sampling(ids32, lambda: _sampled(arrive(), logprobs))
 
-    def _changed(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
-        """The logits with biases and penalties applied; themselves where there are none."""
+    def _changed(self, logits: Tensor, sequences: list[Sequence], indices: list[int]) -> Tensor:
+        """The logits with biases, penalties and bans applied; themselves where there are none."""
         biased = [i for i, seq in enumerate(sequences) if seq.params.logit_bias]
         penalised = [i for i, seq in enumerate(sequences) if seq.params.penalised]
-        if not biased and not penalised:
+        restricted = [i for i, seq in enumerate(sequences) if is_restricted(seq.params, indices[i])]
+        if not biased and not penalised and not restricted:
             return logits
         logits = logits.clone()
         if biased:
@@ -90,7 +100,23 @@ class DeviceSampler:
             logits.index_put_(at, logits[at] + values)
         if penalised:
             _penalise(logits, penalised, [sequences[i] for i in penalised])
+        if restricted:
+            self._restrict(logits, restricted, sequences, indices)
         return logits
+
+    def _restrict(
+        self, logits: Tensor, rows: list[int], sequences: list[Sequence], indices: list[int]
+    ) -> None:
+        """Lower what may not come to -inf, in place. Added, not set: a NaN stays one."""
+        some = [i for i in rows if sequences[i].params.allowed_token_ids is not None]
+        if some:
+            allowed = [sequences[i].params.allowed_token_ids or () for i in some]
+            bans = logits.new_full((len(some), logits.shape[1]), float("-inf"))
+            bans.index_put_(_places(list(range(len(some))), allowed, logits), bans.new_zeros(()))
+            logits.index_add_(0, _upload(some, torch.int64, logits), bans)
+        ids = [forbidden(sequences[i], indices[i], self._eos_token_ids) for i in rows]
+        at = _places(rows, ids, logits)
+        logits.index_put_(at, logits[at] - float("inf"))
 
 
 def _places(

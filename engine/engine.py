@@ -126,9 +126,9 @@ class Engine:
         overlaps = {"auto": backend.asynchronous and alone, "on": True, "off": False}
         self._overlaps = overlaps[config.async_scheduling]
         self._sampler: Sampler | DeviceSampler = (
-            DeviceSampler(model.vocab_size)
+            DeviceSampler(model.vocab_size, model.eos_token_ids)
             if self._overlaps or backend.asynchronous
-            else Sampler(model.vocab_size, backend.argmax)
+            else Sampler(model.vocab_size, backend.argmax, model.eos_token_ids)
         )
         self._in_flight: Launched | None = None  # only where steps overlap
         logger.info("steps overlap: %s", "yes" if self._overlaps else "no")
@@ -210,6 +210,7 @@ class Engine:
         whose tokens see each other whole. ``adapter``: the name of a loaded one.
         """
         params.validate(self.model.vocab_size)
+        self._check_there_is_a_choice(params)
         if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
             raise self._foreign_token(token_ids)
         chosen = None if adapter is None else self._adapters.get(adapter)
@@ -224,6 +225,16 @@ class Engine:
             adapter=chosen,
         )
         self._scheduler.add(seq)
+
+    def _check_there_is_a_choice(self, params: SamplingParams) -> None:
+        if not params.min_tokens or params.allowed_token_ids is None:
+            return
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.model.eos_token_ids)}
+        if ends.issuperset(params.allowed_token_ids):
+            raise RequestError(
+                "allowed_token_ids has only tokens that end the answer, which min_tokens forbids",
+                "allowed_token_ids",
+            )
 
     def load_adapter(self, name: str, path: str) -> AdapterInfo:
         """Load the LoRA adapter in folder ``path``, for requests that ask for ``name``.

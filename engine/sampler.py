@@ -2,11 +2,12 @@
 
 The order of operations, as in vLLM:
 
-    logits ─> logit_bias ─> repetition, frequency, presence penalty ─> / temperature
-           ─> min_p ─> top_k ─> top_p ─> draw
+    logits ─> logit_bias ─> repetition, frequency, presence penalty ─> tokens that may not come
+           ─> / temperature ─> min_p ─> top_k ─> top_p ─> draw
 
     repetition penalty            prompt and output tokens (CTRL, arXiv 1909.05858)
     frequency, presence penalty   output tokens only
+    tokens that may not come      those of min_tokens, bad_words, and not of allowed_token_ids
     logprobs                      log softmax of the raw logits, before everything above
 
 Each filter keeps the tokens whose weight ``exp((logit - max) / temperature)`` reaches a threshold,
@@ -30,7 +31,7 @@ and the other rows are not affected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -93,13 +94,18 @@ def torch_argmax(logits: Tensor) -> list[int]:
 
 
 class Sampler:
-    """``argmax``: a faster ``torch_argmax``; it must return the position of a NaN, too."""
+    """``argmax``: a faster ``torch_argmax``; it must return the position of a NaN, too.
+    ``eos_token_ids``: what ends a sequence that does not ignore them."""
 
     def __init__(
-        self, vocab_size: int, argmax: Callable[[Tensor], list[int]] = torch_argmax
+        self,
+        vocab_size: int,
+        argmax: Callable[[Tensor], list[int]] = torch_argmax,
+        eos_token_ids: Iterable[int] = (),
     ) -> None:
         self._vocab_size = vocab_size
         self._argmax = argmax
+        self._eos_token_ids = tuple(eos_token_ids)
 
     def launch(self, logits: Tensor, entries: list[ScheduledSequence]) -> Sampling:
         """What ``DeviceSampler.launch`` is, but done when it returns; only for steps that are
@@ -120,7 +126,11 @@ class Sampler:
             params = seq.params
             if params.temperature >= GREEDY_BELOW:
                 drawn.append(row)
-            elif params.logit_bias or params.penalised:
+            elif (
+                params.logit_bias
+                or params.penalised
+                or is_restricted(params, seq.num_output_tokens)
+            ):
                 changed.append(row)
             else:
                 greedy.append(row)
@@ -160,6 +170,13 @@ class Sampler:
                     values[token_id] += bias
             if seq.params.penalised:
                 _penalise(values, seq)
+            # Added, not set: a NaN stays one.
+            with np.errstate(invalid="ignore"):
+                if seq.params.allowed_token_ids is not None:
+                    bans = np.full(len(values), -np.inf, dtype=np.float32)
+                    bans[list(seq.params.allowed_token_ids)] = 0.0
+                    values += bans
+                values[forbidden(seq, seq.num_output_tokens, self._eos_token_ids)] -= np.inf
         return copy
 
     def _draw(self, logits: Tensor, sequences: list[Sequence]) -> list[int | None]:
@@ -204,6 +221,33 @@ class Sampler:
                 best = list(zip(ids[i][:count], values[i][:count], strict=True))
                 result[row] = TokenLogprobs(int(chosen[i]), own[i], best)
         return result
+
+
+def is_restricted(params: SamplingParams, num_output: int) -> bool:
+    """Whether there are tokens that may not come after ``num_output`` ones."""
+    return (
+        num_output < params.min_tokens
+        or bool(params.bad_words)
+        or params.allowed_token_ids is not None
+    )
+
+
+def forbidden(seq: Sequence, num_output: int, eos_token_ids: tuple[int, ...]) -> list[int]:
+    """Tokens that may not come after ``num_output`` ones, beside those that are not allowed at all.
+
+    Only for sequences whose tokens are known, if ``params.needs_tokens``.
+    """
+    params = seq.params
+    ids: list[int] = []
+    if num_output < params.min_tokens:
+        ids += params.stop_token_ids
+        if not params.ignore_eos:
+            ids += eos_token_ids
+    for word in params.bad_words:
+        before = len(word) - 1
+        if before <= num_output and tuple(seq.token_ids[seq.num_tokens - before :]) == word[:-1]:
+            ids.append(word[-1])
+    return list(dict.fromkeys(ids))
 
 
 def checked_shape(logits: Tensor, n: int, vocab: int) -> None:

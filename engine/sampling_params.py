@@ -13,7 +13,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ``temperature`` 0 is greedy. ``None`` switches a filter off. ``logprobs`` is the number of
     most likely alternatives reported beside each sampled token (0: only the token itself).
     ``seed`` fixes the random draws: draw i of a sequence depends on (seed, i) alone, never on
-    what else is in the batch. ``logit_bias`` is added to the raw logits.
+    what else is in the batch. ``logit_bias`` is added to the raw logits. ``min_tokens``: until so
+    many have come, no token is chosen that would end the sequence. ``bad_words``: runs of tokens
+    whose last one is not chosen behind the others. ``allowed_token_ids``: no others are chosen.
     """
 
     max_tokens: int
@@ -29,14 +31,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
     @property
+    def needs_tokens(self) -> bool:
+        """Whether what may come next depends on the tokens so far."""
+        return self.penalised or any(len(word) > 1 for word in self.bad_words)
+
+    @property
     def penalised(self) -> bool:
-        """Whether the logits depend on the tokens so far."""
+        """Whether logits are lowered for the tokens so far."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
@@ -54,6 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             ("presence_penalty", self.presence_penalty, -2.0, 2.0),
             ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
             ("logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            ("min_tokens", self.min_tokens, 0, self.max_tokens),
         ):
             if value is None:
                 continue
@@ -77,9 +88,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 )
             if not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias must be in [-100, 100], got {bias}", "logit_bias")
-        for token_id in self.stop_token_ids:
-            if not 0 <= token_id < vocab_size:
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise RequestError("allowed_token_ids is empty", "allowed_token_ids")
+            if self.bad_words:
                 raise RequestError(
-                    f"stop_token_ids names token {token_id}; the vocabulary has {vocab_size}",
-                    "stop_token_ids",
+                    "allowed_token_ids and bad_words cannot be combined", "allowed_token_ids"
                 )
+        for name, ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("allowed_token_ids", self.allowed_token_ids or ()),
+            *(("bad_words", word) for word in self.bad_words),
+        ):
+            for token_id in ids:
+                if not 0 <= token_id < vocab_size:
+                    raise RequestError(
+                        f"{name} names token {token_id}; the vocabulary has {vocab_size}", name
+                    )

@@ -275,7 +275,7 @@ class Scheduler:
             if seq.status is not Status.RUNNING or self._is_beside(seq):
                 continue
             start, num_tokens = step.start(seq), step.num_tokens(seq)
-            if step.awaits(seq) and (seq.params.penalised or self._is_full(seq, num_tokens)):
+            if step.awaits(seq) and (seq.params.needs_tokens or self._is_full(seq, num_tokens)):
                 continue
             if num_tokens - start > 1:
                 prefilling.append(seq)

@@ -17,6 +17,8 @@ from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 
+EOS = (0,)
+
 
 def make_entry(tokens: list[int], num_prompt: int, params: SamplingParams) -> ScheduledSequence:
     seq = Sequence(0, array("i", tokens), num_prompt, params)
@@ -31,11 +33,11 @@ def agree(logits: torch.Tensor, entries: list[ScheduledSequence]) -> list[Sample
     """What both samplers choose, which must be the same, and leave the logits as they are."""
     vocab = logits.shape[1]
     before = logits.clone()
-    sampling = DeviceSampler(vocab).launch(logits, entries)
+    sampling = DeviceSampler(vocab, EOS).launch(logits, entries)
     assert torch.equal(logits.nan_to_num(7), before.nan_to_num(7))
     logits += 1  # the next step's: of no account any more
     found = sampling.result()
-    expected = Sampler(vocab).sample(before, [each.seq for each in entries])
+    expected = Sampler(vocab, eos_token_ids=EOS).sample(before, [each.seq for each in entries])
     assert [each.token_id for each in found] == [each.token_id for each in expected]
     assert sampling.token_ids.dtype == torch.int32
     for given_id, one, other in zip(sampling.token_ids.tolist(), found, expected, strict=True):
@@ -54,6 +56,9 @@ def agree(logits: torch.Tensor, entries: list[ScheduledSequence]) -> list[Sample
 @st.composite
 def sampling_params(draw: st.DrawFn, vocab: int) -> SamplingParams:
     maybe = st.none()
+    ids = st.integers(0, vocab - 1)
+    words = st.lists(st.lists(ids, min_size=1, max_size=3).map(tuple), max_size=4).map(tuple)
+    allowed = draw(maybe | maybe | st.lists(ids, min_size=1, max_size=4).map(tuple))
     return SamplingParams(
         max_tokens=9,
         temperature=draw(st.sampled_from([0.0, 1e-6, 0.3, 1.0, 2.0])),
@@ -66,6 +71,11 @@ def sampling_params(draw: st.DrawFn, vocab: int) -> SamplingParams:
         logit_bias=draw(
             maybe | st.dictionaries(st.integers(0, vocab - 1), st.floats(-9, 9), max_size=3)
         ),
+        stop_token_ids=draw(st.lists(ids, max_size=2).map(tuple)),
+        ignore_eos=draw(st.booleans()),
+        min_tokens=draw(st.sampled_from([0, 0, 2, 9])),
+        bad_words=() if allowed else draw(words),
+        allowed_token_ids=allowed,
         seed=draw(st.integers(0, 99)),
         logprobs=draw(maybe | st.integers(0, 5)),
     )

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from headstart.engine.errors import RequestError
 from headstart.engine.sampler import Sampler, _inverse_cdf, _threshold, uniform
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.sequence import Sequence
@@ -305,3 +306,75 @@ def test_more_rows_than_fit_a_tile() -> None:
 def test_logits_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="vocabulary of 1000"):
         Sampler(VOCAB).sample(torch.zeros(1, 999), [make_sequence()])
+
+
+# --------------------------------------------------------------------- tokens that may not come
+
+
+def chosen(logits: list[float], tokens: list[int], num_prompt: int, **params: Any) -> int | None:
+    """The greedy token after ``tokens``; 9 ends a sequence."""
+    seq = make_sequence(tokens, num_prompt, temperature=0.0, **params)
+    (sampled,) = Sampler(len(logits), eos_token_ids=[9]).sample(torch.tensor([logits]), [seq])
+    return sampled.token_id
+
+
+RISING = [float(i) for i in range(10)]
+"""Token 9 is the likeliest, then 8, ..."""
+
+
+def test_min_tokens_keeps_what_ends_it_away() -> None:
+    assert chosen(RISING, [1, 2, 3], 2) == 9
+    for num_output, expected in ((0, 8), (1, 8), (2, 9), (3, 9)):
+        tokens = [1, 2, *[5] * num_output]
+        assert chosen(RISING, tokens, 2, min_tokens=2) == expected
+    assert chosen(RISING, [1], 1, min_tokens=1, stop_token_ids=(8, 6)) == 7
+    # What does not end it may come.
+    assert chosen(RISING, [1], 1, min_tokens=1, ignore_eos=True, stop_token_ids=(8,)) == 9
+
+
+def test_bad_words_end_nowhere() -> None:
+    assert chosen(RISING, [1], 1, bad_words=((9,), (8,))) == 7
+    word = (5, 6, 9)
+    assert chosen(RISING, [1, 5, 6], 1, bad_words=(word,)) == 8
+    for tokens, num_prompt in (
+        ([1, 6, 5], 1),
+        ([1, 5, 6, 2], 1),
+        ([5, 6], 2),  # the prompt is not the answer
+        ([1, 5, 6], 2),  # nor a part of it
+        ([6], 1),
+    ):
+        assert chosen(RISING, tokens, num_prompt, bad_words=(word,)) == 9
+    assert chosen(RISING, [1, 9, 9], 1, bad_words=((9, 9, 9),)) == 8
+
+
+def test_only_allowed_tokens_come() -> None:
+    assert chosen(RISING, [1], 1, allowed_token_ids=(2, 5, 3)) == 5
+    assert chosen(RISING, [1], 1, allowed_token_ids=(2, 9), min_tokens=3) == 2
+    # A bias or a penalty moves a token among the others, not past a ban.
+    assert chosen(RISING, [1], 1, allowed_token_ids=(2, 3), logit_bias={2: 5.0, 7: 100.0}) == 2
+    logits = torch.tensor(RISING)
+    assert set(draws(logits, 200, allowed_token_ids=(1, 2, 3))) == {1, 2, 3}
+    assert set(draws(logits, 200, temperature=2.0, bad_words=((9,), (8,)))) <= set(range(8))
+
+
+def test_logprobs_are_of_the_model_not_of_what_was_allowed() -> None:
+    seq = make_sequence([1], temperature=0.0, allowed_token_ids=(2,), logprobs=1)
+    (sampled,) = Sampler(10).sample(torch.tensor([RISING]), [seq])
+    assert sampled.logprobs is not None
+    assert (sampled.logprobs.token_id, sampled.logprobs.top[0][0]) == (2, 9)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"min_tokens": 10}, "min_tokens must be at most 9, got 10"),
+        ({"min_tokens": -1}, "min_tokens must be at least 0"),
+        ({"allowed_token_ids": ()}, "allowed_token_ids is empty"),
+        ({"allowed_token_ids": (7,)}, "allowed_token_ids names token 7; the vocabulary has 7"),
+        ({"bad_words": ((1,), (2, -1))}, "bad_words names token -1"),
+        ({"bad_words": ((1,),), "allowed_token_ids": (1,)}, "cannot be combined"),
+    ],
+)
+def test_params_that_make_no_sense(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(max_tokens=9, **params).validate(7)
