@@ -25,10 +25,17 @@ class Detokenizer:
     byte fallback decode a run of bytes as a whole; there a bad byte shows as U+FFFD by itself.
     """
 
-    __slots__ = ("_held", "_seen", "_stream", "_tokenizer")
+    __slots__ = ("_held", "_seen", "_skip_special", "_stream", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        context: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skip_special = skip_special_tokens
         self._seen = list(context[-CONTEXT_TOKENS:])
         self._held: list[int] = []
         self._stream = self._new_stream()
@@ -37,7 +44,7 @@ class Detokenizer:
         # DecodeStream would show a context again that ends within a character.
         if self._decode(self._seen).endswith("\ufffd"):
             self._seen = []
-        return DecodeStream(ids=list(self._seen), skip_special_tokens=True)
+        return DecodeStream(ids=list(self._seen), skip_special_tokens=self._skip_special)
 
     def push(self, token_id: int) -> str:
         """The text that is certain now; may be empty."""
@@ -90,4 +97,4 @@ class Detokenizer:
         self._stream = self._new_stream()
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special)

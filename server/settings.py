@@ -19,6 +19,9 @@ class ServerSettings:
     max_stop_chars:     length of one stop string, characters
     max_stop_token_ids: entries of ``stop_token_ids``
     max_logit_bias:     entries of ``logit_bias``
+    max_allowed_token_ids: entries of ``allowed_token_ids``
+    max_bad_words:      strings of ``bad_words``
+    max_bad_word_chars: length of one of them, characters
     max_segments:       spans of one ``segment_mask``
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
@@ -34,6 +37,9 @@ class ServerSettings:
     max_stop_chars: int = 1024
     max_stop_token_ids: int = 256
     max_logit_bias: int = 1024
+    max_allowed_token_ids: int = 4096
+    max_bad_words: int = 128
+    max_bad_word_chars: int = 256
     max_segments: int = 4096
     inline_chars: int = 8192
     segment_mask: str | None = None

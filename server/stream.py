@@ -21,10 +21,12 @@ class StopStrings:
     """Cuts a growing text at the stop string that is complete first (the longest, of those that
     end at the same place)."""
 
-    __slots__ = ("_held", "_stops", "hit")
+    __slots__ = ("_held", "_include", "_stops", "hit")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        """``include``: the stop string itself still belongs to the text."""
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
         self.hit = False
 
@@ -33,28 +35,29 @@ class StopStrings:
         if not self._stops or not text:
             return text
         text = self._held + text
-        cut = self._find(text)
-        if cut is None:
+        found = self._find(text)
+        if found is None:
             cut = self._hold_from(text)
             self._held = text[cut:]
-        else:
-            self.hit = True
-            self._held = ""
-        return text[:cut]
+            return text[:cut]
+        self.hit = True
+        self._held = ""
+        end, start = found
+        return text[: end if self._include else start]
 
     def flush(self) -> str:
         """What was held back, when no more text comes."""
         held, self._held = self._held, ""
         return held
 
-    def _find(self, text: str) -> int | None:
-        """Where the first complete stop string starts."""
+    def _find(self, text: str) -> tuple[int, int] | None:
+        """Where the first complete stop string ends, and where it starts."""
         best: tuple[int, int] | None = None
         for stop in self._stops:
             start = text.find(stop)
             if start >= 0 and (best is None or (start + len(stop), start) < best):
                 best = (start + len(stop), start)
-        return None if best is None else best[1]
+        return best
 
     def _hold_from(self, text: str) -> int:
         """Where the longest end of ``text`` starts that a stop string may begin with."""
@@ -80,6 +83,21 @@ class Delta:
     offsets: list[int] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How tokens become text.
+
+    stops: strings that end it. include_stop: what ends it, string or token, is text as well.
+    min_tokens: the text of so many tokens holds no stop string. skip_special_tokens: they are no
+    text.
+    """
+
+    stops: Sequence[str] = ()
+    include_stop: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+
+
 class TextAssembler:
     """The text of one answer, output by output. ``num_tokens`` counts every token generated."""
 
@@ -89,6 +107,7 @@ class TextAssembler:
         "_length",
         "_logprobs",
         "_offsets",
+        "_options",
         "_stops",
         "_waiting",
         "cached_tokens",
@@ -98,13 +117,15 @@ class TextAssembler:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        stops: Sequence[str] = (),
+        options: TextOptions = TextOptions(),
         *,
         context: Sequence[int] = (),
         logprobs: bool = False,
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer.backend, context)
-        self._stops = StopStrings(stops)
+        self._options = options
+        skip = options.skip_special_tokens
+        self._detokenizer = Detokenizer(tokenizer.backend, context, skip_special_tokens=skip)
+        self._stops = StopStrings(options.stops, options.include_stop)
         self._logprobs = logprobs
         self._length = 0  # characters detokenised, stop string included
         self._given = 0  # characters given out
@@ -116,12 +137,14 @@ class TextAssembler:
     def push(self, output: Output) -> Delta:
         """The delta of one output. ``finish_reason`` "stop" for a stop string too: the stream has
         to be aborted then, and nothing may be pushed any more."""
-        token_ids = output.token_ids
+        token_ids, options = output.token_ids, self._options
+        unstoppable = options.min_tokens - self.num_tokens
         self.num_tokens += len(token_ids)
         if output.cached_tokens:
             self.cached_tokens = output.cached_tokens
         reason = output.finish_reason
-        shown = len(token_ids) - (reason == "stop")  # the token that ended it is not text
+        # The token that ended it is not text.
+        shown = len(token_ids) - (reason == "stop" and not options.include_stop)
         stops = self._stops
         text = ""
         for i in range(shown):
@@ -130,7 +153,7 @@ class TextAssembler:
                 self._offsets.append(self._length)
             piece = self._detokenizer.push(token_ids[i])
             self._length += len(piece)
-            text += stops.push(piece)
+            text += piece if i < unstoppable else stops.push(piece)
             if stops.hit:
                 self.num_tokens -= len(token_ids) - i - 1
                 return self._delta(text, "stop")

@@ -96,14 +96,16 @@ class ChatBody(GenerationBody):
                 "max_completion_tokens",
             )
 
-    def params(self, num_prompt: int, model: ModelInfo, settings: ServerSettings) -> SamplingParams:
+    def params(
+        self, num_prompt: int, model: ModelInfo, settings: ServerSettings, tokenizer: Tokenizer
+    ) -> SamplingParams:
         """The engine's view of the request."""
         name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = fit_max_tokens(
             num_prompt, getattr(self, name), model, param=name, prompt_param="messages"
         )
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling_params(max_tokens, logprobs, model, settings)
+        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer)
 
 
 def _content_text(content: Any, path: str) -> str:
@@ -220,7 +222,9 @@ def routes(runtime: Runtime) -> APIRouter:
                 "messages",
                 "no_chat_template",
             )
+        options = body.text_options(runtime.settings)
         size = sum(len(message["content"]) for message in messages)
+        token_ids: Sequence[int]
         segments: list[Span] = []
         if mask == "turns":
             token_ids, turns = await runtime.with_text(
@@ -229,7 +233,9 @@ def routes(runtime: Runtime) -> APIRouter:
             segments = turn_spans(turns)
         else:
             token_ids = await runtime.with_text(size, partial(template.encode, messages))
-        params = body.params(len(token_ids), model, runtime.settings)
+        wanted = body.max_completion_tokens or body.max_tokens
+        token_ids = body.truncated(token_ids, wanted, model, spans=bool(segments))
+        params = body.params(len(token_ids), model, runtime.settings, runtime.tokenizer)
         format = ChatFormat(
             served.name,
             runtime.tokenizer,
@@ -241,7 +247,7 @@ def routes(runtime: Runtime) -> APIRouter:
             served,
             [Prompt(token_ids, params, segments)],
             n=body.n or 1,
-            stops=body.stops(runtime.settings),
+            options=options,
             salt=body.salt,
         )
         warning = NOT_DECLARED if mask == "turns" and not served.for_segments else None

@@ -61,6 +61,7 @@ PromptField = Annotated[
 class CompletionBody(GenerationBody):
     prompt: PromptField
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     logprobs: LogprobCount | None = None
     segment_mask: CompletionMaskField = None
 
@@ -70,6 +71,11 @@ class CompletionBody(GenerationBody):
         if self.echo and self.logprobs is not None:
             raise bad_request(
                 "echo together with logprobs is not supported", "echo", "unsupported_parameter"
+            )
+        if self.add_special_tokens is False and self.segment_mask is not None:
+            raise bad_request(
+                "add_special_tokens: false and segment_mask cannot be combined",
+                "add_special_tokens",
             )
 
     def prompts(self, settings: ServerSettings) -> Sequence[str | list[int]]:
@@ -97,7 +103,9 @@ class CompletionBody(GenerationBody):
             return prompt
         return [_checked_ids(ids, f"prompt[{i}]") for i, ids in enumerate(prompt)]
 
-    def params(self, num_prompt: int, model: ModelInfo, settings: ServerSettings) -> SamplingParams:
+    def params(
+        self, num_prompt: int, model: ModelInfo, settings: ServerSettings, tokenizer: Tokenizer
+    ) -> SamplingParams:
         """The engine's view of the request, for a prompt of this length."""
         max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         if self.max_tokens is None and num_prompt < model.max_model_len:
@@ -105,7 +113,7 @@ class CompletionBody(GenerationBody):
         max_tokens = fit_max_tokens(
             num_prompt, max_tokens, model, param="max_tokens", prompt_param="prompt"
         )
-        return self.sampling_params(max_tokens, self.logprobs, model, settings)
+        return self.sampling_params(max_tokens, self.logprobs, model, settings, tokenizer)
 
 
 def _bad_prompt(path: str) -> Exception:
@@ -204,10 +212,11 @@ async def _checked_prompts(
     many = isinstance(body.prompt, list) and not is_token_id(body.prompt[0])
     for i, prompt in enumerate(prompts):
         path = f"prompt[{i}]" if many else "prompt"
+        token_ids: Sequence[int]
         places: Sequence[Place | None] = ()
         if isinstance(prompt, str):
             token_ids, places = await runtime.with_text(
-                len(prompt), partial(_encode, tokenizer, prompt, spans)
+                len(prompt), partial(_encode, tokenizer, prompt, spans, body.add_special_tokens)
             )
         else:
             token_ids = prompt
@@ -219,10 +228,14 @@ async def _checked_prompts(
                     )
         if not token_ids:
             raise bad_request(f"{path} is empty", path)
+        wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        kept = body.truncated(token_ids, wanted, model, spans=spans is not None)
+        whole, token_ids = len(kept) == len(token_ids), kept
         echo = ""
         if body.echo:
-            echo = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-        params = body.params(len(token_ids), model, runtime.settings)
+            given = isinstance(prompt, str) and whole
+            echo = str(prompt) if given else tokenizer.decode(token_ids)
+        params = body.params(len(token_ids), model, runtime.settings, tokenizer)
         text = prompt if isinstance(prompt, str) else ""
         segments = spans.of_prompt(len(token_ids), text, places) if spans else ()
         checked.append(Prompt(token_ids, params, segments, context=token_ids[-8:], echo=echo))
@@ -230,12 +243,12 @@ async def _checked_prompts(
 
 
 def _encode(
-    tokenizer: Tokenizer, prompt: str, spans: Spans | None
+    tokenizer: Tokenizer, prompt: str, spans: Spans | None, add_special_tokens: bool | None
 ) -> tuple[list[int], Sequence[Place | None]]:
     """Ids, and where each comes from if ``spans`` ask for that, which takes longer."""
     if spans is not None and spans.unit == "characters":
         return tokenizer.encode_placed(prompt)
-    return tokenizer.encode(prompt, add_special_tokens=True), ()
+    return tokenizer.encode(prompt, add_special_tokens=add_special_tokens is not False), ()
 
 
 def routes(runtime: Runtime) -> APIRouter:
@@ -248,7 +261,7 @@ def routes(runtime: Runtime) -> APIRouter:
         served = runtime.served(body.model)
         body.check_completion(runtime.settings)
         spans = completion_spans(body.segment_mask, runtime.settings)
-        stops = body.stops(runtime.settings)
+        options = body.text_options(runtime.settings)
         model = runtime.require_model()
         prompts = await _checked_prompts(runtime, body, model, spans)
         format = CompletionFormat(
@@ -258,7 +271,7 @@ def routes(runtime: Runtime) -> APIRouter:
             include_usage=body.include_usage,
         )
         choices = start_choices(
-            runtime, served, prompts, n=body.n or 1, stops=stops, salt=body.salt
+            runtime, served, prompts, n=body.n or 1, options=options, salt=body.salt
         )
         warning = NOT_DECLARED if spans and not served.for_segments else None
         return Reply(choices, format, stream=bool(body.stream), warning=warning)

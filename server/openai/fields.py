@@ -6,7 +6,7 @@ for nothing (``n``: 1, ``tools``: null); any other value, and any unknown field,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -16,25 +16,22 @@ from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from headstart.server.errors import bad_request
 from headstart.server.settings import ServerSettings
+from headstart.server.stream import TextOptions
+from headstart.server.tokenizer import Tokenizer
 
 # Accepted with any value: they describe the caller and change nothing in an answer.
 DESCRIPTIVE = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 
 # Field -> the values, beside null, that ask for nothing.
 REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
-    "min_tokens": (0,),
     "priority": (0,),
     "prompt_logprobs": (),
     "request_id": (),
@@ -42,11 +39,9 @@ REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "structured_outputs": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": (),
 }
@@ -73,7 +68,6 @@ REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
     "web_search_options": (),
 }
 REFUSED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
-    "add_special_tokens": (True,),
     "prompt_embeds": (),
     "suffix": ("",),
 }
@@ -124,6 +118,9 @@ LogitBiasField = Annotated[
 TokenIdsField = Annotated[
     Any, WithJsonSchema({"type": "array", "items": {"type": "integer"}}, mode="validation")
 ]
+StringsField = Annotated[
+    Any, WithJsonSchema({"type": "array", "items": {"type": "string"}}, mode="validation")
+]
 
 
 class GenerationBody(Body):
@@ -139,7 +136,13 @@ class GenerationBody(Body):
     n: Annotated[int, Field(ge=1)] | None = None
     stop: StopField = None
     stop_token_ids: TokenIdsField = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
+    bad_words: StringsField = None
+    allowed_token_ids: TokenIdsField = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -196,8 +199,37 @@ class GenerationBody(Body):
                 )
         return tuple(stops)
 
+    def text_options(self, settings: ServerSettings) -> TextOptions:
+        """How tokens become the answer's text; raises APIError."""
+        return TextOptions(
+            stops=self.stops(settings),
+            include_stop=bool(self.include_stop_str_in_output),
+            min_tokens=self.min_tokens or 0,
+            skip_special_tokens=self.skip_special_tokens is not False,
+        )
+
+    def truncated(
+        self, token_ids: Sequence[int], max_tokens: int | None, model: ModelInfo, *, spans: bool
+    ) -> Sequence[int]:
+        """The end of a prompt, if ``truncate_prompt_tokens`` asks for it. -1: as much as leaves
+        room for the answer. ``spans``: the prompt has some, whose places would be lost."""
+        most = self.truncate_prompt_tokens
+        if most is None:
+            return token_ids
+        if most == 0 or spans:
+            why = "must be -1 or at least 1" if most == 0 else "and segment_mask cannot be combined"
+            raise bad_request(f"truncate_prompt_tokens {why}", "truncate_prompt_tokens")
+        if most == -1:
+            most = max(model.max_model_len - (max_tokens or 1), 1)
+        return token_ids[-most:]
+
     def sampling_params(
-        self, max_tokens: int, logprobs: int | None, model: ModelInfo, settings: ServerSettings
+        self,
+        max_tokens: int,
+        logprobs: int | None,
+        model: ModelInfo,
+        settings: ServerSettings,
+        tokenizer: Tokenizer,
     ) -> SamplingParams:
         """The engine's view of the request; raises RequestError or APIError."""
         params = SamplingParams(
@@ -212,8 +244,11 @@ class GenerationBody(Body):
             logit_bias=self._logit_bias(settings),
             seed=None if self.seed is None else choice_seed(self.seed, 0),
             logprobs=logprobs,
-            stop_token_ids=self._stop_token_ids(settings),
+            stop_token_ids=self._token_ids("stop_token_ids", settings.max_stop_token_ids) or (),
             ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+            bad_words=self._bad_words(settings, tokenizer),
+            allowed_token_ids=self._token_ids("allowed_token_ids", settings.max_allowed_token_ids),
         )
         params.validate(model.vocab_size)
         return params
@@ -239,19 +274,42 @@ class GenerationBody(Body):
             biases[int(key)] = float(value)
         return biases or None
 
-    def _stop_token_ids(self, settings: ServerSettings) -> tuple[int, ...]:
-        ids = self.stop_token_ids
+    def _token_ids(self, field: str, most: int) -> tuple[int, ...] | None:
+        ids = getattr(self, field)
         if ids is None:
-            return ()
+            return None
         if not isinstance(ids, list) or not all(map(is_token_id, ids)):
-            raise bad_request("stop_token_ids must be a list of token ids", "stop_token_ids")
-        if len(ids) > settings.max_stop_token_ids:
-            raise bad_request(
-                f"stop_token_ids has {len(ids)} entries; at most "
-                f"{settings.max_stop_token_ids} are allowed",
-                "stop_token_ids",
-            )
+            raise bad_request(f"{field} must be a list of token ids", field)
+        if len(ids) > most:
+            raise bad_request(f"{field} has {len(ids)} entries; at most {most} are allowed", field)
         return tuple(ids)
+
+    def _bad_words(
+        self, settings: ServerSettings, tokenizer: Tokenizer
+    ) -> tuple[tuple[int, ...], ...]:
+        """Each word as tokens, as it is at the beginning of a text and behind a space."""
+        words = self.bad_words
+        if words is None:
+            return ()
+        if not isinstance(words, list):
+            raise bad_request("bad_words must be a list of strings", "bad_words")
+        most, chars = settings.max_bad_words, settings.max_bad_word_chars
+        if len(words) > most:
+            raise bad_request(
+                f"bad_words has {len(words)} strings; at most {most} are allowed", "bad_words"
+            )
+        found: dict[tuple[int, ...], None] = {}
+        for i, word in enumerate(words):
+            path = f"bad_words[{i}]"
+            if not isinstance(word, str):
+                raise bad_request(f"{path} must be a string", path)
+            if not word.strip() or len(word) > chars:
+                raise bad_request(
+                    f"{path} must have 1 to {chars} characters that are not all spaces", path
+                )
+            for form in (word, " " + word.lstrip()):
+                found[tuple(tokenizer.encode(form, add_special_tokens=False))] = None
+        return tuple(found)
 
 
 def refuse_extras(

@@ -13,7 +13,7 @@ from headstart.server.metrics import ChoiceTimer
 from headstart.server.openai.fields import choice_seed
 from headstart.server.openai.reply import Choice
 from headstart.server.runtime import Runtime, Served
-from headstart.server.stream import TextAssembler
+from headstart.server.stream import TextAssembler, TextOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ def start_choices(
     prompts: Sequence[Prompt],
     *,
     n: int,
-    stops: Sequence[str],
+    options: TextOptions,
     salt: bytes,
 ) -> list[Choice]:
     """``n`` choices of each prompt, seeds counting up from the request's.
@@ -50,7 +50,7 @@ def start_choices(
                     params = msgspec.structs.replace(params, seed=choice_seed(params.seed, j))
                 assembler = TextAssembler(
                     runtime.tokenizer,
-                    stops,
+                    options,
                     context=prompt.context,
                     logprobs=params.logprobs is not None,
                 )

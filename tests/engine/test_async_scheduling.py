@@ -116,6 +116,11 @@ def workload(seed: int, *, segments: bool = False, adapters: bool = False) -> li
         {"temperature": 1.2, "top_k": 20, "min_p": 0.01},
         {"temperature": 0.0, "repetition_penalty": 1.3},
         {"temperature": 0.8, "frequency_penalty": 0.5, "logit_bias": {7: 2.0}},
+        {
+            "temperature": 0.9,
+            "bad_words": tuple((i, j) for i in range(20) for j in range(0, 320, 9)),
+        },
+        {"temperature": 0.9, "min_tokens": 5, "stop_token_ids": tuple(range(150))},
         {"temperature": 0.0, "stop_token_ids": tuple(range(3, 300, 9))},
     ]
     requests = []

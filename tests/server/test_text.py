@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.messages import Output, TokenLogprobs
 from headstart.server.detokenizer import MAX_HELD_TOKENS, Detokenizer
-from headstart.server.stream import StopStrings, TextAssembler
+from headstart.server.stream import StopStrings, TextAssembler, TextOptions
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
 
@@ -143,7 +143,7 @@ def test_stop_strings_do_not_depend_on_the_cuts(pieces, stops):
 @given(st.text(max_size=40), st.text(min_size=1, max_size=4), st.integers(1, 5))
 def test_assembler_cuts_where_find_does(tokenizer, text, stop, per_output):
     token_ids = tokenizer.encode(text, add_special_tokens=False)
-    assembler = TextAssembler(tokenizer, [stop])
+    assembler = TextAssembler(tokenizer, TextOptions([stop]))
     got, reason = "", None
     for i in range(0, len(token_ids), per_output):
         last = i + per_output >= len(token_ids)
@@ -168,7 +168,7 @@ def test_the_ending_token_is_counted_but_not_shown(tokenizer, say):
 
 def test_logprobs_end_with_the_text(tokenizer, say):
     ids = say("a") + say("b") + say("c") + say("d")
-    assembler = TextAssembler(tokenizer, ["cd"], logprobs=True)
+    assembler = TextAssembler(tokenizer, TextOptions(["cd"]), logprobs=True)
     tokens: list[int] = []
     for token_id in ids:
         delta = assembler.push(Output(0, [token_id], None, 0, [TokenLogprobs(token_id, -1.0, [])]))
