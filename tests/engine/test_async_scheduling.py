@@ -128,9 +128,9 @@ def workload(seed: int, *, segments: bool = False, adapters: bool = False) -> li
     for i in range(16):
         step += draw.choice((0, 0, 1, 4))
         prompt = draw.choice(prefixes) + some(draw.choice((1, 5, 31, 40)))
-        params = SamplingParams(
-            max_tokens=draw.choice((1, 2, 9, 40)), **{"seed": i, **draw.choice(ways)}
-        )
+        most, way = draw.choice((1, 2, 9, 40)), draw.choice(ways)
+        most = max(most, way.get("min_tokens", 0))
+        params = SamplingParams(max_tokens=most, **{"seed": i, **way})
         spans: list[Span] = []
         if segments and draw.random() < 0.7:
             spans = [(1, 1 + (len(prompt) - 1) // 2), (1 + (len(prompt) - 1) // 2, len(prompt))]
@@ -164,16 +164,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_same_answers_on_and_off(tiny_model: TinyModel, name: str) -> None:
     folder = tiny_model("llama")
+    shared = 0
     for seed in range(3):
         requests = workload(seed)
         engine = make_engine(folder, async_scheduling="on", **SETTINGS[name])
         plain = make_engine(folder, async_scheduling="off", **SETTINGS[name])
         check_equal(requests, run(engine, requests), run(plain, requests))
-        if name == "relay":
-            assert engine.stats.relay.ranges > 0
-            assert not engine.stats.relay.refused
+        shared += engine.stats.relay.ranges
+        assert not engine.stats.relay.refused
         if name not in ("tiny pool", "uncached"):
             assert engine.stats.cached_tokens > 0
+    assert shared > 0 or name != "relay"  # some of these workloads share a prefix at a time
 
 
 @pytest.mark.parametrize("choice", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 3}], ids=str)
