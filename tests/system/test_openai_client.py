@@ -123,6 +123,26 @@ def test_stop(client):
     assert "".join(chunk.choices[0].text for chunk in streamed) == cut.text
 
 
+def test_which_tokens_may_come(client):
+    def ask(**fields):
+        request = {"model": MODEL, "messages": PARIS, "temperature": 0, "max_tokens": 40}
+        answer = client.chat.completions.create(**request, extra_body=fields)
+        return answer.choices[0], answer.usage.completion_tokens
+
+    choice, count = ask()
+    assert "Paris" in choice.message.content
+    assert (choice.finish_reason, count < 20) == ("stop", True)
+    longer, least = ask(min_tokens=30)
+    assert least >= 30
+    assert longer.message.content.startswith(choice.message.content)
+    without, _ = ask(bad_words=["Paris"])
+    assert "Paris" not in without.message.content
+    shown, _ = ask(skip_special_tokens=False, include_stop_str_in_output=True)
+    assert shown.message.content == choice.message.content + "<|im_end|>"
+    with pytest.raises(openai.BadRequestError, match="which min_tokens forbids"):
+        ask(min_tokens=2, allowed_token_ids=[2])  # <|im_end|>
+
+
 def test_logprobs(client):
     answer = client.chat.completions.create(
         model=MODEL, messages=PARIS, max_tokens=12, temperature=0, logprobs=True, top_logprobs=3
