@@ -20,6 +20,7 @@ class ServerSettings:
     max_stop_token_ids: entries of ``stop_token_ids``
     max_logit_bias:     entries of ``logit_bias``
     max_segments:       spans of one ``segment_mask``
+    max_contexts:       ids in one /detokenize, in contexts of the model
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
     lora_dir:           where adapters may be loaded from at run time; None: nowhere
@@ -35,6 +36,7 @@ class ServerSettings:
     max_stop_token_ids: int = 256
     max_logit_bias: int = 1024
     max_segments: int = 4096
+    max_contexts: int = 4
     inline_chars: int = 8192
     segment_mask: str | None = None
     lora_dir: Path | None = None
