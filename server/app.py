@@ -133,15 +133,15 @@ def _operations(runtime: Runtime) -> APIRouter:
 
         KV pages are used (held by requests), cached (kept for later ones, free on demand), or free.
         """
-        runtime.require_model()
+        pages = runtime.require_model().num_pages  # stats have none before the first step
         stats = runtime.engine.stats
         used = stats.pages_used - stats.pages_cached
         return JSONResponse(
             {
                 "running": stats.running,
                 "waiting": stats.waiting,
-                "kv_used": used / max(1, stats.pages_total),
-                "kv_pages_total": stats.pages_total,
+                "kv_used": used / pages,
+                "kv_pages_total": pages,
                 "kv_pages_used": used,
                 "kv_pages_cached": stats.pages_cached,
             }

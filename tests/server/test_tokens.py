@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
+import httpx
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,15 +30,27 @@ few_examples = settings(
 
 
 @pytest.fixture
-def ask(client):
-    """Post a body; the answer of a 200."""
+def post(app):
+    """``await post(path, body)``, to another app than the usual one if that is given."""
 
-    async def post(path, **body):
-        response = await client.post(path, json=body)
+    async def send(path, body, app=app):
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await http.post(path, json=body)
+
+    return send
+
+
+@pytest.fixture
+def ask(post, app):
+    """``await ask(path, field=value)``: the answer, which has to be a 200."""
+
+    async def send(path, app=app, **body):
+        response = await post(path, body, app)
         assert response.status_code == 200, response.text
         return response.json()
 
-    return post
+    return send
 
 
 @pytest.fixture
@@ -60,15 +75,13 @@ async def test_round_trip(ask, text):
 
 @few_examples
 @given(content=TEXTS, system=st.none() | TEXTS)
-async def test_the_ids_of_a_chat_are_those_the_engine_gets(ask, client, engine, content, system):
+async def test_the_ids_of_a_chat_are_those_the_engine_gets(ask, post, engine, content, system):
     engine.added.clear()
     messages = [] if system is None else [{"role": "developer", "content": system}]
     parts = [{"type": "text", "text": content}, {"type": "text", "text": "b"}]
     messages.append({"role": "user", "content": parts})
     tokens = await ask("/tokenize", messages=messages)
-    response = await client.post(
-        "/v1/chat/completions", json={"model": "tiny", "messages": messages}
-    )
+    response = await post("/v1/chat/completions", {"model": "tiny", "messages": messages})
     if response.status_code == 200:
         assert engine.added[0].token_ids == tokens["tokens"]
     else:  # only for its length
@@ -77,9 +90,9 @@ async def test_the_ids_of_a_chat_are_those_the_engine_gets(ask, client, engine, 
     assert shown == await ask("/apply-template", messages=messages)
 
 
-async def test_the_ids_of_a_prompt_are_those_the_engine_gets(ask, client, engine):
+async def test_the_ids_of_a_prompt_are_those_the_engine_gets(ask, post, engine):
     text = "the <|im_end|> fox"
-    await client.post("/v1/completions", json={"model": "tiny", "prompt": text})
+    await post("/v1/completions", {"model": "tiny", "prompt": text})
     tokens = await ask("/tokenize", prompt=text, return_token_strs=True)
     assert tokens["tokens"] == engine.added[0].token_ids
     assert 2 in tokens["tokens"]
@@ -113,8 +126,8 @@ async def test_the_answer_is_opened_unless_it_is_not_wanted(ask, say):
         assert tokens["token_strs"] is None
 
 
-async def test_special_tokens_that_the_tokenizer_adds(ask, client, with_bos, say):
-    client._transport.app = with_bos
+async def test_special_tokens_that_the_tokenizer_adds(ask, with_bos, say):
+    ask = partial(ask, app=with_bos)
     assert (await ask("/tokenize", prompt="fox"))["tokens"] == [0, *say("fox")]
     assert (await ask("/tokenize", prompt=""))["tokens"] == [0]
     off = await ask("/tokenize", prompt="fox", add_special_tokens=False)
@@ -124,8 +137,8 @@ async def test_special_tokens_that_the_tokenizer_adds(ask, client, with_bos, say
     assert (await ask("/detokenize", tokens=[0, *say("fox")]))["prompt"] == "<|eos|>fox"
 
 
-async def test_tools_reach_the_template(ask, client, with_bos, say):
-    client._transport.app = with_bos
+async def test_tools_reach_the_template(ask, with_bos):
+    ask = partial(ask, app=with_bos)
     tool = TOOL | {"function": TOOL["function"] | {"description": "<|im_end|>"}}
     text = (await ask("/apply-template", messages=[USER], tools=[tool]))["prompt"]
     assert text.startswith('[{"type": "function"')
@@ -137,7 +150,7 @@ async def test_tools_reach_the_template(ask, client, with_bos, say):
     assert (await ask("/apply-template", messages=[USER], tools=[]))["prompt"] == "the fox"
 
 
-async def test_the_model_is_optional_and_checked(ask, client):
+async def test_the_model_is_optional_and_checked(ask, post):
     for path, body in (
         ("/tokenize", {"prompt": "fox"}),
         ("/detokenize", {"tokens": [5]}),
@@ -146,19 +159,19 @@ async def test_the_model_is_optional_and_checked(ask, client):
         answer = await ask(path, **body)
         assert answer == await ask(path, model="also-tiny", **body)
         assert answer == await ask(path, model=None, **body)
-        response = await client.post(path, json=body | {"model": "other"})
+        response = await post(path, body | {"model": "other"})
         assert response.status_code == 404
         assert "'other'" in response.json()["error"]["message"]
 
 
-async def test_nothing_is_answered_without_a_model(client, engine):
+async def test_nothing_is_answered_without_a_model(post, engine):
     engine.ready = False
     for path, body in (
         ("/tokenize", {"prompt": "fox"}),
         ("/detokenize", {"tokens": [5]}),
         ("/apply-template", {"messages": [USER]}),
     ):
-        assert (await client.post(path, json=body)).status_code == 503
+        assert (await post(path, body)).status_code == 503
 
 
 @pytest.mark.parametrize(
@@ -207,8 +220,8 @@ async def test_nothing_is_answered_without_a_model(client, engine):
         ),
     ],
 )
-async def test_bad_requests(client, path, body, param, words):
-    response = await client.post(path, json=body)
+async def test_bad_requests(post, path, body, param, words):
+    response = await post(path, body)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == param
@@ -234,9 +247,9 @@ async def test_bad_requests(client, path, body, param, words):
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function", "a name"),
     ],
 )
-async def test_bad_chats(engine, tokenizer, client, path, fields, param, words):
-    client._transport.app = create_app(engine, tokenizer, model_names=["tiny"])
-    response = await client.post(path, json={"messages": [USER]} | fields)
+async def test_bad_chats(engine, tokenizer, post, path, fields, param, words):
+    app = create_app(engine, tokenizer, model_names=["tiny"])
+    response = await post(path, {"messages": [USER]} | fields, app)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == param
@@ -244,14 +257,14 @@ async def test_bad_chats(engine, tokenizer, client, path, fields, param, words):
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/apply-template"])
-async def test_a_template_that_refuses_or_is_missing(engine, backend, client, path):
+async def test_a_template_that_refuses_or_is_missing(engine, backend, post, path):
     for template, words in (
         ("{{ raise_exception('users first') }}", "users first"),
         (None, "no chat template"),
     ):
         tokenizer = Tokenizer(backend, chat_template=template)
-        client._transport.app = create_app(engine, tokenizer, model_names=["tiny"])
-        response = await client.post(path, json={"messages": [USER]})
+        app = create_app(engine, tokenizer, model_names=["tiny"])
+        response = await post(path, {"messages": [USER]}, app)
         assert response.status_code == 400
         assert response.json()["error"]["param"] == "messages"
         assert words in response.json()["error"]["message"]
@@ -263,18 +276,16 @@ async def test_as_many_ids_as_allowed(ask):
     assert len(text) == 1024
 
 
-async def test_ids_without_a_token_are_no_text(ask, tokenizer, monkeypatch, engine):
-    engine.model = type(engine.model)(
-        **{name: getattr(engine.model, name) for name in engine.model.__struct_fields__}
-        | {"vocab_size": 500}
-    )
+async def test_ids_without_a_token_are_no_text(ask, tokenizer, engine):
+    engine.model = msgspec.structs.replace(engine.model, vocab_size=500)
     assert tokenizer.entries([5, 499])[1] == ""
     assert await ask("/detokenize", tokens=[499]) == {"prompt": ""}
 
 
-async def test_long_texts_go_to_a_thread(engine, tokenizer, client, ask, monkeypatch):
+async def test_long_texts_go_to_a_thread(engine, tokenizer, ask, monkeypatch):
     limits = ServerSettings(inline_chars=100)
-    client._transport.app = create_app(engine, tokenizer, model_names=["tiny"], settings=limits)
+    app = create_app(engine, tokenizer, model_names=["tiny"], settings=limits)
+    ask = partial(ask, app=app)
     threads = []
 
     def noting(kind, name):
@@ -322,5 +333,5 @@ JSON = st.recursive(
         | dict.fromkeys(("prompt", "tokens", "tools", "add_generation_prompt"), JSON),
     ),
 )
-async def test_no_body_makes_a_5xx(client, path, body):
-    assert (await client.post(path, json=body)).status_code in (200, 400)
+async def test_no_body_makes_a_5xx(post, path, body):
+    assert (await post(path, body)).status_code in (200, 400)
