@@ -21,7 +21,7 @@ from headstart.server.access_log import AccessLog
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, to_api_error
 from headstart.server.metrics import Metrics
-from headstart.server.openai import adapters, chat, completions, models
+from headstart.server.openai import adapters, chat, completions, models, tokens
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.templates import ChatTemplate
@@ -34,6 +34,9 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": completions.CompletionBody,
     "/v1/load_lora_adapter": adapters.LoadAdapterBody,
     "/v1/unload_lora_adapter": adapters.UnloadAdapterBody,
+    "/tokenize": tokens.TokenizeBody,
+    "/detokenize": tokens.DetokenizeBody,
+    "/apply-template": tokens.ApplyTemplateBody,
 }
 
 
@@ -84,7 +87,7 @@ def create_app(
     app.add_middleware(AccessLog)
     _add_error_handlers(app)
     app.include_router(_operations(runtime))
-    for group in (models, chat, completions, adapters):
+    for group in (models, chat, completions, adapters, tokens):
         app.include_router(group.routes(runtime))
     _describe_bodies(app)
     return app
@@ -104,7 +107,7 @@ async def _start(engine: EngineClient, on_failure: Callable[[HeadstartError], No
 
 
 def _operations(runtime: Runtime) -> APIRouter:
-    """What operators ask: /health, /version, /metrics."""
+    """What operators ask: /health, /live, /ready, /load, /version, /metrics."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/health")
@@ -112,6 +115,37 @@ def _operations(runtime: Runtime) -> APIRouter:
         """200 when requests are served, 503 while loading, draining, or without an engine."""
         runtime.require_model()
         return JSONResponse({"status": "ok"})
+
+    @router.get("/live")
+    async def live() -> Response:
+        """200 as long as this process answers, whatever becomes of the engine."""
+        return JSONResponse({"status": "alive"})
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        """200 and 503 as /health."""
+        runtime.require_model()
+        return JSONResponse({"status": "ready"})
+
+    @router.get("/load")
+    async def load() -> Response:
+        """How busy the engine is, for those who choose between servers; a 503 when not ready.
+
+        KV pages are used (held by requests), cached (kept for later ones, free on demand), or free.
+        """
+        pages = runtime.require_model().num_pages  # stats have none before the first step
+        stats = runtime.engine.stats
+        used = stats.pages_used - stats.pages_cached
+        return JSONResponse(
+            {
+                "running": stats.running,
+                "waiting": stats.waiting,
+                "kv_used": used / pages,
+                "kv_pages_total": pages,
+                "kv_pages_used": used,
+                "kv_pages_cached": stats.pages_cached,
+            }
+        )
 
     @router.get("/version")
     async def version() -> dict[str, str]:

@@ -23,6 +23,7 @@ class ServerSettings:
     max_bad_words:      strings of ``bad_words``
     max_bad_word_chars: length of one of them, characters
     max_segments:       spans of one ``segment_mask``
+    max_contexts:       ids in one /detokenize, in contexts of the model
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
     lora_dir:           where adapters may be loaded from at run time; None: nowhere
@@ -41,6 +42,7 @@ class ServerSettings:
     max_bad_words: int = 128
     max_bad_word_chars: int = 256
     max_segments: int = 4096
+    max_contexts: int = 4
     inline_chars: int = 8192
     segment_mask: str | None = None
     lora_dir: Path | None = None

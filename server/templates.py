@@ -36,13 +36,28 @@ class ChatTemplate:
         except Exception:
             pass  # a template may refuse this chat and serve others
 
-    def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        """Ids of the chat, up to where the assistant's answer begins.
+    def encode(
+        self, messages: Sequence[Message], tools: Tools | None = None, *, answer: bool = True
+    ) -> list[int]:
+        """Ids of the chat, up to where the assistant's answer begins, its header included.
 
-        Raises RequestError with the template's own words when it refuses the messages.
+        Without ``answer`` there is no such header. Raises RequestError with the template's own
+        words when it refuses the messages.
         """
         messages, tools, hidden = self._hide(messages, tools)
-        return self._tokenizer.encode_rendered(self._render_chat(messages, tools), hidden)
+        rendered = self._render_chat(messages, tools, answer=answer)
+        return self._tokenizer.encode_rendered(rendered, hidden)
+
+    def render(
+        self, messages: Sequence[Message], tools: Tools | None = None, *, answer: bool = True
+    ) -> str:
+        """The text that ``encode`` encodes; raises as it does.
+
+        Special tokens that were written inside messages look like the template's own here.
+        """
+        messages, tools, hidden = self._hide(messages, tools)
+        rendered = self._render_chat(messages, tools, answer=answer)
+        return self._tokenizer.show_control(rendered, hidden)
 
     def encode_turns(
         self, messages: Sequence[Message], tools: Tools | None = None
@@ -106,10 +121,12 @@ class ChatTemplate:
             return [self._hidden(item, placeholders) for item in value]
         return value
 
-    def _render_chat(self, messages: Sequence[Message], tools: Tools | None) -> str:
-        """The chat with its answer opened; RequestError when the template refuses it."""
+    def _render_chat(
+        self, messages: Sequence[Message], tools: Tools | None, *, answer: bool = True
+    ) -> str:
+        """The chat, its answer opened or not; RequestError when the template refuses it."""
         try:
-            return self._render(messages, tools)
+            return self._render(messages, tools, answer=answer)
         except jinja2.TemplateError as error:
             reason = str(error)
         except Exception as error:  # whatever a template may do with a chat it does not expect

@@ -95,6 +95,14 @@ class Tokenizer:
         """Text of the ids, special tokens left out."""
         return self.backend.decode(token_ids, skip_special_tokens=True)
 
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens as they are written; no text for ids without a token."""
+        return self.backend.decode(token_ids, skip_special_tokens=False)
+
+    def entries(self, token_ids: Sequence[int]) -> list[str]:
+        """What the vocabulary has for each id, as ``\u0120fox``; "" for ids without a token."""
+        return [self.backend.id_to_token(token_id) or "" for token_id in token_ids]
+
     def placeholders(self, texts: Sequence[str]) -> dict[str, str]:
         """Private characters, in none of ``texts``, for the special tokens written in them.
 
@@ -109,6 +117,10 @@ class Tokenizer:
     def hide_control(self, text: str, placeholders: dict[str, str]) -> str:
         """``text`` with placeholders where special tokens were written."""
         return self._control.sub(lambda match: placeholders[match[0]], text)
+
+    def show_control(self, text: str, placeholders: dict[str, str]) -> str:
+        """``text`` with special tokens where their placeholders are."""
+        return text.translate(_back(placeholders))
 
     def encode_rendered(self, text: str, placeholders: dict[str, str]) -> list[int]:
         """Ids of a rendered template; placeholders are encoded as the plain text they stand for."""

@@ -29,6 +29,12 @@ from headstart.server.openai.fields import (
     Body,
     StreamOptions,
 )
+from headstart.server.openai.tokens import (
+    REFUSED_IN_TOKENIZE,
+    ApplyTemplateBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
 
 SECTIONS: tuple[tuple[str, type[Body], Mapping[str, tuple[Any, ...]], tuple[str, ...]], ...] = (
     ("/v1/chat/completions", ChatBody, REFUSED_IN_CHAT, DESCRIPTIVE),
@@ -37,6 +43,9 @@ SECTIONS: tuple[tuple[str, type[Body], Mapping[str, tuple[Any, ...]], tuple[str,
     ("stream_options", StreamOptions, REFUSED_IN_STREAM_OPTIONS, ()),
     ("/v1/load_lora_adapter", LoadAdapterBody, REFUSED_IN_LOAD, ()),
     ("/v1/unload_lora_adapter", UnloadAdapterBody, REFUSED_IN_UNLOAD, ()),
+    ("/tokenize", TokenizeBody, REFUSED_IN_TOKENIZE, ()),
+    ("/detokenize", DetokenizeBody, {}, ()),
+    ("/apply-template", ApplyTemplateBody, REFUSED_IN_TOKENIZE, ()),
 )
 
 

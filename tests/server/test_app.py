@@ -25,6 +25,34 @@ async def test_health_and_version(client, engine):
     assert (await client.get("/health")).status_code == 503
 
 
+async def test_live_and_ready(app, client, engine):
+    async def statuses():
+        return [(await client.get(path)).status_code for path in ("/live", "/ready", "/load")]
+
+    assert (await client.get("/ready")).json() == {"status": "ready"}
+    assert await statuses() == [200, 200, 200]
+    engine.ready = False
+    assert await statuses() == [200, 503, 503]
+    engine.ready = True
+    app.state.runtime.draining = True
+    assert await statuses() == [200, 503, 503]
+
+
+async def test_load(client, engine):
+    engine.stats = Stats(running=2, waiting=1, pages_total=64, pages_used=40, pages_cached=24)
+    assert (await client.get("/load")).json() == {
+        "running": 2,
+        "waiting": 1,
+        "kv_used": 0.25,
+        "kv_pages_total": 64,
+        "kv_pages_used": 16,
+        "kv_pages_cached": 24,
+    }
+    engine.stats = Stats()  # no step has been made
+    idle = (await client.get("/load")).json()
+    assert (idle["kv_used"], idle["kv_pages_total"]) == (0, 64)
+
+
 async def test_models(client):
     listed = (await client.get("/v1/models")).json()
     assert listed["object"] == "list"
@@ -138,6 +166,9 @@ async def test_openapi_describes_the_bodies(client):
         ("/v1/chat/completions", "ChatBody"),
         ("/v1/load_lora_adapter", "LoadAdapterBody"),
         ("/v1/unload_lora_adapter", "UnloadAdapterBody"),
+        ("/tokenize", "TokenizeBody"),
+        ("/detokenize", "DetokenizeBody"),
+        ("/apply-template", "ApplyTemplateBody"),
     ):
         body = document["paths"][path]["post"]["requestBody"]
         assert body["content"]["application/json"]["schema"]["$ref"].endswith(f"/{name}")

@@ -1,0 +1,230 @@
+"""/tokenize and /detokenize as vLLM has them, /apply-template as llama.cpp's server has it.
+
+They show what a request would cost before it is sent: the ids of a prompt or a chat are those that
+the engine would get for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from pydantic import FailFast, Field, WithJsonSchema
+
+from headstart.engine.messages import ModelInfo
+from headstart.server.errors import bad_request
+from headstart.server.openai.chat import ChatMessage
+from headstart.server.openai.fields import Body, TokenIdsField, is_token_id, refuse_extras
+from headstart.server.runtime import Runtime
+from headstart.server.settings import ServerSettings
+from headstart.server.templates import ChatTemplate, Message, Tools
+from headstart.server.tokenizer import Tokenizer
+
+encode = msgspec.json.encode
+
+REFUSED_IN_TOKENIZE: dict[str, tuple[Any, ...]] = {
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "mm_processor_kwargs": (),
+}
+
+ToolsField = Annotated[
+    Any,
+    WithJsonSchema({"type": "array", "items": {"type": "object"}}, mode="validation"),
+]
+
+
+class TokenizeBody(Body):
+    """``prompt``, maybe with ``add_special_tokens``, or ``messages``, maybe with the two below."""
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool | None = None
+    messages: Annotated[list[ChatMessage] | None, FailFast(), Field(min_length=1)] = None
+    add_generation_prompt: bool | None = None
+    tools: ToolsField = None
+    return_token_strs: bool | None = None
+
+    def check(self) -> None:
+        """Raise APIError for unknown fields, and for those that do not go together."""
+        refuse_extras(self.model_extra, REFUSED_IN_TOKENIZE)
+        if self.prompt is not None and self.messages is not None:
+            raise bad_request("prompt and messages exclude each other", "messages")
+        if self.prompt is None and self.messages is None:
+            raise bad_request(
+                "prompt, or messages, is required", "prompt", "missing_required_parameter"
+            )
+        if self.prompt is None and self.add_special_tokens:
+            raise bad_request(
+                "add_special_tokens goes with prompt; a chat's special tokens are its template's",
+                "add_special_tokens",
+            )
+        if self.messages is None:
+            for name in ("add_generation_prompt", "tools"):
+                if getattr(self, name) is not None:
+                    raise bad_request(f"{name} goes with messages, not with prompt", name)
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: TokenIdsField
+
+    def token_ids(self, model: ModelInfo, settings: ServerSettings) -> list[int]:
+        """The ids, all of them in the vocabulary; raises APIError naming the first that is not."""
+        ids = self.tokens
+        if not isinstance(ids, list):
+            raise bad_request("tokens must be a list of token ids", "tokens", "invalid_value")
+        limit = settings.max_contexts * model.max_model_len
+        if len(ids) > limit:
+            raise bad_request(
+                f"tokens has {len(ids)} entries; at most {limit} are allowed, "
+                f"{settings.max_contexts} times the model's context",
+                "tokens",
+            )
+        for i, token_id in enumerate(ids):
+            path = f"tokens[{i}]"
+            if not is_token_id(token_id):
+                raise bad_request(f"{path} is not a token id", path, "invalid_value")
+            if token_id >= model.vocab_size:
+                raise bad_request(
+                    f"{path} is token {token_id}; the vocabulary has {model.vocab_size}", path
+                )
+        return ids
+
+
+class ApplyTemplateBody(Body):
+    model: str | None = None
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
+    add_generation_prompt: bool | None = None
+    tools: ToolsField = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A checked chat and its template. ``answer``: the assistant's answer is opened."""
+
+    template: ChatTemplate
+    messages: list[Message]
+    tools: Tools | None
+    answer: bool
+
+    @property
+    def size(self) -> int:
+        """About how many characters there are to work on."""
+        contents = sum(len(message["content"]) for message in self.messages)
+        return contents + (len(encode(self.tools)) if self.tools else 0)
+
+    def text(self) -> str:
+        return self.template.render(self.messages, self.tools, answer=self.answer)
+
+    def token_ids(self) -> list[int]:
+        return self.template.encode(self.messages, self.tools, answer=self.answer)
+
+
+def _checked_chat(
+    runtime: Runtime, messages: list[ChatMessage], tools: Any, answer: bool | None
+) -> Chat:
+    """Raises APIError for what a chat completion would refuse in its messages, and for tools that
+    are none."""
+    limit = runtime.settings.max_messages
+    if len(messages) > limit:
+        raise bad_request(
+            f"messages has {len(messages)} entries; at most {limit} are allowed", "messages"
+        )
+    plain = [message.plain(f"messages[{i}]") for i, message in enumerate(messages)]
+    checked = _checked_tools(tools)
+    if runtime.chat_template is None:
+        raise bad_request(
+            f"the model {runtime.model_name!r} has no chat template", "messages", "no_chat_template"
+        )
+    return Chat(runtime.chat_template, plain, checked, True if answer is None else answer)
+
+
+def _checked_tools(tools: Any) -> Tools | None:
+    """Tools as the template gets them: what is in a function is for the template to write."""
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise bad_request("tools must be a list of tools", "tools", "invalid_value")
+    for i, tool in enumerate(tools):
+        path = f"tools[{i}]"
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise bad_request(f'{path} must be an object of type "function"', path, "invalid_value")
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            path += ".function"
+            raise bad_request(f"{path} must be an object with a name", path, "invalid_value")
+    return tools
+
+
+def _tokenized(
+    tokenizer: Tokenizer, model: ModelInfo, token_ids: Callable[[], list[int]], strings: bool
+) -> bytes:
+    ids = token_ids()
+    return encode(
+        {
+            "count": len(ids),
+            "max_model_len": model.max_model_len,
+            "tokens": ids,
+            "token_strs": tokenizer.entries(ids) if strings else None,
+        }
+    )
+
+
+def _prompt(text: Callable[[], str]) -> bytes:
+    return encode({"prompt": text()})
+
+
+def routes(runtime: Runtime) -> APIRouter:
+    router = APIRouter(tags=["tokens"])
+    tokenizer = runtime.tokenizer
+
+    def require_model(name: str | None) -> ModelInfo:
+        if name is not None:
+            runtime.served(name)
+        return runtime.require_model()
+
+    async def answer(size: int, work: Callable[[], bytes]) -> Response:
+        return Response(await runtime.with_text(size, work), media_type="application/json")
+
+    @router.post("/tokenize", response_class=Response)
+    async def tokenize(request: Request) -> Response:
+        """Ids of a prompt, or of a chat; ``token_strs`` are their entries in the vocabulary."""
+        body = await runtime.parse(request, TokenizeBody)
+        model = require_model(body.model)
+        body.check()
+        if body.messages is not None:
+            chat = _checked_chat(runtime, body.messages, body.tools, body.add_generation_prompt)
+            size, token_ids = chat.size, chat.token_ids
+        else:
+            text = body.prompt or ""
+            special = True if body.add_special_tokens is None else body.add_special_tokens
+            size = len(text)
+            token_ids = partial(tokenizer.encode, text, add_special_tokens=special)
+        strings = bool(body.return_token_strs)
+        return await answer(size, partial(_tokenized, tokenizer, model, token_ids, strings))
+
+    @router.post("/detokenize", response_class=Response)
+    async def detokenize(request: Request) -> Response:
+        """Text of ids, special tokens included."""
+        body = await runtime.parse(request, DetokenizeBody)
+        model = require_model(body.model)
+        refuse_extras(body.model_extra, {})
+        ids = body.token_ids(model, runtime.settings)
+        return await answer(len(ids), partial(_prompt, partial(tokenizer.decode_all, ids)))
+
+    @router.post("/apply-template", response_class=Response)
+    async def apply_template(request: Request) -> Response:
+        """The text that the model's chat template makes of messages."""
+        body = await runtime.parse(request, ApplyTemplateBody)
+        require_model(body.model)
+        refuse_extras(body.model_extra, REFUSED_IN_TOKENIZE)
+        chat = _checked_chat(runtime, body.messages, body.tools, body.add_generation_prompt)
+        return await answer(chat.size, partial(_prompt, chat.text))
+
+    return router
