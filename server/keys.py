@@ -10,7 +10,7 @@ import hmac
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +23,8 @@ MIN_KEY_CHARS = 16
 class Keys:
     """SHA-256 digests, 32 bytes each, of the keys that open this server."""
 
-    api: tuple[bytes, ...] = ()
-    admin: tuple[bytes, ...] = ()
+    api: tuple[bytes, ...] = field(default=(), repr=False)
+    admin: tuple[bytes, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, api: Sequence[str] = (), admin: Sequence[str] = ()) -> Keys:
