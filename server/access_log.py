@@ -1,6 +1,7 @@
-"""One line per request, without anything of its text.
+"""One line per request, without anything of its text, and the id that it has in there.
 
 POST /v1/completions status=200 ms=812 prompt_tokens=1748 completion_tokens=64 client=10.0.0.7
+request_id=5f0c... (one line), or the same as a JSON object with the time.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ import json
 import logging
 import re
 import time
+import uuid
+from datetime import UTC, datetime
+from typing import Any, TextIO
 
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("headstart.access")
 
 # Asked every few seconds by machines: logged at debug level.
-QUIET_PATHS = frozenset({"/health", "/metrics"})
+QUIET_PATHS = frozenset({"/health", "/live", "/load", "/metrics", "/ready"})
+REQUEST_ID = "x-request-id"
 _USAGE = "headstart.usage"
+_ID = "headstart.request_id"
 
 
 def note_usage(scope: Scope, prompt_tokens: int, completion_tokens: int) -> None:
@@ -24,11 +31,34 @@ def note_usage(scope: Scope, prompt_tokens: int, completion_tokens: int) -> None
     scope[_USAGE] = (prompt_tokens, completion_tokens)
 
 
-class AccessLog:
-    """ASGI middleware. Status 499 (nginx's) is a client that hung up before any answer."""
+def request_id(scope: Scope) -> str:
+    """The client's ``x-request-id`` if it is short and harmless, else a new one; always the same
+    for a request."""
+    if _ID not in scope:
+        sent = next((value for name, value in scope["headers"] if name == REQUEST_ID.encode()), b"")
+        harmless = re.fullmatch(rb"[A-Za-z0-9._-]{1,128}", sent)
+        scope[_ID] = sent.decode() if harmless else uuid.uuid4().hex
+    known: str = scope[_ID]
+    return known
 
-    def __init__(self, app: ASGIApp) -> None:
+
+def log_bare_lines(stream: TextIO) -> None:
+    """Write lines to ``stream`` as they are, for programs that read JSON."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+class AccessLog:
+    """ASGI middleware. Status 499 (nginx's) is a client that hung up before any answer.
+
+    ``line_format``: "text" or "json". Answers carry the request's id.
+    """
+
+    def __init__(self, app: ASGIApp, line_format: str = "text") -> None:
         self._app = app
+        self._format = {"text": _text, "json": _json}[line_format]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,11 +66,13 @@ class AccessLog:
             return
         start = time.perf_counter()
         status = 499
+        own_id = request_id(scope)
 
         async def noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = own_id
             await send(message)
 
         try:
@@ -51,17 +83,30 @@ class AccessLog:
         finally:
             level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
             if logger.isEnabledFor(level):
-                logger.log(level, _line(scope, status, time.perf_counter() - start))
+                fields = _fields(scope, status, time.perf_counter() - start)
+                logger.log(level, "%s", self._format(fields))
 
 
-def _line(scope: Scope, status: int, seconds: float) -> str:
-    # The path is the client's: quoted when it has anything unusual, so that it stays one line.
-    path = scope["path"][:200]
-    if not re.fullmatch(r"[!#-~]*", path):
-        path = json.dumps(path)
-    line = f"{scope['method']} {path} status={status} ms={seconds * 1000:.0f}"
+def _fields(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
+    fields = {
+        "method": scope["method"],
+        "path": scope["path"][:200],
+        "status": status,
+        "ms": round(seconds * 1000),
+    }
     if usage := scope.get(_USAGE):
-        line += f" prompt_tokens={usage[0]} completion_tokens={usage[1]}"
+        fields |= {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
     if client := scope.get("client"):
-        line += f" client={client[0]}"
-    return line
+        fields["client"] = client[0]
+    return fields | {"request_id": request_id(scope)}
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds")} | fields)
+
+
+def _text(fields: dict[str, Any]) -> str:
+    method, path, *rest = fields.items()
+    # The path is the client's: quoted when it has anything unusual, so that it stays one line.
+    shown = path[1] if re.fullmatch(r"[!#-~]*", path[1]) else json.dumps(path[1])
+    return " ".join([method[1], shown, *(f"{name}={value}" for name, value in rest)])

@@ -12,16 +12,19 @@ from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headstart import __version__
 from headstart.engine.errors import HeadstartError
-from headstart.server.access_log import AccessLog
+from headstart.server.access_log import REQUEST_ID, AccessLog, request_id
+from headstart.server.auth import Authorisation
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, to_api_error
 from headstart.server.metrics import Metrics
 from headstart.server.openai import adapters, chat, completions, models, tokens
+from headstart.server.openai.reply import WARNING_HEADER
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.templates import ChatTemplate
@@ -84,7 +87,17 @@ def create_app(
         redirect_slashes=False,  # the redirect would be made of the client's Host header
     )
     app.state.runtime = runtime
-    app.add_middleware(AccessLog)
+    # The last one added is the first to see a request.
+    app.add_middleware(Authorisation, keys=settings.keys)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, WARNING_HEADER.decode()),
+        )
+    app.add_middleware(AccessLog, line_format=settings.access_log_format)
     _add_error_handlers(app)
     app.include_router(_operations(runtime))
     for group in (models, chat, completions, adapters, tokens):
@@ -163,6 +176,11 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def known(_: Request, error: Exception) -> Response:
         return to_api_error(error).response()
 
+    async def unknown(request: Request, error: Exception) -> Response:
+        response = to_api_error(error).response()
+        response.headers[REQUEST_ID] = request_id(request.scope)  # made outside the middleware
+        return response
+
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = str(error.detail)
@@ -173,8 +191,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         headers = dict(error.headers) if error.headers else None
         return APIError(error.status_code, message, headers=headers).response()
 
-    for kind in (APIError, HeadstartError, ValidationError, Exception):
+    for kind in (APIError, HeadstartError, ValidationError):
         app.add_exception_handler(kind, known)
+    app.add_exception_handler(Exception, unknown)
     app.add_exception_handler(HTTPException, http)
 
 

@@ -22,6 +22,7 @@ from headstart.server.flag_values import host_port, positive
 from headstart.server.flags import (
     SECRET_VARIABLE,
     adapters,
+    add_access_flags,
     add_adapter_flags,
     add_cache_dir,
     add_engine_flags,
@@ -29,11 +30,14 @@ from headstart.server.flags import (
     add_parallel_flags,
     add_runahead_flags,
     add_runahead_rank_flags,
+    certificate,
     engine_config,
     model_names,
     runahead_secret,
     server_settings,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("model", metavar="MODEL", help="name, hub id, or path of a model")
     add_cache_dir(serve)
     add_http_flags(serve)
+    add_access_flags(serve)
     add_engine_flags(serve)
     add_adapter_flags(serve)
     add_parallel_flags(serve)
@@ -160,6 +165,7 @@ def run_serve(args: argparse.Namespace) -> int:
         if not placement.serves:
             return run_rank(args, placement)
         args.runahead_hosts = placement.others()
+    settings, tls = server_settings(args), certificate(args)
     # The tokenizer's own thread pool would take cores from the engine.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(
@@ -167,15 +173,20 @@ def run_serve(args: argparse.Namespace) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    keys = settings.keys
+    logger.info("keys: %d for the API, %d for admins", len(keys.api), len(keys.admin))
     listener = bind(args.host, args.port)
     _exit_on_sigterm(0)  # uvicorn's handler takes over when it runs
     # Only now: everything below is slow to import, and --help has to be quick.
     from headstart.engine.client import EngineClient
     from headstart.engine.models.store import resolve
+    from headstart.server.access_log import log_bare_lines
     from headstart.server.app import create_app
     from headstart.server.serving import serve
     from headstart.server.tokenizer import Tokenizer
 
+    if settings.access_log_format == "json":
+        log_bare_lines(sys.stderr)
     with listener:
         folder = resolve(args.model, args.cache_dir, ProgressLines())
         engine = EngineClient(engine_config(args, folder))
@@ -184,10 +195,17 @@ def run_serve(args: argparse.Namespace) -> int:
             engine,
             Tokenizer.from_folder(folder),
             model_names=model_names(args),
-            settings=server_settings(args),
+            settings=settings,
             on_start_failure=failures.append,
         )
-        serve(app, listener, failures, drain_seconds=args.shutdown_timeout)
+        serve(
+            app,
+            listener,
+            failures,
+            drain_seconds=args.shutdown_timeout,
+            keep_alive_seconds=args.keep_alive_timeout,
+            certificate=tls,
+        )
     if failures:
         raise failures[0]
     return 0

@@ -68,6 +68,13 @@ def byte_size(text: str) -> int:
     return size
 
 
+def origin(text: str) -> str:
+    """``SCHEME://HOST[:PORT]`` as browsers send it, or ``*``."""
+    if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[!-.0-~]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin such as https://chat.example.com")
+    return text
+
+
 def existing_folder(text: str) -> Path:
     """A folder that exists; links stay as they are."""
     path = Path(text).expanduser()

@@ -14,14 +14,19 @@ from headstart.server.flag_values import (
     existing_folder,
     host_port,
     named_folder,
+    origin,
     port_number,
     positive,
     positive_or_env,
     seconds,
 )
+from headstart.server.keys import Keys, read_keys
 from headstart.server.settings import ServerSettings
+from headstart.server.tls import Certificate
 
 SECRET_VARIABLE = "HEADSTART_RUNAHEAD_SECRET"
+API_KEY_VARIABLE = "HEADSTART_API_KEY"
+ADMIN_KEY_VARIABLE = "HEADSTART_ADMIN_KEY"
 
 
 def add_cache_dir(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +82,66 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
         default="info",
         help="least to log",
     )
+    http.add_argument(
+        "--access-log-format",
+        choices=("text", "json"),
+        default=limits.access_log_format,
+        help="of the line that each request gets; json: an object",
+    )
+    http.add_argument(
+        "--keep-alive-timeout",
+        type=positive,
+        default=5,
+        metavar="SECONDS",
+        help="how long a connection without a request stays open",
+    )
+    http.add_argument(
+        "--body-timeout",
+        type=seconds,
+        default=limits.body_timeout,
+        metavar="SECONDS",
+        help="how long a request may take to send its body",
+    )
+
+
+def add_access_flags(parser: argparse.ArgumentParser) -> None:
+    """Who may ask, from where, and whether it is encrypted."""
+    group = parser.add_argument_group("access: keys, origins, TLS")
+    for kind, variable, use in (
+        ("api", API_KEY_VARIABLE, "everything but /health needs one"),
+        ("admin", ADMIN_KEY_VARIABLE, "/metrics and loading adapters need one"),
+    ):
+        group.add_argument(
+            f"--{kind}-key",
+            nargs="+",
+            action="extend",
+            metavar="KEY",
+            help=f"{use}; others on this machine can see them here, unlike those in a file or in "
+            f"the environment's {variable} (with commas between)",
+            default=argparse.SUPPRESS,
+        )
+        group.add_argument(
+            f"--{kind}-key-file",
+            type=Path,
+            metavar="FILE",
+            help="more of them, one a line; lines that begin with # are comments",
+            default=argparse.SUPPRESS,
+        )
+    group.add_argument(
+        "--allowed-origins",
+        type=origin,
+        nargs="+",
+        action="extend",
+        metavar="ORIGIN",
+        help="web pages that may ask from a browser (CORS), * for all (default: none)",
+        default=argparse.SUPPRESS,
+    )
+    for flag, use in (
+        ("--ssl-certfile", "certificate, and those in between, in PEM: HTTPS instead of HTTP"),
+        ("--ssl-keyfile", "its private key in PEM"),
+        ("--ssl-keyfile-password-file", "the password of the private key"),
+    ):
+        group.add_argument(flag, type=Path, metavar="FILE", help=use, default=argparse.SUPPRESS)
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -343,7 +408,35 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
         max_stop=args.max_stop,
         segment_mask=getattr(args, "segment_mask", None),
         lora_dir=getattr(args, "lora_dir", None),
+        body_timeout=args.body_timeout,
+        keys=Keys.of(
+            api=_keys(args, "api", API_KEY_VARIABLE), admin=_keys(args, "admin", ADMIN_KEY_VARIABLE)
+        ),
+        allowed_origins=tuple(getattr(args, "allowed_origins", ())),
+        access_log_format=args.access_log_format,
     )
+
+
+def _keys(args: argparse.Namespace, kind: str, variable: str) -> list[str]:
+    given = getattr(args, f"{kind}_key", [])
+    return read_keys(f"--{kind}-key", given, getattr(args, f"{kind}_key_file", None), variable)
+
+
+def certificate(args: argparse.Namespace) -> Certificate | None:
+    """What ``--ssl-*`` name; raises ConfigError."""
+    certfile, keyfile, password_file = (
+        getattr(args, name, None)
+        for name in ("ssl_certfile", "ssl_keyfile", "ssl_keyfile_password_file")
+    )
+    if certfile is None and keyfile is None and password_file is None:
+        return None
+    if certfile is None or keyfile is None:
+        raise ConfigError("TLS needs both --ssl-certfile and --ssl-keyfile")
+    try:
+        password = "" if password_file is None else password_file.read_text().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--ssl-keyfile-password-file: {error}") from error
+    return Certificate(certfile, keyfile, password)
 
 
 def model_names(args: argparse.Namespace) -> list[str]:

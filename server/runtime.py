@@ -113,7 +113,7 @@ class Runtime:
         return body_type.model_validate_json(await self._read(request))
 
     async def _read(self, request: Request) -> bytes:
-        """The body; a 413 as soon as it is known to be too large, the rest unread."""
+        """The body; a 413 as soon as it is known to be too large, a 408 when it takes too long."""
         limit = self.settings.max_body_bytes
         too_large = APIError(
             413, f"the body is larger than {limit} bytes", code="request_too_large"
@@ -124,11 +124,19 @@ class Runtime:
         chunks: list[bytes] = []
         size = 0
         try:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise too_large
-                chunks.append(chunk)
+            async with asyncio.timeout(self.settings.body_timeout):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > limit:
+                        raise too_large
+                    chunks.append(chunk)
+        except TimeoutError:
+            raise APIError(
+                408,
+                f"the body was not complete within {self.settings.body_timeout:g} s",
+                code="request_timeout",
+                headers={"connection": "close"},  # the rest of the body is not waited for
+            ) from None
         except ClientDisconnect:
             # Nobody reads this; it keeps the fault out of the server's log.
             raise APIError(400, "the client hung up before the body was complete") from None

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 
 from headstart.engine.errors import HeadstartError
 from headstart.server.runtime import Runtime
+from headstart.server.tls import Certificate
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def serve(
     failures: Sequence[HeadstartError],
     *,
     drain_seconds: int,
+    keep_alive_seconds: int = 5,
+    certificate: Certificate | None = None,
 ) -> None:
     """Serve until a signal, or until something is in ``failures``."""
     config = uvicorn.Config(
@@ -80,7 +83,12 @@ def serve(
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=drain_seconds,
+        timeout_keep_alive=keep_alive_seconds,
+        ssl_certfile=certificate.certfile if certificate else None,
+        ssl_keyfile=certificate.keyfile if certificate else None,
+        ssl_keyfile_password=certificate.password if certificate else None,
     )
     host, port = listener.getsockname()[:2]
-    logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    scheme = "http" if certificate is None else "https"
+    logger.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
     DrainingServer(config, app.state.runtime, failures).run(sockets=[listener])

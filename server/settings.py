@@ -1,7 +1,9 @@
 """ServerSettings: settings of the HTTP side. Engine settings are in engine/config.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from headstart.server.keys import Keys
 
 MIB = 1024 * 1024
 
@@ -27,6 +29,10 @@ class ServerSettings:
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
     lora_dir:           where adapters may be loaded from at run time; None: nowhere
+    body_timeout:       until a body is complete, seconds (408)
+    keys:               who may ask what; none: everybody may everything
+    allowed_origins:    web pages that may ask from a browser (CORS); "*" is all
+    access_log_format:  "text" or "json"
     """
 
     max_body_bytes: int = 8 * MIB
@@ -46,3 +52,7 @@ class ServerSettings:
     inline_chars: int = 8192
     segment_mask: str | None = None
     lora_dir: Path | None = None
+    body_timeout: float = 60.0
+    keys: Keys = field(default_factory=Keys)
+    allowed_origins: tuple[str, ...] = ()
+    access_log_format: str = "text"
