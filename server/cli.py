@@ -173,8 +173,6 @@ def run_serve(args: argparse.Namespace) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    keys = settings.keys
-    logger.info("keys: %d for the API, %d for admins", len(keys.api), len(keys.admin))
     listener = bind(args.host, args.port)
     _exit_on_sigterm(0)  # uvicorn's handler takes over when it runs
     # Only now: everything below is slow to import, and --help has to be quick.
@@ -198,6 +196,8 @@ def run_serve(args: argparse.Namespace) -> int:
             settings=settings,
             on_start_failure=failures.append,
         )
+        keys = settings.keys
+        logger.info("keys: %d for the API, %d for admins", len(keys.api), len(keys.admin))
         serve(
             app,
             listener,

@@ -444,21 +444,17 @@ def test_the_password_is_needed_and_not_asked_for(certificate):
 
 
 HTTPS = """
-import logging, sys
+import sys
 from pathlib import Path
+from headstart.engine import client
+from headstart.engine.models import store
 from headstart.server import cli
-from headstart.server.app import create_app
-from headstart.server.serving import serve
-from headstart.server.tokenizer import Tokenizer
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeEngine
 
-logging.basicConfig(level="INFO", stream=sys.stdout, format="%(message)s")
-args = cli.build_parser().parse_args(["serve", "m", *sys.argv[3:]])
-app = create_app(FakeEngine(lambda _: [70], 2), Tokenizer.from_folder(Path(sys.argv[2])),
-                 model_names=["tiny"], settings=cli.server_settings(args))
-serve(app, cli.bind("127.0.0.1", 0), [], drain_seconds=1,
-      keep_alive_seconds=args.keep_alive_timeout, certificate=cli.certificate(args))
+store.resolve = lambda *_: Path(sys.argv[2])
+client.EngineClient = lambda _: FakeEngine(lambda _: [70], 2)
+sys.exit(cli.main(["serve", "tiny", "--port", "0", *sys.argv[3:]]))
 """
 
 
@@ -467,21 +463,26 @@ def test_https_and_idle_connections(certificate, model_folder, request):
     flags = ["--ssl-certfile", str(certificate / "cert.pem")]
     flags += ["--ssl-keyfile", str(certificate / "key.pem")]
     flags += ["--ssl-keyfile-password-file", str(certificate / "password")]
-    flags += ["--keep-alive-timeout", "1", "--api-key", API]
+    flags += ["--keep-alive-timeout", "1", "--shutdown-timeout", "1", "--api-key", API]
+    flags += ["--access-log-format", "json", "--allowed-origins", "*"]
     process = subprocess.Popen(
         [sys.executable, "-c", HTTPS, tests, str(model_folder), *flags],
-        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        line = process.stdout.readline()
-        port = int(re.fullmatch(r"listening on https://127\.0\.0\.1:(\d+)\n", line)[1])
+        assert process.stderr.readline().endswith(": keys: 1 for the API, 0 for admins\n")
+        line = process.stderr.readline()
+        port = int(re.search(r" listening on https://127\.0\.0\.1:(\d+)$", line)[1])
         trusted = ssl.create_default_context(cafile=certificate / "cert.pem")
         connection = http.client.HTTPSConnection("localhost", port, timeout=20, context=trusted)
-        connection.request("GET", "/v1/models", headers=bearer(API))
+        connection.request("GET", "/v1/models", headers=bearer(API) | {"origin": "https://a"})
         answer = connection.getresponse()
+        assert answer.headers["access-control-allow-origin"] == "*"
         assert json.loads(answer.read())["data"][0]["id"] == "tiny"
         assert answer.status == 200
+        line = next(line for line in process.stderr if line.startswith("{"))
+        assert json.loads(line)["path"] == "/v1/models"
         assert connection.sock.recv(1) == b""  # closed by the server when idle for a second
         connection.close()
         with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -492,4 +493,4 @@ def test_https_and_idle_connections(certificate, model_folder, request):
     finally:
         process.terminate()
         assert process.wait(20) == 0
-        process.stdout.close()
+        process.stderr.close()
