@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from headstart.engine.messages import ModelInfo
 from headstart.server.engine_client import EngineClient
-from headstart.server.errors import APIError, unavailable
+from headstart.server.errors import APIError, bad_request, unavailable
 from headstart.server.metrics import Metrics
 from headstart.server.settings import ServerSettings
 from headstart.server.templates import ChatTemplate
@@ -101,6 +101,17 @@ class Runtime:
         if not self.engine.ready or model is None:
             raise unavailable("the engine is not ready; /health says when it is")
         return model
+
+    def require_chat_template(self) -> ChatTemplate:
+        """The model's template; a 400 when it has none."""
+        if self.chat_template is None:
+            raise bad_request(
+                f"the model {self.model_name!r} has no chat template; use /v1/completions, "
+                "or a prompt instead of messages",
+                "messages",
+                "no_chat_template",
+            )
+        return self.chat_template
 
     async def with_text(self, size: int, work: Callable[[], T]) -> T:
         """Run tokenising ``work`` over ``size`` characters, in a thread when that takes long."""

@@ -81,12 +81,6 @@ class ChatBody(GenerationBody):
     def check_chat(self, settings: ServerSettings) -> None:
         """Raise APIError for what the types alone do not say."""
         self.check(REFUSED_IN_CHAT, settings)
-        if len(self.messages) > settings.max_messages:
-            raise bad_request(
-                f"messages has {len(self.messages)} entries; "
-                f"at most {settings.max_messages} are allowed",
-                "messages",
-            )
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         both = (self.max_tokens, self.max_completion_tokens)
@@ -106,6 +100,16 @@ class ChatBody(GenerationBody):
         )
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer)
+
+
+def plain_messages(messages: Sequence[ChatMessage], settings: ServerSettings) -> list[Message]:
+    """The messages as templates take them; raises APIError, for too many of them, too."""
+    if len(messages) > settings.max_messages:
+        raise bad_request(
+            f"messages has {len(messages)} entries; at most {settings.max_messages} are allowed",
+            "messages",
+        )
+    return [message.plain(f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def _content_text(content: Any, path: str) -> str:
@@ -213,15 +217,9 @@ def routes(runtime: Runtime) -> APIRouter:
         served = runtime.served(body.model)
         body.check_chat(runtime.settings)
         mask = chat_mask(body.segment_mask) or served.chat_mask
-        messages = [message.plain(f"messages[{i}]") for i, message in enumerate(body.messages)]
+        messages = plain_messages(body.messages, runtime.settings)
         model = runtime.require_model()
-        template = runtime.chat_template
-        if template is None:
-            raise bad_request(
-                f"the model {runtime.model_name!r} has no chat template; use /v1/completions",
-                "messages",
-                "no_chat_template",
-            )
+        template = runtime.require_chat_template()
         options = body.text_options(runtime.settings)
         size = sum(len(message["content"]) for message in messages)
         token_ids: Sequence[int]

@@ -17,7 +17,7 @@ from pydantic import FailFast, Field, WithJsonSchema
 
 from headstart.engine.messages import ModelInfo
 from headstart.server.errors import bad_request
-from headstart.server.openai.chat import ChatMessage
+from headstart.server.openai.chat import ChatMessage, plain_messages
 from headstart.server.openai.fields import Body, TokenIdsField, is_token_id, refuse_extras
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -131,18 +131,9 @@ def _checked_chat(
 ) -> Chat:
     """Raises APIError for what a chat completion would refuse in its messages, and for tools that
     are none."""
-    limit = runtime.settings.max_messages
-    if len(messages) > limit:
-        raise bad_request(
-            f"messages has {len(messages)} entries; at most {limit} are allowed", "messages"
-        )
-    plain = [message.plain(f"messages[{i}]") for i, message in enumerate(messages)]
-    checked = _checked_tools(tools)
-    if runtime.chat_template is None:
-        raise bad_request(
-            f"the model {runtime.model_name!r} has no chat template", "messages", "no_chat_template"
-        )
-    return Chat(runtime.chat_template, plain, checked, True if answer is None else answer)
+    plain, checked = plain_messages(messages, runtime.settings), _checked_tools(tools)
+    opened = True if answer is None else answer
+    return Chat(runtime.require_chat_template(), plain, checked, opened)
 
 
 def _checked_tools(tools: Any) -> Tools | None:

@@ -86,6 +86,7 @@ class Engine:
                                adapters=list(self.loaded.values()))
 
     def warm_up(self): pass
+    def rank_descriptors(self): return []
     def prepare_memory(self): return False
     def close(self): pass
     runahead = None
