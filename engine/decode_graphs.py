@@ -42,9 +42,9 @@ class DecodeGraphs:
 
     def run(self, batch: Batch) -> Tensor | None:
         """Logits of all rows, valid until the next call; None if it is no step to be replayed."""
-        if batch.logit_rows is not None or batch.adapters or batch.num_rows > MOST_ROWS:
+        if not self._decoder.capturable or batch.num_rows > MOST_ROWS:
             return None
-        if not self._decoder.capturable:
+        if batch.logit_rows is not None or batch.adapters:
             return None
         rows = 1 << (batch.num_rows - 1).bit_length()
         if rows not in self._places:

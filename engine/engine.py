@@ -229,8 +229,8 @@ class Engine:
     def _check_there_is_a_choice(self, params: SamplingParams) -> None:
         if not params.min_tokens or params.allowed_token_ids is None:
             return
-        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.model.eos_token_ids)}
-        if ends.issuperset(params.allowed_token_ids):
+        eos = self.model.eos_token_ids
+        if all(params.is_end(token_id, eos) for token_id in params.allowed_token_ids):
             raise RequestError(
                 "allowed_token_ids has only tokens that end the answer, which min_tokens forbids",
                 "allowed_token_ids",

@@ -63,6 +63,11 @@ def nccl_group(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
+def first_line(error: Exception) -> str:
+    """What went wrong: messages of torch's begin with a source file in brackets, and go on."""
+    return str(error).partition("\n")[0].rpartition("] ")[2]
+
+
 def use_gpu(rank: int) -> None:
     """Make GPU number ``rank`` this thread's, where there is one; before a backend is loaded."""
     if rank < torch.cuda.device_count():

@@ -170,13 +170,8 @@ class Sampler:
                     values[token_id] += bias
             if seq.params.penalised:
                 _penalise(values, seq)
-            # Added, not set: a NaN stays one.
-            with np.errstate(invalid="ignore"):
-                if seq.params.allowed_token_ids is not None:
-                    bans = np.full(len(values), -np.inf, dtype=np.float32)
-                    bans[list(seq.params.allowed_token_ids)] = 0.0
-                    values += bans
-                values[forbidden(seq, seq.num_output_tokens, self._eos_token_ids)] -= np.inf
+            if is_restricted(seq.params, seq.num_output_tokens):
+                _restrict(values, seq, self._eos_token_ids)
         return copy
 
     def _draw(self, logits: Tensor, sequences: list[Sequence]) -> list[int | None]:
@@ -240,9 +235,8 @@ def forbidden(seq: Sequence, num_output: int, eos_token_ids: tuple[int, ...]) ->
     params = seq.params
     ids: list[int] = []
     if num_output < params.min_tokens:
-        ids += params.stop_token_ids
-        if not params.ignore_eos:
-            ids += eos_token_ids
+        candidates = (*params.stop_token_ids, *eos_token_ids)
+        ids += [token_id for token_id in candidates if params.is_end(token_id, eos_token_ids)]
     for word in params.bad_words:
         before = len(word) - 1
         if before <= num_output and tuple(seq.token_ids[seq.num_tokens - before :]) == word[:-1]:
@@ -276,6 +270,16 @@ def _penalise(values: Row, seq: Sequence) -> None:
         ids, counts = np.unique(tokens[seq.num_prompt_tokens :], return_counts=True)
         values[ids] -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
         values[ids] -= np.float32(params.presence_penalty)
+
+
+def _restrict(values: Row, seq: Sequence, eos_token_ids: tuple[int, ...]) -> None:
+    """Lower what may not come next to -inf, in place. Added, not set: a NaN stays one."""
+    with np.errstate(invalid="ignore"):
+        if seq.params.allowed_token_ids is not None:
+            bans = np.full(len(values), -np.inf, dtype=np.float32)
+            bans[list(seq.params.allowed_token_ids)] = 0.0
+            values += bans
+        values[forbidden(seq, seq.num_output_tokens, eos_token_ids)] -= np.inf
 
 
 def _threshold(weights: Row, params: SamplingParams) -> float:

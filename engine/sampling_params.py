@@ -1,5 +1,7 @@
 """What a request asks of the sampler. Travels over the wire as it is (msgspec)."""
 
+from collections.abc import Collection
+
 import msgspec
 
 from headstart.engine.errors import RequestError
@@ -38,6 +40,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    def is_end(self, token_id: int, eos_token_ids: Collection[int]) -> bool:
+        """Whether the token ends the sequence; ``eos_token_ids`` are the model's."""
+        if token_id in eos_token_ids and not self.ignore_eos:
+            return True
+        return token_id in self.stop_token_ids
 
     @property
     def needs_tokens(self) -> bool:

@@ -579,10 +579,7 @@ class Scheduler:
             seq.node = end
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        params = seq.params
-        if token_id in self._eos_token_ids and not params.ignore_eos:
-            return FinishReason.STOP
-        if token_id in params.stop_token_ids:
+        if seq.params.is_end(token_id, self._eos_token_ids):
             return FinishReason.STOP
         return FinishReason.LENGTH if self._is_full(seq, len(seq.token_ids)) else None
 

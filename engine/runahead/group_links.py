@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from headstart.engine.process_groups import first_line
 from headstart.engine.runahead.costs import LinkCosts
 from headstart.engine.runahead.links import UNEXPECTED, Pool
 
@@ -148,7 +149,7 @@ class GroupSender:
                     self._queued -= len(data)
             headers.send([torch.tensor([_BYE, 0, 0])], 1, 0).wait(_FOREVER)
         except RuntimeError as error:
-            self.error = first_line(error)
+            self.error = reason(error)
             self._groups.abort()
 
 
@@ -260,7 +261,7 @@ class GroupReceiver:
                 else:
                     self._stage(job, layer, data)
         except RuntimeError as error:
-            self.error = self.error or first_line(error)
+            self.error = self.error or reason(error)
             with self._changed:
                 self._changed.notify()
             with contextlib.suppress(OSError):
@@ -290,6 +291,6 @@ def _join(thread: threading.Thread, groups: Groups, timeout: float) -> None:
         thread.join(1.0)
 
 
-def first_line(error: Exception) -> str:
-    """Gloo's messages begin with a source file in brackets, and go on to give advice."""
-    return str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0][:200]
+def reason(error: Exception) -> str:
+    """The same in short: Gloo goes on to give advice."""
+    return first_line(error).partition(". ")[0][:200]

@@ -16,7 +16,7 @@ from torch import distributed
 
 from headstart.engine import process_groups
 from headstart.engine.process_groups import Store, meeting, own_address
-from headstart.engine.runahead.group_links import GroupReceiver, Groups, GroupSender, first_line
+from headstart.engine.runahead.group_links import GroupReceiver, Groups, GroupSender, reason
 from headstart.engine.runahead.links import Pool
 from headstart.engine.runahead.messages import LinkEnd
 from headstart.engine.runahead.shared_links import SharedReceiver, SharedSender
@@ -70,7 +70,7 @@ class Opening:
                     self.end = GroupReceiver(groups, pool)
                     self.end.probed(timeout)
         except (OSError, RuntimeError, ValueError, IndexError, msgspec.MsgspecError) as error:
-            self.error = first_line(error) or type(error).__name__
+            self.error = reason(error) or type(error).__name__
         if self._closed and self.end is not None:
             self.end.close()
 
@@ -110,10 +110,9 @@ def _groups(sends: bool, spec: LinkEnd, pool: Pool, store: Store | None, timeout
     else:
         assert store is not None
         host, port, own = store.host, store.port, store.host
-    # A connection for each opening: while one waits for its other end, no other gets through.
-    store_there = meeting(host, port, False, timedelta(seconds=timeout))
-    store_there.set_timeout(timedelta(seconds=timeout))
     rank, patience = 0 if sends else 1, timedelta(seconds=timeout)
+    # A connection for each opening: while one waits for its other end, no other gets through.
+    store_there = meeting(host, port, False, patience)
     prefixed = dist.PrefixStore(spec.name, store_there)
     headers = process_groups.gloo_group(prefixed, rank, 2, own, patience)
     if spec.transport != "nccl":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headstart.engine.errors import RankError
 from headstart.engine.models.share import Share
-from headstart.engine.process_groups import check_gpus, dist, gloo_group, nccl_group
+from headstart.engine.process_groups import check_gpus, dist, first_line, gloo_group, nccl_group
 
 HOST = "127.0.0.1"
 """Ranks are processes of one machine."""
@@ -82,5 +82,4 @@ class Collective:
         return torch.cat([part[:, :size] for part, size in pairs], dim=1)
 
     def _lost(self, error: RuntimeError) -> RankError:
-        # The first line of a C++ error, without the source file before it.
-        return RankError(self._explain(str(error).partition("\n")[0].rpartition("] ")[2][:200]))
+        return RankError(self._explain(first_line(error)[:200]))

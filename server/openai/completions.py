@@ -65,6 +65,10 @@ class CompletionBody(GenerationBody):
     logprobs: LogprobCount | None = None
     segment_mask: CompletionMaskField = None
 
+    @property
+    def wanted_tokens(self) -> int:
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
     def check_completion(self, settings: ServerSettings) -> None:
         """Raise APIError for what the types alone do not say."""
         self.check(REFUSED_IN_COMPLETIONS, settings)
@@ -107,7 +111,7 @@ class CompletionBody(GenerationBody):
         self, num_prompt: int, model: ModelInfo, settings: ServerSettings, tokenizer: Tokenizer
     ) -> SamplingParams:
         """The engine's view of the request, for a prompt of this length."""
-        max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        max_tokens = self.wanted_tokens
         if self.max_tokens is None and num_prompt < model.max_model_len:
             max_tokens = min(max_tokens, model.max_model_len - num_prompt)
         max_tokens = fit_max_tokens(
@@ -228,8 +232,7 @@ async def _checked_prompts(
                     )
         if not token_ids:
             raise bad_request(f"{path} is empty", path)
-        wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        kept = body.truncated(token_ids, wanted, model, spans=spans is not None)
+        kept = body.truncated(token_ids, body.wanted_tokens, model, spans=spans is not None)
         whole, token_ids = len(kept) == len(token_ids), kept
         echo = ""
         if body.echo:
