@@ -91,7 +91,12 @@ class ChatBody(GenerationBody):
             )
 
     def params(
-        self, num_prompt: int, model: ModelInfo, settings: ServerSettings, tokenizer: Tokenizer
+        self,
+        num_prompt: int,
+        model: ModelInfo,
+        settings: ServerSettings,
+        tokenizer: Tokenizer,
+        grammar: str | None = None,
     ) -> SamplingParams:
         """The engine's view of the request."""
         name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
@@ -99,7 +104,7 @@ class ChatBody(GenerationBody):
             num_prompt, getattr(self, name), model, param=name, prompt_param="messages"
         )
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer)
+        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer, grammar)
 
 
 def plain_messages(messages: Sequence[ChatMessage], settings: ServerSettings) -> list[Message]:
@@ -222,6 +227,7 @@ def routes(runtime: Runtime) -> APIRouter:
         template = runtime.require_chat_template()
         options = body.text_options(runtime.settings)
         size = sum(len(message["content"]) for message in messages)
+        grammar = await runtime.checked(body.structure(runtime.settings))
         token_ids: Sequence[int]
         segments: list[Span] = []
         if mask == "turns":
@@ -233,7 +239,7 @@ def routes(runtime: Runtime) -> APIRouter:
             token_ids = await runtime.with_text(size, partial(template.encode, messages))
         wanted = body.max_completion_tokens or body.max_tokens
         token_ids = body.truncated(token_ids, wanted, model, spans=bool(segments))
-        params = body.params(len(token_ids), model, runtime.settings, runtime.tokenizer)
+        params = body.params(len(token_ids), model, runtime.settings, runtime.tokenizer, grammar)
         format = ChatFormat(
             served.name,
             runtime.tokenizer,
