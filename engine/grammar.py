@@ -160,20 +160,3 @@ class Grammars:
             self._compiler.submit(int).result()  # the thread starts now
             stack_size(before)
         return self._compiler
-
-
-def bans(bits: Mask, vocab_size: int) -> npt.NDArray[np.float32]:
-    """0 for tokens that may come, -inf for others: float32 ``[vocab]``, to add to logits.
-
-    bits: int32 ``[ceil(vocab / 32)]``.
-    """
-    return _BANS[bits.view(np.uint8)].reshape(-1)[:vocab_size]
-
-
-def _byte_bans() -> npt.NDArray[np.float32]:
-    """What ``bans`` says of 8 tokens, for each byte of a mask: ``[256, 8]``."""
-    bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
-    return np.where(bits == 1, 0.0, -np.inf).astype(np.float32)
-
-
-_BANS = _byte_bans()

@@ -40,7 +40,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from headstart.engine.grammar import Mask, Masks, bans
+from headstart.engine.grammar import Mask, Masks
 from headstart.engine.messages import TokenLogprobs
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
@@ -52,6 +52,11 @@ _TILE = 1 << 20  # logits worked on at a time, 4 MB
 _MASK = (1 << 64) - 1
 
 Row = npt.NDArray[np.float32]
+
+# What a byte of a mask says of its 8 tokens: [256, 8].
+_OCTET_BANS = torch.where(
+    (torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 1, 0.0, float("-inf")
+)
 
 
 class Sampled(NamedTuple):
@@ -180,7 +185,7 @@ class Sampler:
 
         ``masked``: the masks of grammars, by row.
         """
-        copy = logits[rows].cpu()
+        copy = logits.index_select(0, torch.tensor(rows, device=logits.device)).cpu()
         for values, row in zip(copy.numpy(), rows, strict=True):
             seq = sequences[row]
             if seq.params.logit_bias:
@@ -190,9 +195,14 @@ class Sampler:
                 _penalise(values, seq)
             if is_restricted(seq.params, seq.num_output_tokens):
                 _restrict(values, seq, self._eos_token_ids)
-            if row in masked:
-                with np.errstate(invalid="ignore"):  # added, not set: a NaN stays one
-                    values += bans(masked[row], len(values))
+        places = [i for i, row in enumerate(rows) if row in masked]
+        if places:
+            each = bans(np.stack([masked[rows[i]] for i in places]), self._vocab_size)
+            # Added, not set: a NaN stays one.
+            if len(places) == len(rows):
+                copy += each
+            else:
+                copy.index_add_(0, torch.tensor(places), each)
         return copy
 
     def _draw(self, logits: Tensor, sequences: list[Sequence]) -> list[int | None]:
@@ -263,6 +273,16 @@ def forbidden(seq: Sequence, num_output: int, eos_token_ids: tuple[int, ...]) ->
         if before <= num_output and tuple(seq.token_ids[seq.num_tokens - before :]) == word[:-1]:
             ids.append(word[-1])
     return list(dict.fromkeys(ids))
+
+
+def bans(bits: Mask, vocab_size: int) -> Tensor:
+    """0 for tokens that may come, -inf for others: float32 ``[rows, vocab]``, to add to logits.
+
+    bits: int32 ``[rows, ceil(vocab / 32)]``, as in ``Masks``.
+    """
+    octets = torch.from_numpy(bits.view(np.uint8)).int()
+    lowered = torch.nn.functional.embedding(octets, _OCTET_BANS)  # threaded, unlike numpy's take
+    return lowered.view(len(bits), -1)[:, :vocab_size]
 
 
 def checked_shape(logits: Tensor, n: int, vocab: int) -> None:

@@ -27,8 +27,9 @@ from tokenizers import Tokenizer
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import RequestError
-from headstart.engine.grammar import Constraint, Grammars, Masks, bans
+from headstart.engine.grammar import Constraint, Grammars, Masks
 from headstart.engine.messages import Output
+from headstart.engine.sampler import bans
 from headstart.engine.sampling_params import SamplingParams
 
 EOS = 2
@@ -294,7 +295,7 @@ def test_a_model_without_a_tokenizer_says_so(tiny_model: TinyModel, tmp_path: Pa
 def test_bans_say_what_the_bits_say(may: list[bool]) -> None:
     padded = may + [False] * (-len(may) % 32)
     words = np.packbits(padded, bitorder="little").view(np.int32)
-    assert (bans(words, len(may)) == 0).tolist() == may
+    assert (bans(words[None], len(may))[0] == 0).tolist() == may
     assert [bool(words[i // 32] >> (i % 32) & 1) for i in range(len(may))] == may
 
 
@@ -310,5 +311,5 @@ def test_masks_are_those_of_each_row(tiny_model: TinyModel) -> None:
     assert isinstance(masks, Masks)
     assert masks.rows == [1, 3]
     for bits, texts in zip(masks.bits, (["the", "a"], ["fox", "a"]), strict=True):
-        found = np.flatnonzero(bans(bits, 320) == 0).tolist()
+        found = np.flatnonzero(bans(bits[None], 320)[0] == 0).tolist()
         assert found == speller.allowed("", texts)
