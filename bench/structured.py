@@ -57,7 +57,8 @@ async def _generate(session: aiohttp.ClientSession, fields: dict[str, Any], seed
 async def _round(session: aiohttp.ClientSession, streams: int, fields: dict[str, Any]) -> float:
     """Milliseconds per token of ``streams`` streams at a time; their median."""
     each = await asyncio.gather(*(_generate(session, fields, i) for i in range(streams)))
-    return statistics.median(each) / (fields["max_tokens"] - 1) * 1e3
+    tokens: int = fields["max_tokens"]
+    return statistics.median(each) / (tokens - 1) * 1e3
 
 
 async def measure(streams: int, tokens: int, rounds: int, serve: list[str]) -> dict[str, Any]:
