@@ -18,6 +18,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     what else is in the batch. ``logit_bias`` is added to the raw logits. ``min_tokens``: until so
     many have come, no token is chosen that would end the sequence. ``bad_words``: runs of tokens
     whose last one is not chosen behind the others. ``allowed_token_ids``: no others are chosen.
+    ``grammar``: what the text of the tokens has to follow, as llguidance takes it.
     """
 
     max_tokens: int
@@ -36,6 +37,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
+    grammar: str | None = None
 
     @property
     def greedy(self) -> bool:
