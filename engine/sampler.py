@@ -7,7 +7,8 @@ The order of operations, as in vLLM:
 
     repetition penalty            prompt and output tokens (CTRL, arXiv 1909.05858)
     frequency, presence penalty   output tokens only
-    tokens that may not come      those of min_tokens, bad_words, and not of allowed_token_ids
+    tokens that may not come      those of min_tokens, bad_words, not of allowed_token_ids, and
+                                  not in the mask of the sequence's grammar
     logprobs                      log softmax of the raw logits, before everything above
 
 Each filter keeps the tokens whose weight ``exp((logit - max) / temperature)`` reaches a threshold,
@@ -31,7 +32,7 @@ and the other rows are not affected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headstart.engine.grammar import Mask, Masks, bans
 from headstart.engine.messages import TokenLogprobs
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
@@ -107,21 +109,27 @@ class Sampler:
         self._argmax = argmax
         self._eos_token_ids = tuple(eos_token_ids)
 
-    def launch(self, logits: Tensor, entries: list[ScheduledSequence]) -> Sampling:
+    def launch(
+        self, logits: Tensor, entries: list[ScheduledSequence], masks: Masks | None = None
+    ) -> Sampling:
         """What ``DeviceSampler.launch`` is, but done when it returns; only for steps that are
         scheduled when all tokens so far are known."""
-        sampled = self.sample(logits, [entry.seq for entry in entries])
+        sampled = self.sample(logits, [entry.seq for entry in entries], masks)
         token_ids = torch.tensor([each.token_id or 0 for each in sampled], dtype=torch.int32)
         return Sampling(token_ids, lambda: sampled)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    def sample(
+        self, logits: Tensor, sequences: list[Sequence], masks: Masks | None = None
+    ) -> list[Sampled]:
         """The next token of each sequence.
 
         logits: [n, vocab] float32, on any device; left as they are. Row i is sequence i's.
+        ``masks``: of what grammars allow.
         """
         checked_shape(logits, len(sequences), self._vocab_size)
         greedy, changed, drawn = [], [], []  # greedy, greedy after changes to the logits, random
+        masked = dict(zip(masks.rows, masks.bits, strict=True)) if masks else {}
         for row, seq in enumerate(sequences):
             params = seq.params
             if params.temperature >= GREEDY_BELOW:
@@ -129,6 +137,7 @@ class Sampler:
             elif (
                 params.logit_bias
                 or params.penalised
+                or row in masked
                 or is_restricted(params, seq.num_output_tokens)
             ):
                 changed.append(row)
@@ -139,9 +148,9 @@ class Sampler:
             rows = logits if len(greedy) == len(sequences) else logits[greedy]
             _scatter(tokens, greedy, self._greedy(rows))
         for part in self._tiles(changed):
-            _scatter(tokens, part, self._greedy(self._changed(logits, part, sequences)))
+            _scatter(tokens, part, self._greedy(self._changed(logits, part, sequences, masked)))
         for part in self._tiles(drawn):
-            copy = self._changed(logits, part, sequences)
+            copy = self._changed(logits, part, sequences, masked)
             _scatter(tokens, part, self._draw(copy, [sequences[row] for row in part]))
         logprobs = self._logprobs(logits, sequences, tokens)
         return [Sampled(token, logprobs.get(row)) for row, token in enumerate(tokens)]
@@ -160,8 +169,17 @@ class Sampler:
             for id_, finite in zip(ids, best.isfinite().tolist(), strict=True)
         ]
 
-    def _changed(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> Tensor:
-        """A copy of these rows on the CPU with biases and penalties applied."""
+    def _changed(
+        self,
+        logits: Tensor,
+        rows: list[int],
+        sequences: list[Sequence],
+        masked: Mapping[int, Mask],
+    ) -> Tensor:
+        """A copy of these rows on the CPU with biases, penalties and bans applied.
+
+        ``masked``: the masks of grammars, by row.
+        """
         copy = logits[rows].cpu()
         for values, row in zip(copy.numpy(), rows, strict=True):
             seq = sequences[row]
@@ -172,6 +190,9 @@ class Sampler:
                 _penalise(values, seq)
             if is_restricted(seq.params, seq.num_output_tokens):
                 _restrict(values, seq, self._eos_token_ids)
+            if row in masked:
+                with np.errstate(invalid="ignore"):  # added, not set: a NaN stays one
+                    values += bans(masked[row], len(values))
         return copy
 
     def _draw(self, logits: Tensor, sequences: list[Sequence]) -> list[int | None]:

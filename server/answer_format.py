@@ -18,6 +18,9 @@ import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import msgspec
 
 from headstart.server.answer import AnswerParser
 from headstart.server.reasoning import THINK, ThoughtMarks, ThoughtReader
@@ -89,26 +92,49 @@ class AnswerFormat:
         shown = {self.tokens[mark]: mark for mark in marks if mark in self.special}
         return Reading(new_parser, shown)
 
-    def grammar(self, functions: Sequence[Function], *, inside: bool, parallel: bool) -> str:
-        """A grammar for llguidance: thoughts, if the model thinks, then a call of one of the
-        functions, or several if ``parallel``."""
+    def calls_grammar(self, functions: Sequence[Function], *, parallel: bool) -> str:
+        """A grammar for llguidance: a call of one of the functions, or several if ``parallel``."""
         assert self.calls is not None
-        rules = self.calls.grammar(functions, parallel=parallel)
+        return f"start: calls\n{self.calls.grammar(functions, parallel=parallel)}"
+
+    def after_thoughts(self, grammar: str, *, inside: bool) -> str:
+        """``grammar``, as llguidance takes it, behind thoughts if the model thinks.
+
+        ``inside``: the prompt has opened them, so that they come; else they may.
+        """
         if self.thoughts is None:
-            return f"start: calls\n{rules}"
+            return grammar
         opens, closes = (
             f"<[{self.tokens[mark]}]>" if mark in self.tokens else None
             for mark in (self.thoughts.opens, self.thoughts.closes)
         )
-        opens = opens or quoted(self.thoughts.opens)
-        start = "thoughts calls" if inside else f"({opens} thoughts)? calls"
-        # A token ends them by itself; a text has to be the first of its kind.
-        if closes:
-            thought = f"thoughts: thought {closes} SPACE\nthought: /(.|\\n)*/"
-        else:
-            suffix = quoted(self.thoughts.closes)
-            thought = f"thoughts: thought SPACE\nthought[suffix={suffix}]: /(.|\\n)*/"
-        return f"start: {start}\n{thought}\nSPACE: /[ \\n]{{0,4}}/\n{rules}"
+        start = "thoughts" if inside else f"({opens or quoted(self.thoughts.opens)} thoughts)?"
+        # A token ends them by itself; of a text, the first one has to.
+        suffix = f"[suffix={quoted(self.thoughts.closes)}]" if closes is None else ""
+        rules = (
+            f"start: {start} answer",
+            f"thoughts: thought {closes or ''} SPACE",
+            f"thought{suffix}: /(.|\\n)*/",
+            "SPACE: /[ \\n]{0,4}/",
+            "answer: @answer",
+        )
+        first, *others = _grammars(grammar)
+        grammars = [{"lark_grammar": "\n".join(rules)}, first | {"name": "answer"}, *others]
+        return msgspec.json.encode({"grammars": grammars}).decode()
+
+
+class _Grammars(msgspec.Struct):
+    """llguidance's list of grammars, of which the first one begins."""
+
+    grammars: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
+
+
+def _grammars(text: str) -> list[dict[str, Any]]:
+    """A grammar, which is such a list or a text in Lark, as such a list."""
+    try:
+        return msgspec.json.decode(text, type=_Grammars).grammars
+    except (msgspec.MsgspecError, RecursionError):
+        return [{"lark_grammar": text}]
 
 
 def find_format(

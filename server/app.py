@@ -85,6 +85,7 @@ def create_app(
             await asyncio.gather(start, return_exceptions=True)
             await engine.stop()
             runtime.threads.shutdown(wait=False, cancel_futures=True)
+            await runtime.grammars.close()
 
     app = FastAPI(
         title="headstart",

@@ -24,6 +24,10 @@ class ServerSettings:
     max_allowed_token_ids: entries of ``allowed_token_ids``
     max_bad_words:      strings of ``bad_words``
     max_bad_word_chars: length of one of them, characters
+    max_schema_chars:   length of a schema, regex, grammar or list of choices, characters
+    max_schema_depth:   levels of objects and lists in a schema
+    max_choice:         strings of one ``choice``
+    grammar_timeout:    until a schema or grammar is compiled, seconds
     max_segments:       spans of one ``segment_mask``
     max_contexts:       ids in one /detokenize, in contexts of the model
     max_tools:          tools in one request
@@ -51,6 +55,10 @@ class ServerSettings:
     max_allowed_token_ids: int = 4096
     max_bad_words: int = 128
     max_bad_word_chars: int = 256
+    max_schema_chars: int = 64 * 1024
+    max_schema_depth: int = 64
+    max_choice: int = 1024
+    grammar_timeout: float = 5.0
     max_segments: int = 4096
     max_contexts: int = 4
     max_tools: int = 128

@@ -17,7 +17,6 @@ from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Span, turn_spans
 from headstart.server.answer import Part, Reasoning, Text
-from headstart.server.answer_format import Reading
 from headstart.server.errors import bad_request
 from headstart.server.openai.fields import (
     REFUSED_IN_CHAT,
@@ -49,6 +48,7 @@ from headstart.server.openai.tools import (
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.stream import Delta
+from headstart.server.structure import Structure
 from headstart.server.templates import Message, Tools
 from headstart.server.tokenizer import Tokenizer
 
@@ -140,16 +140,15 @@ class ChatBody(GenerationBody):
         model: ModelInfo,
         settings: ServerSettings,
         tokenizer: Tokenizer,
-        grammar: str | None,
+        grammar: str | None = None,
     ) -> SamplingParams:
-        """The engine's view of the request. ``grammar``: of the calls that it forces."""
+        """The engine's view of the request."""
         name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = fit_max_tokens(
             num_prompt, getattr(self, name), model, param=name, prompt_param="messages"
         )
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        params = self.sampling_params(max_tokens, logprobs, model, settings, tokenizer)
-        return params if grammar is None else msgspec.structs.replace(params, grammar=grammar)
+        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer, grammar)
 
 
 def plain_messages(messages: Sequence[ChatMessage], settings: ServerSettings) -> list[Message]:
@@ -318,16 +317,14 @@ class ChatFormat(Format):
         return encode(head | {"choices": answers, "usage": usage.json()})
 
 
-def _read_as(
-    runtime: Runtime, use: ToolUse, token_ids: Sequence[int]
-) -> tuple[Reading | None, str | None]:
-    """How the answer to a prompt is read, and the grammar of the calls that it has to be."""
-    answers = runtime.answers
-    inside = answers.inside(runtime.tokenizer.decode_all(token_ids[-CONTEXT_IDS:]))
-    reading = answers.reading(use.names, inside=inside, only_first=not use.parallel)
+def _structure(runtime: Runtime, use: ToolUse, asked: Structure | None) -> Structure | None:
+    """What the answer has to follow, thoughts apart: the calls it has to make, or what is asked."""
     if not use.forced:
-        return reading, None
-    return reading, answers.grammar(use.forced, inside=inside, parallel=use.parallel)
+        return asked
+    if asked is not None:
+        raise bad_request(f"tool_choice and {asked.path} cannot be combined", "tool_choice")
+    grammar = runtime.answers.calls_grammar(use.forced, parallel=use.parallel)
+    return Structure(grammar, "tools")
 
 
 def routes(runtime: Runtime) -> APIRouter:
@@ -341,17 +338,15 @@ def routes(runtime: Runtime) -> APIRouter:
         body.check_chat(runtime.settings)
         mask = chat_mask(body.segment_mask) or served.chat_mask
         messages = plain_messages(body.messages, runtime.settings)
+        answers = runtime.answers
         use = tool_use(
-            body.tools,
-            body.tool_choice,
-            body.parallel_tool_calls,
-            runtime.answers,
-            runtime.settings,
+            body.tools, body.tool_choice, body.parallel_tool_calls, answers, runtime.settings
         )
         model = runtime.require_model()
         template = runtime.require_chat_template()
         options = body.text_options(runtime.settings)
         size = chat_size(messages, use.tools)
+        structure = _structure(runtime, use, body.structure(runtime.settings))
         token_ids: Sequence[int]
         segments: list[Span] = []
         if mask == "turns":
@@ -363,9 +358,13 @@ def routes(runtime: Runtime) -> APIRouter:
             token_ids = await runtime.with_text(size, partial(template.encode, messages, use.tools))
         wanted = body.max_completion_tokens or body.max_tokens
         token_ids = body.truncated(token_ids, wanted, model, spans=bool(segments))
-        reading, grammar = _read_as(runtime, use, token_ids)
+        inside = answers.inside(runtime.tokenizer.decode_all(token_ids[-CONTEXT_IDS:]))
+        reading = answers.reading(use.names, inside=inside, only_first=not use.parallel)
         if reading is not None:
             options = replace(options, shown=reading.shown)
+        if structure is not None:
+            structure = structure.replaced(answers.after_thoughts(structure.grammar, inside=inside))
+        grammar = await runtime.checked(structure)
         params = body.params(len(token_ids), model, runtime.settings, runtime.tokenizer, grammar)
         format = ChatFormat(
             served.name,

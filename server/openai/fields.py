@@ -17,6 +17,15 @@ from headstart.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from headstart.server.errors import bad_request
 from headstart.server.settings import ServerSettings
 from headstart.server.stream import TextOptions
+from headstart.server.structure import (
+    AnyField,
+    ChoiceField,
+    ObjectField,
+    Structure,
+    asked_structures,
+    guided_structure,
+    response_structure,
+)
 from headstart.server.tokenizer import Tokenizer
 
 # Accepted with any value: they describe the caller and change nothing in an answer.
@@ -25,23 +34,17 @@ DESCRIPTIVE = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 # Field -> the values, beside null, that ask for nothing.
 REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "priority": (0,),
     "prompt_logprobs": (),
     "request_id": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "use_beam_search": (False,),
     "vllm_xargs": (),
 }
@@ -145,6 +148,12 @@ class GenerationBody(Body):
     frequency_penalty: float | None = None
     seed: Annotated[int, Field(ge=-SEED_RANGE, lt=SEED_RANGE)] | None = None
     logit_bias: LogitBiasField = None
+    response_format: ObjectField = None
+    structured_outputs: ObjectField = None
+    guided_json: AnyField = None
+    guided_regex: str | None = None
+    guided_choice: ChoiceField = None
+    guided_grammar: str | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     def check(self, refused: Mapping[str, tuple[Any, ...]], settings: ServerSettings) -> None:
@@ -215,6 +224,20 @@ class GenerationBody(Body):
             most = max(model.max_model_len - (max_tokens or 1), 1)
         return token_ids[-most:]
 
+    def structure(self, settings: ServerSettings) -> Structure | None:
+        """What the answer has to follow; raises APIError."""
+        found = asked_structures(self.structured_outputs, settings)
+        if asked := response_structure(self.response_format, settings):
+            found.append(asked)
+        for kind in ("json", "regex", "choice", "grammar"):
+            field = f"guided_{kind}"
+            if (value := getattr(self, field)) is not None:
+                found.append(guided_structure(kind, value, field, settings))
+        if len(found) > 1:
+            first, second = (structure.path for structure in found[:2])
+            raise bad_request(f"{first} and {second} cannot be combined", second)
+        return found[0] if found else None
+
     def sampling_params(
         self,
         max_tokens: int,
@@ -222,6 +245,7 @@ class GenerationBody(Body):
         model: ModelInfo,
         settings: ServerSettings,
         tokenizer: Tokenizer,
+        grammar: str | None,
     ) -> SamplingParams:
         """The engine's view of the request; raises RequestError or APIError."""
         params = SamplingParams(
@@ -241,6 +265,7 @@ class GenerationBody(Body):
             min_tokens=self.min_tokens or 0,
             bad_words=self._bad_words(settings, tokenizer),
             allowed_token_ids=self._token_ids("allowed_token_ids", settings.max_allowed_token_ids),
+            grammar=grammar,
         )
         params.validate(model.vocab_size)
         return params
