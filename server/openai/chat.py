@@ -324,7 +324,8 @@ def _structure(runtime: Runtime, use: ToolUse, asked: Structure | None) -> Struc
     if asked is not None:
         raise bad_request(f"tool_choice and {asked.path} cannot be combined", "tool_choice")
     grammar = runtime.answers.calls_grammar(use.forced, parallel=use.parallel)
-    return Structure(grammar, "tools")
+    schemas = {function["name"]: function.get("parameters") for function in use.forced}
+    return Structure(grammar, "tools", schemas)
 
 
 def routes(runtime: Runtime) -> APIRouter:
