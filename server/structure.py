@@ -24,8 +24,9 @@ from headstart.server.settings import ServerSettings
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-WHITESPACE = r"[ \n\r\t]{1,64}"
-"""What may be between two tokens of JSON. It ends: small models would go on for ever."""
+WHITESPACE = r"\r?\n([ ]{0,32}|\t{0,8})|[ ]{1,2}"
+"""What may be between two tokens of JSON: an indented line, or a space. It ends: small models
+would go on for ever."""
 
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
 """In the library's error; where the schema is a part of a grammar there is more around it."""

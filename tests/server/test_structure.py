@@ -76,7 +76,7 @@ ASKED: list[tuple[dict[str, Any], list[str], list[str]]] = [
     (
         {"response_format": {"type": "json_object"}},
         ["{}", '{"a": [1, null]}', '{\n  "a": {}\n}'],
-        ["[]", "1", "{} ", "text", '{"a":' + " " * 65 + "1}"],
+        ["[]", "1", "{} ", "text", '{"a":' + " " * 3 + "1}", '{\n\n"a":1}'],
     ),
     (
         {"response_format": json_schema(PERSON, strict=True, description="who")},
