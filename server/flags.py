@@ -21,9 +21,8 @@ from headstart.server.flag_values import (
     seconds,
 )
 from headstart.server.keys import Keys, read_keys
-from headstart.server.settings import ServerSettings
+from headstart.server.settings import REASONING_PARSERS, TOOL_CALL_PARSERS, ServerSettings
 from headstart.server.tls import Certificate
-from headstart.server.tool_formats import FORMATS
 
 SECRET_VARIABLE = "HEADSTART_RUNAHEAD_SECRET"
 API_KEY_VARIABLE = "HEADSTART_API_KEY"
@@ -238,13 +237,13 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answers: tool calls and reasoning")
     group.add_argument(
         "--tool-call-parser",
-        choices=("auto", "none", *FORMATS),
+        choices=TOOL_CALL_PARSERS,
         default="auto",
         help="how the model writes calls of tools; auto: as its chat template says",
     )
     group.add_argument(
         "--reasoning-parser",
-        choices=("auto", "none", "think"),
+        choices=REASONING_PARSERS,
         default="auto",
         help="how it writes what it thinks before it answers; think: between <think> and </think>; "
         "auto: so if its chat template or its vocabulary knows these",

@@ -7,6 +7,9 @@ from headstart.server.keys import Keys
 
 MIB = 1024 * 1024
 
+TOOL_CALL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral", "pythonic")
+REASONING_PARSERS = ("auto", "none", "think")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
@@ -35,8 +38,8 @@ class ServerSettings:
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
     lora_dir:           where adapters may be loaded from at run time; None: nowhere
-    tool_call_parser:   how calls of tools are written: "auto", "none" or a format's name
-    reasoning_parser:   how thoughts are: "auto", "none" or "think"
+    tool_call_parser:   how calls of tools are written, one of TOOL_CALL_PARSERS
+    reasoning_parser:   how thoughts are, one of REASONING_PARSERS
     body_timeout:       until a body is complete, seconds (408)
     keys:               who may ask what; none: everybody may everything
     allowed_origins:    web pages that may ask from a browser (CORS); "*" is all

@@ -11,13 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
+from headstart.server.structure import WHITESPACE
 from headstart.server.tool_formats.reader import CallReader, call_id
 
 Function = dict[str, Any]
 """``name``, maybe ``parameters``, a JSON schema of an object, and ``strict``."""
-
-# Models that are free to write space in JSON may do so for ever.
-_JSON_OPTIONS = {"whitespace_pattern": r"[ \n]{1,16}"}
 
 
 class ToolFormat(ABC):
@@ -54,7 +52,7 @@ def quoted(text: str) -> str:
 
 def json_rule(schema: Mapping[str, Any], *, strict: bool) -> str:
     """A JSON text by its schema. What llguidance cannot enforce is an error if ``strict``."""
-    options = _JSON_OPTIONS | {"lenient": not strict}
+    options = {"whitespace_pattern": WHITESPACE, "lenient": not strict}
     return "%json " + json.dumps({**schema, "x-guidance": options})
 
 

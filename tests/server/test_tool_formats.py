@@ -19,6 +19,7 @@ from headstart.server.answer import (
     ToolCallEnd,
     ToolCallStart,
 )
+from headstart.server.settings import TOOL_CALL_PARSERS
 from headstart.server.tool_formats import FORMATS
 
 NAMES = ("look", "clock")
@@ -280,6 +281,10 @@ def test_reading_takes_time_in_proportion():
     assert read("hermes", [text]) == [text]
     text = "[look(" * 20_000
     assert read("pythonic", [text]) == [text]
+
+
+def test_the_flag_knows_every_format():
+    assert TOOL_CALL_PARSERS == ("auto", "none", *FORMATS)
 
 
 # Grammars
