@@ -14,7 +14,6 @@ Thoughts are looked for where the template knows <think>, or the vocabulary has 
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +27,6 @@ from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
 from headstart.server.tool_formats import FORMATS, ToolFormat
 from headstart.server.tool_formats.format import Function, quoted
-
-logger = logging.getLogger(__name__)
 
 # Qwen3-Coder, GLM, DeepSeek, Phi-4-mini: read as another format, their calls would be text.
 _UNKNOWN_CALLS = re.compile(r"<function=|<arg_key>|tool▁call|<\|tool_call")
@@ -62,6 +59,12 @@ class AnswerFormat:
     writes_tools: bool = False
     tokens: Mapping[str, int] = field(default_factory=dict)
     special: Collection[str] = ()
+
+    def __str__(self) -> str:
+        calls = self.calls.name if self.calls else "not read"
+        return (
+            f"tool calls {calls}, thoughts {self.thoughts.opens if self.thoughts else 'not read'}"
+        )
 
     def inside(self, prompt_end: str) -> bool:
         """Whether a prompt with this end has opened the thoughts, so that an answer begins amid
@@ -151,7 +154,6 @@ def find_format(
             THINK.opens in template.text or THINK.closes in template.text
         )
         thoughts = "think" if told or len(known) == 2 else "none"
-    logger.info("answers: tool calls are read as %s, thoughts as %s", calls, thoughts)
     marks = [*(FORMATS[calls].marks if calls in FORMATS else ()), THINK.opens, THINK.closes]
     tokens = tokenizer.added_tokens(marks)
     return AnswerFormat(

@@ -198,6 +198,7 @@ def run_serve(args: argparse.Namespace) -> int:
             settings=settings,
             on_start_failure=failures.append,
         )
+        logger.info("answers: %s", app.state.runtime.answers)
         keys = settings.keys
         logger.info("keys: %d for the API, %d for admins", len(keys.api), len(keys.admin))
         serve(
