@@ -17,6 +17,7 @@ from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Span, turn_spans
 from headstart.server.answer import Part, Reasoning, Text
+from headstart.server.answer_format import Reading
 from headstart.server.errors import bad_request
 from headstart.server.openai.fields import (
     REFUSED_IN_CHAT,
@@ -133,6 +134,11 @@ class ChatBody(GenerationBody):
                 f"max_completion_tokens is {both[1]} and max_tokens, its old name, {both[0]}",
                 "max_completion_tokens",
             )
+
+    def tool_use(self, runtime: Runtime) -> ToolUse:
+        """What the answer may do with the tools; raises APIError."""
+        answers, settings = runtime.answers, runtime.settings
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls, answers, settings)
 
     def params(
         self,
@@ -328,6 +334,18 @@ def _structure(runtime: Runtime, use: ToolUse, asked: Structure | None) -> Struc
     return Structure(grammar, "tools", schemas)
 
 
+def _read_as(
+    runtime: Runtime, use: ToolUse, structure: Structure | None, token_ids: Sequence[int]
+) -> tuple[Reading | None, Structure | None]:
+    """How the answer to a prompt is read, and what it has to follow, thoughts included."""
+    answers = runtime.answers
+    inside = answers.inside(runtime.tokenizer.decode_all(token_ids[-CONTEXT_IDS:]))
+    reading = answers.reading(use.names, inside=inside, only_first=not use.parallel)
+    if structure is None:
+        return reading, None
+    return reading, structure.replaced(answers.after_thoughts(structure.grammar, inside=inside))
+
+
 def routes(runtime: Runtime) -> APIRouter:
     router = APIRouter(tags=["chat"])
 
@@ -339,10 +357,7 @@ def routes(runtime: Runtime) -> APIRouter:
         body.check_chat(runtime.settings)
         mask = chat_mask(body.segment_mask) or served.chat_mask
         messages = plain_messages(body.messages, runtime.settings)
-        answers = runtime.answers
-        use = tool_use(
-            body.tools, body.tool_choice, body.parallel_tool_calls, answers, runtime.settings
-        )
+        use = body.tool_use(runtime)
         model = runtime.require_model()
         template = runtime.require_chat_template()
         options = body.text_options(runtime.settings)
@@ -359,12 +374,9 @@ def routes(runtime: Runtime) -> APIRouter:
             token_ids = await runtime.with_text(size, partial(template.encode, messages, use.tools))
         wanted = body.max_completion_tokens or body.max_tokens
         token_ids = body.truncated(token_ids, wanted, model, spans=bool(segments))
-        inside = answers.inside(runtime.tokenizer.decode_all(token_ids[-CONTEXT_IDS:]))
-        reading = answers.reading(use.names, inside=inside, only_first=not use.parallel)
+        reading, structure = _read_as(runtime, use, structure, token_ids)
         if reading is not None:
             options = replace(options, shown=reading.shown)
-        if structure is not None:
-            structure = structure.replaced(answers.after_thoughts(structure.grammar, inside=inside))
         grammar = await runtime.checked(structure)
         params = body.params(len(token_ids), model, runtime.settings, runtime.tokenizer, grammar)
         format = ChatFormat(
@@ -374,14 +386,11 @@ def routes(runtime: Runtime) -> APIRouter:
             include_usage=body.include_usage,
             reasoning=body.include_reasoning is not False,
         )
+        new_parser = reading.new_parser if reading is not None else None
         choices = start_choices(
             runtime,
             served,
-            [
-                Prompt(
-                    token_ids, params, segments, new_parser=reading.new_parser if reading else None
-                )
-            ],
+            [Prompt(token_ids, params, segments, new_parser=new_parser)],
             n=body.n or 1,
             options=options,
             salt=body.salt,
