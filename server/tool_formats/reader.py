@@ -51,7 +51,7 @@ class CallReader(ABC):
         self._parts: list[Part] = []
         self._arguments: list[str] = []  # of the call that is being read, not yet a part
         self._space = ""  # text only if text follows
-        self._held = ""  # read since the last part
+        self._held: list[str] = []  # characters read since the last part
         self._last = ""  # the character read last
         self._reading = False  # of what may be a call
         self._closing = False  # of a call that is complete
@@ -94,7 +94,7 @@ class CallReader(ABC):
         return self._taken()
 
     def _send(self, char: str) -> None:
-        self._held += char
+        self._held.append(char)
         self._last = char
         self._run.send(char)
 
@@ -106,15 +106,16 @@ class CallReader(ABC):
                 try:
                     yield from self._call(char)
                 except NoCall:
-                    held = self._held[: len(self._held) - len(self._last)]
+                    held = "".join(self._held[:-1])
                     # The text ended while a call was being closed: nothing is missing.
                     if self._last or not self._closing:
                         self._say(held)
                 self._reading = self._closing = False
-                char = self._held = self._last
+                char = self._last
+                self._held = [char]
             else:
                 self._say(char)
-                self._held = ""
+                self._held.clear()
                 char = yield
 
     # What is found
@@ -128,13 +129,14 @@ class CallReader(ABC):
         self._space += text[len(said) :]
 
     def _start(self, name: str) -> None:
-        self._space = self._held = ""
+        self._space = ""
+        self._held.clear()
         self._after_call = True
         self._parts.append(ToolCallStart(self.num_calls, self._new_id(), name))
         self.num_calls += 1
 
     def _argue(self, text: str) -> None:
-        self._held = ""
+        self._held.clear()
         self._arguments.append(text)
 
     def _end(self) -> None:
@@ -219,7 +221,7 @@ class CallReader(ABC):
             if name is None or not marked:
                 raise NoCall
             self._whole(name, "{}")
-        self._held = ""
+        self._held.clear()
         return (yield)
 
     def _whole(self, name: str, arguments: str) -> None:
