@@ -24,6 +24,7 @@ from headstart.server.flags import (
     adapters,
     add_access_flags,
     add_adapter_flags,
+    add_answer_flags,
     add_cache_dir,
     add_engine_flags,
     add_http_flags,
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_access_flags(serve)
     add_engine_flags(serve)
     add_adapter_flags(serve)
+    add_answer_flags(serve)
     add_parallel_flags(serve)
     add_runahead_flags(serve)
 
@@ -196,6 +198,7 @@ def run_serve(args: argparse.Namespace) -> int:
             settings=settings,
             on_start_failure=failures.append,
         )
+        logger.info("answers: %s", app.state.runtime.answers)
         keys = settings.keys
         logger.info("keys: %d for the API, %d for admins", len(keys.api), len(keys.admin))
         serve(

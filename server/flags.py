@@ -21,7 +21,7 @@ from headstart.server.flag_values import (
     seconds,
 )
 from headstart.server.keys import Keys, read_keys
-from headstart.server.settings import ServerSettings
+from headstart.server.settings import REASONING_PARSERS, TOOL_CALL_PARSERS, ServerSettings
 from headstart.server.tls import Certificate
 
 SECRET_VARIABLE = "HEADSTART_RUNAHEAD_SECRET"
@@ -232,6 +232,24 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_answer_flags(parser: argparse.ArgumentParser) -> None:
+    """How the model writes calls of tools, and thoughts."""
+    group = parser.add_argument_group("answers: tool calls and reasoning")
+    group.add_argument(
+        "--tool-call-parser",
+        choices=TOOL_CALL_PARSERS,
+        default="auto",
+        help="how the model writes calls of tools; auto: as its chat template says",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        choices=REASONING_PARSERS,
+        default="auto",
+        help="how it writes what it thinks before it answers; think: between <think> and </think>; "
+        "auto: so if its chat template or its vocabulary knows these",
+    )
+
+
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("segment masks and LoRA adapters")
     group.add_argument(
@@ -408,6 +426,8 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
         max_stop=args.max_stop,
         segment_mask=getattr(args, "segment_mask", None),
         lora_dir=getattr(args, "lora_dir", None),
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
         body_timeout=args.body_timeout,
         keys=Keys.of(
             api=_keys(args, "api", API_KEY_VARIABLE), admin=_keys(args, "admin", ADMIN_KEY_VARIABLE)

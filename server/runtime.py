@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from headstart.engine.errors import RequestError
 from headstart.engine.messages import ModelInfo
+from headstart.server.answer_format import AnswerFormat
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, bad_request, unavailable
 from headstart.server.grammar_check import GrammarChecker
@@ -51,6 +52,7 @@ class Runtime:
     """``model_names``: what clients may call the model; answers use the first.
 
     ``draining``: no new requests are taken (503). ``chat_template``: None when the model has none.
+    ``answers``: how the model writes thoughts and calls of tools.
     """
 
     engine: EngineClient
@@ -59,6 +61,7 @@ class Runtime:
     settings: ServerSettings
     metrics: Metrics
     model_names: tuple[str, ...]
+    answers: AnswerFormat = field(default_factory=AnswerFormat)
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     threads: ThreadPoolExecutor = field(default_factory=_text_threads)

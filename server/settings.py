@@ -7,6 +7,9 @@ from headstart.server.keys import Keys
 
 MIB = 1024 * 1024
 
+TOOL_CALL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral", "pythonic")
+REASONING_PARSERS = ("auto", "none", "think")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
@@ -30,9 +33,13 @@ class ServerSettings:
     grammar_timeout:    until a schema or grammar is compiled, seconds
     max_segments:       spans of one ``segment_mask``
     max_contexts:       ids in one /detokenize, in contexts of the model
+    max_tools:          tools in one request
+    max_tool_bytes:     one of them as JSON
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
     lora_dir:           where adapters may be loaded from at run time; None: nowhere
+    tool_call_parser:   how calls of tools are written, one of TOOL_CALL_PARSERS
+    reasoning_parser:   how thoughts are, one of REASONING_PARSERS
     body_timeout:       until a body is complete, seconds (408)
     keys:               who may ask what; none: everybody may everything
     allowed_origins:    web pages that may ask from a browser (CORS); "*" is all
@@ -57,9 +64,13 @@ class ServerSettings:
     grammar_timeout: float = 5.0
     max_segments: int = 4096
     max_contexts: int = 4
+    max_tools: int = 128
+    max_tool_bytes: int = 64 * 1024
     inline_chars: int = 8192
     segment_mask: str | None = None
     lora_dir: Path | None = None
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     body_timeout: float = 60.0
     keys: Keys = field(default_factory=Keys)
     allowed_origins: tuple[str, ...] = ()

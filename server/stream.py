@@ -9,10 +9,11 @@ how the text is cut into tokens never changes the result.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from headstart.engine.messages import Output, TokenLogprobs
+from headstart.server.answer import Part
 from headstart.server.detokenizer import Detokenizer
 from headstart.server.tokenizer import Tokenizer
 
@@ -75,12 +76,14 @@ class StopStrings:
 @dataclass(slots=True)
 class Delta:
     """What one engine output adds to an answer. ``logprobs`` beside ``offsets``, the characters
-    of the answer before each of those tokens; both None when not asked for."""
+    of the answer before each of those tokens; both None when not asked for. ``parts``: those of the
+    text that are certain; None when it is text and nothing else."""
 
     text: str
     finish_reason: str | None
     logprobs: list[TokenLogprobs] | None = None
     offsets: list[int] | None = None
+    parts: list[Part] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +92,14 @@ class TextOptions:
 
     stops: strings that end it. include_stop: what ends it, string or token, is text as well.
     min_tokens: the text of so many tokens holds no stop string. skip_special_tokens: they are no
-    text.
+    text, but for those ``shown``, by id.
     """
 
     stops: Sequence[str] = ()
     include_stop: bool = False
     min_tokens: int = 0
     skip_special_tokens: bool = True
+    shown: Mapping[int, str] = field(default_factory=dict)
 
 
 class TextAssembler:
@@ -123,8 +127,12 @@ class TextAssembler:
         logprobs: bool = False,
     ) -> None:
         self._options = options
-        skip = options.skip_special_tokens
-        self._detokenizer = Detokenizer(tokenizer.backend, context, skip_special_tokens=skip)
+        self._detokenizer = Detokenizer(
+            tokenizer.backend,
+            context,
+            skip_special_tokens=options.skip_special_tokens,
+            shown=options.shown,
+        )
         self._stops = StopStrings(options.stops, options.include_stop)
         self._logprobs = logprobs
         self._length = 0  # characters detokenised, stop string included

@@ -11,6 +11,7 @@ is followed exactly, whether ``strict`` is asked for or not; a keyword that can'
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 WHITESPACE = r"\r?\n([ ]{0,32}|\t{0,8})|[ ]{1,2}"
 """What may be between two tokens of JSON: an indented line, or a space. It ends: small models
 would go on for ever."""
+
+_UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
+"""In the library's error; where the schema is a part of a grammar there is more around it."""
 
 _FORMATS = ("text", "json_object", "json_schema", "regex", "grammar")
 
@@ -45,10 +49,14 @@ class Structure:
         self.path = path
         self._schema = schema
 
+    def replaced(self, grammar: str) -> Structure:
+        """The same with a grammar that has it as its part."""
+        return Structure(grammar, self.path, self._schema)
+
     def explain(self, error: str) -> str:
         """``error`` of the library in the client's words."""
-        if error.startswith("Unimplemented keys: "):
-            keys = json.loads(error.removeprefix("Unimplemented keys: "))
+        if found := _UNIMPLEMENTED.search(error):
+            keys = json.loads(found[1])
             named = ", ".join(repr(_place(self._schema, key) or key) for key in sorted(keys))
             plural = "s" if len(keys) > 1 else ""
             return f"{self.path}: the keyword{plural} {named} cannot be followed"

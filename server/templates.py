@@ -36,6 +36,25 @@ class ChatTemplate:
         except Exception:
             pass  # a template may refuse this chat and serve others
 
+    @property
+    def text(self) -> str:
+        """The template itself."""
+        return self._template
+
+    def writes_tools(self) -> bool:
+        """Whether tools are written into chats; True, too, for a template that refuses to say."""
+        name = "headstart_probe"
+        schema = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}}
+        function = {"name": name, "description": name, "parameters": schema}
+        user = {"role": "user", "content": "x"}
+        for messages in ([user], [{"role": "system", "content": "x"}, user]):
+            try:
+                rendered = self._render(messages, [{"type": "function", "function": function}])
+            except Exception:  # whatever a template may do with a chat it does not expect
+                continue
+            return name in rendered
+        return True
+
     def encode(
         self, messages: Sequence[Message], tools: Tools | None = None, *, answer: bool = True
     ) -> list[int]:

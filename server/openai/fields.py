@@ -1,7 +1,7 @@
 """Request fields: what is supported, what is refused by name, and what they mean to the engine.
 
 A field that OpenAI or vLLM knows and headstart does not is accepted only at the value that asks
-for nothing (``n``: 1, ``tools``: null); any other value, and any unknown field, is a 400.
+for nothing (``n``: 1, ``audio``: null); any other value, and any unknown field, is a 400.
 """
 
 from __future__ import annotations
@@ -59,14 +59,10 @@ REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "include_reasoning": (True,),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -82,11 +78,7 @@ REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "reasoning": (),
-    "reasoning_content": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 
 INT32_MAX = 2**31 - 1
@@ -390,5 +382,5 @@ def fit_max_tokens(
     return max_tokens
 
 
-Role = Literal["system", "developer", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]

@@ -189,9 +189,9 @@ async def test_long_texts_are_tokenised_in_a_thread(app, client, engine, say, mo
     template = app.state.runtime.chat_template
     encode = template.encode
 
-    def noting(messages):
+    def noting(*chat):
         threads.add(threading.current_thread().name)
-        return encode(messages)
+        return encode(*chat)
 
     monkeypatch.setattr(template, "encode", noting)
     for length in (10, 20_000):

@@ -94,7 +94,7 @@ def test_every_flag_gets_where_it_belongs(tmp_path):
         *("--max-body-size", "1MiB", "--max-n", "2", "--max-prompts", "3"),
         *("--max-choices", "4", "--max-stop", "5"),
         *("--relay", "on", "--relay-check", "100", "--cache-dir", "/somewhere/else"),
-        *("--log-level", "debug"),
+        *("--log-level", "debug", "--tool-call-parser", "mistral", "--reasoning-parser", "think"),
     )
     config = cli.engine_config(args, tmp_path)
     assert (config.backend, config.isa, config.weights) == ("cpu", "avx2", "int8")
@@ -107,6 +107,7 @@ def test_every_flag_gets_where_it_belongs(tmp_path):
     settings = cli.server_settings(args)
     assert (settings.max_body_bytes, settings.max_n, settings.max_prompts) == (1024**2, 2, 3)
     assert (settings.max_choices, settings.max_stop) == (4, 5)
+    assert (settings.tool_call_parser, settings.reasoning_parser) == ("mistral", "think")
 
 
 def test_runahead_flags(tmp_path, monkeypatch):

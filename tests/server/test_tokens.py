@@ -308,7 +308,7 @@ async def test_long_texts_go_to_a_thread(engine, tokenizer, ask, monkeypatch):
         for path in ("/tokenize", "/apply-template"):
             await ask(path, messages=[USER | {"content": "a" * size}])
             if size > 100:
-                tool = {"type": "function", "function": {"name": "a" * size}}
+                tool = {"type": "function", "function": {"name": "a", "description": "a" * size}}
                 await ask(path, messages=[USER], tools=[tool])
         assert len(threads) >= 4
         assert all((thread is threading.main_thread()) == (size == 1) for thread in threads)
