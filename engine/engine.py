@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
@@ -42,15 +42,17 @@ from headstart.engine.messages import (
     TokenLogprobs,
 )
 from headstart.engine.model_runner import warm_up
+from headstart.engine.models.config import declared_pooling
 from headstart.engine.models.decoder import Decoder
 from headstart.engine.pages_ahead import PagesAhead
 from headstart.engine.process_groups import check_gpus
 from headstart.engine.radix_cache import RadixCache
+from headstart.engine.reading import Pooled, PromptScores, Read
 from headstart.engine.relay import MODES, Relay, RelayPlan
 from headstart.engine.relay_guard import RelayGuard
 from headstart.engine.runahead.chain import Ahead, Chain
 from headstart.engine.sampler import Sampler, Sampling
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling_params import PoolingParams, SamplingParams
 from headstart.engine.scheduler import NOTHING, NewToken, Scheduler, SchedulerOutput
 from headstart.engine.segments import Segments, Span
 from headstart.engine.sequence import FinishReason, Sequence, Status
@@ -69,6 +71,7 @@ class Launched(NamedTuple):
 
     scheduled: SchedulerOutput
     sampling: Sampling
+    reads: list[Callable[[], None]]  # wait for what is read of prompts, and book it
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -141,6 +144,7 @@ class Engine:
         self.model = ModelInfo(
             max_model_len=max_model_len,
             vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
             page_size=backend.page_size,
             num_pages=num_pages,
             eos_token_ids=list(model.eos_token_ids),
@@ -148,6 +152,7 @@ class Engine:
             weights=loaded.weights,
             version=__version__,
             segment_mask=model.segment_mask,
+            pooling=declared_pooling(folder),
             adapters=[self.load_adapter(*entry) for entry in config.adapters.items()],
         )
 
@@ -158,7 +163,9 @@ class Engine:
             self.runahead = Chain(config, loaded, self._pool)
 
     def _runs_ahead(self, seq: Sequence, start: int, num_ahead: int) -> bool:
-        return self.runahead is not None and self.runahead.wants(seq, start, num_ahead)
+        if self.runahead is None or seq.reading is not None or not seq.generates:
+            return False
+        return self.runahead.wants(seq, start, num_ahead)
 
     def warm_up(self) -> None:
         """Have ready what the first requests would wait for: weights, kernels, RelayAttention."""
@@ -198,7 +205,7 @@ class Engine:
         self,
         request_id: int,
         token_ids: array[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         salt: bytes = b"",
         segments: Iterable[Span] = (),
@@ -209,6 +216,12 @@ class Engine:
         ``salt``: KV is shared only among requests of equal salt. ``segments``: spans of the prompt
         whose tokens see each other whole. ``adapter``: the name of a loaded one.
         """
+        reading: PromptScores | Pooled | None = None
+        if isinstance(params, PoolingParams):
+            reading = Pooled(params.pooling, len(token_ids))
+            params = SamplingParams(max_tokens=0)
+        elif params.prompt_logprobs is not None:
+            reading = PromptScores(token_ids, params.prompt_logprobs)
         params.validate(self.model.vocab_size)
         self._check_there_is_a_choice(params)
         if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
@@ -223,6 +236,7 @@ class Engine:
             namespace=_namespace(salt, mask, chosen),
             segments=mask,
             adapter=chosen,
+            reading=reading,
         )
         self._scheduler.add(seq)
 
@@ -305,21 +319,25 @@ class Engine:
         if relay is not None:
             self._count(relay, self._runner.decoder.attention_seconds - before)
             if self._guard.is_due(relay):
-                logits = self._guard.check(self._batch(scheduled), logits)
-        return self._sample(scheduled, logits)
+                batch = self._batch(scheduled)
+                logits = self._guard.check(batch, logits)
+        return self._sample(scheduled, logits, batch.reads)
 
     def _batch(self, scheduled: SchedulerOutput, shared: Items[SharedRange] = ()) -> Batch:
         before = self._in_flight
         tokens = InFlight(before.sequences, before.sampling.token_ids) if before else None
         return build_batch(scheduled.scheduled, self._page_size, shared, tokens)
 
-    def _sample(self, scheduled: SchedulerOutput, logits: Tensor) -> Launched:
+    def _sample(self, scheduled: SchedulerOutput, logits: Tensor, reads: Items[Read]) -> Launched:
         sampling = [entry for entry in scheduled.scheduled if entry.samples]
-        return Launched(scheduled, self._sampler.launch(logits, sampling))
+        fetched = [read.reader.fetch() for read in reads]
+        return Launched(scheduled, self._sampler.launch(logits, sampling), fetched)
 
     def _commit(self, launched: Launched) -> list[Output]:
         """Wait for the tokens of a step, and book it."""
         sampled = launched.sampling.result()
+        for book in launched.reads:
+            book()
         new = self._scheduler.commit(launched.scheduled, [s.token_id for s in sampled])
         logprobs = {
             seq: s.logprobs
@@ -338,7 +356,10 @@ class Engine:
         logits = chunk.advance(chunk.pieces(self._max_batched_tokens - step.num_prefilled))
         if logits is not None:
             del self._beside[0]
-            outputs = self._commit(self._sample(SchedulerOutput([chunk.entry], 0), logits))
+            # What runs ahead is not read.
+            reads = chunk.reads if isinstance(chunk, LongChunk) else ()
+            alone = SchedulerOutput([chunk.entry], 0)
+            outputs = self._commit(self._sample(alone, logits, reads))
             if isinstance(chunk, Ahead) and self.runahead is not None:
                 self.runahead.finish(chunk)
             return outputs
@@ -427,13 +448,18 @@ def _namespace(salt: bytes, segments: Segments, adapter: Adapter | None) -> byte
 
 
 def _output(token: NewToken, logprobs: TokenLogprobs | None) -> Output:
-    seq = token.seq
+    seq, pooled = token.seq, None
+    scores = seq.reading.scores() if isinstance(seq.reading, PromptScores) else None
+    if isinstance(seq.reading, Pooled) and seq.finish_reason is FinishReason.STOP:
+        pooled = seq.reading.vector
     return Output(
         seq.id,
         [] if token.token_id is None else [token.token_id],
         _reason(seq.finish_reason) if token.finished else None,
         seq.num_cached_tokens,
         [logprobs] if logprobs else None,
+        scores,
+        pooled,
     )
 
 

@@ -40,6 +40,7 @@ def build_backend() -> tokenizers.Tokenizer:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
+        hidden_size=8,
         special_tokens=[
             AddedToken(name, special=True) for name in ("<|eos|>", "<|im_start|>", "<|im_end|>")
         ],

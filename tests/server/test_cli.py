@@ -406,7 +406,7 @@ class Engine:
     stats = Stats()
     restarts = 0
     adapters = {}
-    model = ModelInfo(max_model_len=256, vocab_size=400, page_size=16, num_pages=9,
+    model = ModelInfo(max_model_len=256, vocab_size=400, hidden_size=8, page_size=16, num_pages=9,
                       eos_token_ids=[0], backend="fake", weights="f32", version="0")
     async def start(self):
         if sys.argv[3] == "fail":
