@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from headstart.engine.sampling_params import Pooling
 from headstart.server.keys import Keys
 
 MIB = 1024 * 1024
@@ -28,6 +29,7 @@ class ServerSettings:
     max_contexts:       ids in one /detokenize, in contexts of the model
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
+    pooling:            of prompts to vectors, where none is named; None: as the model declares
     lora_dir:           where adapters may be loaded from at run time; None: nowhere
     body_timeout:       until a body is complete, seconds (408)
     keys:               who may ask what; none: everybody may everything
@@ -51,6 +53,7 @@ class ServerSettings:
     max_contexts: int = 4
     inline_chars: int = 8192
     segment_mask: str | None = None
+    pooling: Pooling | None = None
     lora_dir: Path | None = None
     body_timeout: float = 60.0
     keys: Keys = field(default_factory=Keys)

@@ -11,7 +11,7 @@ from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Span
 from headstart.server.metrics import ChoiceTimer
 from headstart.server.openai.fields import choice_seed
-from headstart.server.openai.reply import Choice
+from headstart.server.openai.reply import Choice, Echo
 from headstart.server.runtime import Runtime, Served
 from headstart.server.stream import TextAssembler, TextOptions
 
@@ -24,7 +24,7 @@ class Prompt:
     params: SamplingParams
     segments: Sequence[Span] = ()
     context: Sequence[int] = ()
-    echo: str = ""
+    echo: Echo | None = None
 
 
 def start_choices(
