@@ -15,7 +15,7 @@ class ServerSettings:
 
     max_body_bytes:     request body, bytes (413)
     max_n:              ``n``
-    max_prompts:        prompts in one completions request
+    max_prompts:        prompts, or texts to compare, in one request
     max_choices:        prompts times ``n``
     max_messages:       messages in one chat
     max_stop:           stop strings
