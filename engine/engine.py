@@ -47,7 +47,7 @@ from headstart.engine.models.decoder import Decoder
 from headstart.engine.pages_ahead import PagesAhead
 from headstart.engine.process_groups import check_gpus
 from headstart.engine.radix_cache import RadixCache
-from headstart.engine.reading import Pooled, PromptScores, Read
+from headstart.engine.reading import Pooled, PromptScores, Read, Reading
 from headstart.engine.relay import MODES, Relay, RelayPlan
 from headstart.engine.relay_guard import RelayGuard
 from headstart.engine.runahead.chain import Ahead, Chain
@@ -71,7 +71,7 @@ class Launched(NamedTuple):
 
     scheduled: SchedulerOutput
     sampling: Sampling
-    reads: list[Callable[[], None]]  # wait for what is read of prompts, and book it
+    books: list[Callable[[], None]]  # each waits for what was read of a prompt, and books it
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -216,7 +216,7 @@ class Engine:
         ``salt``: KV is shared only among requests of equal salt. ``segments``: spans of the prompt
         whose tokens see each other whole. ``adapter``: the name of a loaded one.
         """
-        reading: PromptScores | Pooled | None = None
+        reading: Reading | None = None
         if isinstance(params, PoolingParams):
             reading = Pooled(params.pooling, len(token_ids))
             params = SamplingParams(max_tokens=0)
@@ -330,13 +330,13 @@ class Engine:
 
     def _sample(self, scheduled: SchedulerOutput, logits: Tensor, reads: Items[Read]) -> Launched:
         sampling = [entry for entry in scheduled.scheduled if entry.samples]
-        fetched = [read.reader.fetch() for read in reads]
-        return Launched(scheduled, self._sampler.launch(logits, sampling), fetched)
+        books = [read.reader.fetch() for read in reads]
+        return Launched(scheduled, self._sampler.launch(logits, sampling), books)
 
     def _commit(self, launched: Launched) -> list[Output]:
         """Wait for the tokens of a step, and book it."""
         sampled = launched.sampling.result()
-        for book in launched.reads:
+        for book in launched.books:
             book()
         new = self._scheduler.commit(launched.scheduled, [s.token_id for s in sampled])
         logprobs = {

@@ -121,11 +121,10 @@ class _ScoreReader:
         self._taken += len(rows)
         chosen = rows.gather(1, upload(tokens, torch.int64, rows).unsqueeze(1))
         total = rows.logsumexp(-1, keepdim=True)
+        own = (chosen - total).squeeze(1)
         top = rows.topk(min(self._count, rows.shape[1]), -1)
         rank = (rows > chosen).sum(-1) + 1
-        self._parts.append(
-            ((chosen - total).squeeze(1), rank, top.values - total, top.indices)
-        )  # fmt: skip
+        self._parts.append((own, rank, top.values - total, top.indices))
 
     def fetch(self) -> Callable[[], None]:
         if not self._parts:

@@ -68,9 +68,9 @@ _by_arrival = attrgetter("arrival")
 class ScheduledSequence(NamedTuple):
     """Compute positions ``[start, start + num_tokens)`` of ``seq``.
 
-    ``samples``: they reach its last token, so the logits of their last row are wanted, if it is to
-    go on at all. A ``start``
-    behind the known tokens is that of the one token that the step in flight samples.
+    ``samples``: they reach its last token, so the logits of their last row are wanted, unless it
+    ends with its prompt. A ``start`` behind the known tokens is that of the one token that the step
+    in flight samples.
     """
 
     seq: Sequence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import RequestError
 from headstart.engine.messages import Output, ScoredToken
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.models.decoder import Decoder
+from headstart.engine.sampling_params import PoolingParams, SamplingParams
 from headstart.engine.segments import Span
 from headstart.engine.sequence import Status
 
@@ -156,6 +158,34 @@ def test_long_segments(llama: Path, references: Any) -> None:
     engine.step()
     engine.add(0, array("i", prompt), scoring(), segments=spans)
     judge(references(llama), prompt, scores(run(engine)[0]), spans)
+
+
+def test_logits_of_a_prompt_are_never_all_there(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, rows = Decoder._head, []
+
+    def head(self: Decoder, residual: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+        rows.append(len(residual))
+        return decoder(self, residual, delta)
+
+    monkeypatch.setattr(Decoder, "_head", head)
+    engine = make_engine(llama)
+    engine.add(0, array("i", some_tokens(400)), scoring(new=1))
+    run(engine)
+    assert max(rows) <= 64
+    assert sum(rows) == 400
+
+
+def test_what_is_read_does_not_run_ahead(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(llama)
+    chain = types.SimpleNamespace(wants=lambda *_: True)
+    monkeypatch.setattr(engine, "runahead", chain)
+    for i, params in enumerate((scoring(), PoolingParams("last"), SamplingParams(max_tokens=0))):
+        engine.add(i, array("i", [5] * 100), params)
+    engine.add(3, array("i", [5] * 100), SamplingParams(max_tokens=1))
+    wanted = [engine._runs_ahead(seq, 0, 0) for seq in engine._scheduler._waiting]
+    assert wanted == [False, False, False, True]
 
 
 def test_nothing_but_the_prompt(llama: Path, references: Any) -> None:
