@@ -120,6 +120,14 @@ def test_the_cache_is_not_read_but_filled(llama: Path, references: Any) -> None:
     assert run(engine)[2][0].cached_tokens == 96
 
 
+def test_equal_prompts_do_not_wait_for_each_other(llama: Path) -> None:
+    """They could take nothing from the cache."""
+    engine, prompt = make_engine(llama), some_tokens(100)
+    for i in range(2):
+        engine.add(i, array("i", prompt), scoring())
+    assert [output.id for output in engine.step()] == [0, 1]
+
+
 def test_preempted_prompts_are_told_once(llama: Path, references: Any) -> None:
     page = 32 * 2 * 2 * 16 * 2 * 4
     engine = make_engine(llama, kv_memory=6 * page, max_model_len=192, max_batched_tokens=40)
