@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from headstart.engine.errors import RequestError
 from headstart.engine.messages import AdapterInfo, ModelInfo, Output, Stats
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling_params import PoolingParams, SamplingParams
 from headstart.engine.segments import Span
 from headstart.server.app import create_app
 from headstart.server.tokenizer import Tokenizer
@@ -63,6 +63,7 @@ class SteadyEngine:
         self.model: ModelInfo | None = ModelInfo(
             max_model_len=10**6,
             vocab_size=10**6,
+            hidden_size=1,
             page_size=16,
             num_pages=1,
             eos_token_ids=[],
@@ -82,12 +83,13 @@ class SteadyEngine:
     def add(
         self,
         token_ids: Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         salt: bytes = b"",
         segments: Sequence[Span] = (),
         adapter: str | None = None,
     ) -> SteadyStream:
+        assert isinstance(params, SamplingParams)
         stream = SteadyStream(params.max_tokens, self._token_ids)
         self._streams.append(stream)
         return stream

@@ -33,6 +33,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headstart.engine.reading import Read
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.kernels.backend import Backend, IntArray, KVRanges, starts
 
@@ -83,7 +84,7 @@ class Batch:
 
     token_ids, positions, slots: int32 ``[rows]``. logit_rows: int64, the rows whose logits are
     wanted, or None where that is every row. pending: of the rows whose token the host does not
-    know, 0 in token_ids; None: it knows all of them.
+    know, 0 in token_ids; None: it knows all of them. reads: rows of prompts that somebody reads.
     """
 
     token_ids: Tensor
@@ -93,6 +94,7 @@ class Batch:
     logit_rows: Tensor | None
     adapters: list[AdapterRows]
     pending: Pending | None = None
+    reads: Items[Read] = ()
 
     @property
     def num_rows(self) -> int:
@@ -124,6 +126,7 @@ class Batch:
             kv_ranges=_ranges_of_rows(self.kv_ranges, first, last),
             logit_rows=logit_rows,
             adapters=[entry.narrowed(np.arange(first, last)) for entry in self.adapters],
+            reads=[read.within(first, last) for read in self.reads if read.meets(first, last)],
         )
 
     def with_all_logits(self) -> Batch:
@@ -160,6 +163,7 @@ def build_batch(
     logit_rows: list[int] = []
     pending: dict[Sequence, int] = {}  # which row has the token that is in flight
     adapters: dict[Adapter, array[int]] = {}
+    reads: list[Read] = []
     own_keys = [0] * len(scheduled)  # where each one's own range begins
     if shared:
         first_row = array("i", [0])
@@ -206,6 +210,13 @@ def build_batch(
         if seq.adapter is not None:
             changed = adapters.setdefault(seq.adapter, array("i"))
             changed.extend(range(len(token_ids) - num_tokens, len(token_ids)))
+        if seq.reading is not None:
+            # What is in flight ends where this begins, so it is not read twice.
+            unread, last = max(start, seq.reading.next), min(end, seq.reading.end)
+            if unread < last:
+                place = len(token_ids) - end
+                reader = seq.reading.reader(unread, last)
+                reads.append(Read(place + unread, place + last, reader))
         if samples:
             logit_rows.append(len(token_ids) - 1)
     num_rows = len(token_ids)
@@ -230,6 +241,7 @@ def build_batch(
             for adapter, changed in adapters.items()
         ],
         pending=_pending(pending, in_flight) if pending else None,
+        reads=reads,
     )
 
 

@@ -49,7 +49,7 @@ from headstart.engine.messages import (
     ToServer,
     UnloadAdapter,
 )
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling_params import PoolingParams, SamplingParams
 from headstart.engine.segments import Span
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class EngineClient:
     def add(
         self,
         token_ids: Iterable[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         salt: bytes = b"",
         segments: Sequence[Span] = (),

@@ -44,7 +44,7 @@ class DecodeGraphs:
         """Logits of all rows, valid until the next call; None if it is no step to be replayed."""
         if not self._decoder.capturable or batch.num_rows > MOST_ROWS:
             return None
-        if batch.logit_rows is not None or batch.adapters:
+        if batch.logit_rows is not None or batch.adapters or batch.reads:
             return None
         rows = 1 << (batch.num_rows - 1).bit_length()
         if rows not in self._places:

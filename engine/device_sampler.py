@@ -81,14 +81,14 @@ class DeviceSampler:
         valid = changed.gather(1, token_ids.unsqueeze(1)).squeeze(1).isfinite()
         drawn = [i for i, seq in enumerate(sequences) if seq.params.temperature >= GREEDY_BELOW]
         if drawn:
-            rows = _upload(drawn, torch.int64, logits)
+            rows = upload(drawn, torch.int64, logits)
             uniforms = [uniform(sequences[i].seed, indices[i]) for i in drawn]
             some = changed if len(drawn) == len(sequences) else changed.index_select(0, rows)
             ids = _draw(some, [sequences[i] for i in drawn], uniforms)
             token_ids = token_ids.index_copy(0, rows, ids)
         logprobs = _logprobs(logits, sequences, token_ids)
         ids32 = token_ids.to(torch.int32)
-        arrive = _copy_to_host([ids32, valid, *(logprobs[2:] if logprobs else ())])
+        arrive = copy_to_host([ids32, valid, *(logprobs[2:] if logprobs else ())])
         return Sampling(ids32, lambda: _sampled(arrive(), logprobs))
 
     def _changed(self, logits: Tensor, sequences: list[Sequence], indices: list[int]) -> Tensor:
@@ -102,7 +102,7 @@ class DeviceSampler:
         if biased:
             biases = [sequences[i].params.logit_bias or {} for i in biased]
             at = _places(biased, biases, logits)
-            values = _upload([v for each in biases for v in each.values()], torch.float32, logits)
+            values = upload([v for each in biases for v in each.values()], torch.float32, logits)
             logits.index_put_(at, logits[at] + values)
         if penalised:
             _penalise(logits, penalised, [sequences[i] for i in penalised])
@@ -119,7 +119,7 @@ class DeviceSampler:
             allowed = [sequences[i].params.allowed_token_ids or () for i in some]
             bans = logits.new_full((len(some), logits.shape[1]), float("-inf"))
             bans.index_put_(_places(list(range(len(some))), allowed, logits), bans.new_zeros(()))
-            logits.index_add_(0, _upload(some, torch.int64, logits), bans)
+            logits.index_add_(0, upload(some, torch.int64, logits), bans)
         ids = [forbidden(sequences[i], indices[i], self._eos_token_ids) for i in rows]
         at = _places(rows, ids, logits)
         logits.index_put_(at, logits[at] - float("inf"))
@@ -127,12 +127,12 @@ class DeviceSampler:
 
 def _masked(logits: Tensor, masks: Masks) -> Tensor:
     """A copy with what grammars do not allow lowered to -inf. Added, not set: a NaN stays one."""
-    words = _upload(masks.bits, torch.int32, logits)
+    words = upload(masks.bits, torch.int32, logits)
     shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
     bits = (words.unsqueeze(-1) >> shifts) & 1
     banned = bits.view(len(masks.rows), -1)[:, : logits.shape[1]] == 0
     bans = logits.new_zeros(banned.shape).masked_fill_(banned, float("-inf"))
-    return logits.index_add(0, _upload(masks.rows, torch.int64, logits), bans)
+    return logits.index_add(0, upload(masks.rows, torch.int64, logits), bans)
 
 
 def _places(
@@ -140,7 +140,7 @@ def _places(
 ) -> tuple[Tensor, Tensor]:
     """An index, two int64 tensors, of each of some different tokens in each of ``rows``."""
     at = [(row, token) for row, some in zip(rows, tokens, strict=True) for token in some]
-    row, token = _upload(at, torch.int64, like).view(-1, 2).unbind(1)
+    row, token = upload(at, torch.int64, like).view(-1, 2).unbind(1)
     return row, token
 
 
@@ -150,7 +150,7 @@ def _penalise(logits: Tensor, rows: list[int], sequences: list[Sequence]) -> Non
     every = [Counter(seq.token_ids) for seq in sequences]
     at = _places(rows, every, logits)
     each = [p.repetition_penalty for p, some in zip(params, every, strict=True) for _ in some]
-    penalty = _upload(each, torch.float32, logits)
+    penalty = upload(each, torch.float32, logits)
     seen = logits[at]
     logits.index_put_(at, torch.where(seen > 0, seen / penalty, seen * penalty))
     output = [Counter(seq.token_ids[seq.num_prompt_tokens :]) for seq in sequences]
@@ -160,7 +160,7 @@ def _penalise(logits: Tensor, rows: list[int], sequences: list[Sequence]) -> Non
         for p, some in zip(params, output, strict=True)
         for n in some.values()
     ]
-    frequency, count, presence = _upload(terms, torch.float32, logits).view(-1, 3).unbind(1)
+    frequency, count, presence = upload(terms, torch.float32, logits).view(-1, 3).unbind(1)
     logits.index_put_(at, logits[at] - frequency * count - presence)
 
 
@@ -168,18 +168,18 @@ def _draw(logits: Tensor, sequences: list[Sequence], uniforms: list[float]) -> T
     """One token of each row, int64: the inverse of the cumulative weights at its uniform."""
     temperatures = [seq.params.temperature for seq in sequences]
     best = logits.amax(-1, keepdim=True)
-    weights = (logits - best).div_(_upload(temperatures, torch.float32, logits).unsqueeze(1)).exp_()
+    weights = (logits - best).div_(upload(temperatures, torch.float32, logits).unsqueeze(1)).exp_()
     filtered = [
         i
         for i, seq in enumerate(sequences)
         if seq.params.min_p or seq.params.top_k is not None or seq.params.top_p is not None
     ]
     if filtered:
-        rows = _upload(filtered, torch.int64, logits)
+        rows = upload(filtered, torch.int64, logits)
         some = weights.index_select(0, rows)
         least = _thresholds(some, [sequences[i] for i in filtered])
         weights.index_copy_(0, rows, some.masked_fill_(some < least, 0.0))
-    return _inverse_cdf(weights, _upload(uniforms, torch.float64, logits))
+    return _inverse_cdf(weights, upload(uniforms, torch.float64, logits))
 
 
 def _thresholds(weights: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -189,19 +189,19 @@ def _thresholds(weights: Tensor, sequences: list[Sequence]) -> Tensor:
     """
     vocab = weights.shape[1]
     params = [seq.params for seq in sequences]
-    least = _upload([p.min_p or 0.0 for p in params], torch.float32, weights).unsqueeze(1)
+    least = upload([p.min_p or 0.0 for p in params], torch.float32, weights).unsqueeze(1)
     if all(p.top_k is None and p.top_p is None for p in params):
         return least
     descending = weights.sort(-1, descending=True).values
     # All of them reach the last one.
     last = [min(vocab if p.top_k is None else p.top_k, vocab) - 1 for p in params]
-    kth = descending.gather(1, _upload(last, torch.int64, weights).unsqueeze(1))
+    kth = descending.gather(1, upload(last, torch.int64, weights).unsqueeze(1))
     least = torch.maximum(least, kth)
     limits = [1.0 if p.top_p is None else p.top_p for p in params]
     if min(limits) >= 1.0:
         return least
     sums = descending.masked_fill(descending < least, 0.0).cumsum(-1, dtype=torch.float64)
-    top_p = _upload(limits, torch.float64, weights).unsqueeze(1)
+    top_p = upload(limits, torch.float64, weights).unsqueeze(1)
     cut = (sums < top_p * sums[:, -1:]).sum(-1, keepdim=True).clamp_(max=vocab - 1)
     return torch.where(top_p < 1.0, torch.maximum(least, descending.gather(1, cut)), least)
 
@@ -238,7 +238,7 @@ def _logprobs(logits: Tensor, sequences: list[Sequence], token_ids: Tensor) -> _
         return None
     vocab = logits.shape[1]
     counts = [min(sequences[i].params.logprobs or 0, vocab) for i in rows]
-    index = _upload(rows, torch.int64, logits)
+    index = upload(rows, torch.int64, logits)
     some = logits.index_select(0, index)
     total = some.logsumexp(-1, keepdim=True)
     own = some.gather(1, token_ids.index_select(0, index).unsqueeze(1)) - total
@@ -261,7 +261,7 @@ def _sampled(arrived: list[Tensor], logprobs: _Logprobs | None) -> list[Sampled]
     ]
 
 
-def _upload(values: Items[int | float | tuple[float, ...]] | Mask, dtype: torch.dtype,
+def upload(values: Items[int | float | tuple[float, ...]] | Mask, dtype: torch.dtype,
             like: Tensor) -> Tensor:  # fmt: skip
     """``values`` on the device of ``like``. From pinned memory, which alone is copied without
     the host waiting; torch gives a pinned block out again only when its copies are done."""
@@ -270,7 +270,7 @@ def _upload(values: Items[int | float | tuple[float, ...]] | Mask, dtype: torch.
     return host.to(like.device, non_blocking=True)
 
 
-def _copy_to_host(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+def copy_to_host(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
     """Queue copies of tensors of one device; the result waits for them, and returns them."""
     if tensors[0].device.type != "cuda":
         return lambda: tensors

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, wait
 from typing import NamedTuple
@@ -45,15 +45,17 @@ from headstart.engine.messages import (
     TokenLogprobs,
 )
 from headstart.engine.model_runner import warm_up
+from headstart.engine.models.config import declared_pooling
 from headstart.engine.models.decoder import Decoder
 from headstart.engine.pages_ahead import PagesAhead
 from headstart.engine.process_groups import check_gpus
 from headstart.engine.radix_cache import RadixCache
+from headstart.engine.reading import Pooled, PromptScores, Read, Reading
 from headstart.engine.relay import MODES, Relay, RelayPlan
 from headstart.engine.relay_guard import RelayGuard
 from headstart.engine.runahead.chain import Ahead, Chain
 from headstart.engine.sampler import Sampler, Sampling
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling_params import PoolingParams, SamplingParams
 from headstart.engine.scheduler import NOTHING, NewToken, Scheduler, SchedulerOutput
 from headstart.engine.segments import Segments, Span
 from headstart.engine.sequence import FinishReason, Sequence, Status
@@ -72,6 +74,7 @@ class Launched(NamedTuple):
 
     scheduled: SchedulerOutput
     sampling: Sampling
+    books: list[Callable[[], None]]  # each waits for what was read of a prompt, and books it
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -147,6 +150,7 @@ class Engine:
         self.model = ModelInfo(
             max_model_len=max_model_len,
             vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
             page_size=backend.page_size,
             num_pages=num_pages,
             eos_token_ids=list(model.eos_token_ids),
@@ -154,6 +158,7 @@ class Engine:
             weights=loaded.weights,
             version=__version__,
             segment_mask=model.segment_mask,
+            pooling=declared_pooling(folder),
             adapters=[self.load_adapter(*entry) for entry in config.adapters.items()],
         )
 
@@ -164,7 +169,9 @@ class Engine:
             self.runahead = Chain(config, loaded, self._pool)
 
     def _runs_ahead(self, seq: Sequence, start: int, num_ahead: int) -> bool:
-        return self.runahead is not None and self.runahead.wants(seq, start, num_ahead)
+        if self.runahead is None or seq.reading is not None or not seq.generates:
+            return False
+        return self.runahead.wants(seq, start, num_ahead)
 
     def warm_up(self) -> None:
         """Have ready what the first requests would wait for: weights, kernels, RelayAttention."""
@@ -204,7 +211,7 @@ class Engine:
         self,
         request_id: int,
         token_ids: array[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         salt: bytes = b"",
         segments: Iterable[Span] = (),
@@ -216,6 +223,12 @@ class Engine:
         ``salt``: KV is shared only among requests of equal salt. ``segments``: spans of the prompt
         whose tokens see each other whole. ``adapter``: the name of a loaded one.
         """
+        reading: Reading | None = None
+        if isinstance(params, PoolingParams):
+            reading = Pooled(params.pooling, len(token_ids))
+            params = SamplingParams(max_tokens=0)
+        elif params.prompt_logprobs is not None:
+            reading = PromptScores(token_ids, params.prompt_logprobs)
         params.validate(self.model.vocab_size)
         self._check_there_is_a_choice(params)
         if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
@@ -230,6 +243,7 @@ class Engine:
             namespace=_namespace(salt, mask, chosen),
             segments=mask,
             adapter=chosen,
+            reading=reading,
         )
         if params.grammar is None:
             self._scheduler.add(seq)
@@ -339,22 +353,26 @@ class Engine:
         if relay is not None:
             self._count(relay, self._runner.decoder.attention_seconds - before)
             if self._guard.is_due(relay):
-                logits = self._guard.check(self._batch(scheduled), logits)
-        return self._sample(scheduled, logits)
+                batch = self._batch(scheduled)
+                logits = self._guard.check(batch, logits)
+        return self._sample(scheduled, logits, batch.reads)
 
     def _batch(self, scheduled: SchedulerOutput, shared: Items[SharedRange] = ()) -> Batch:
         before = self._in_flight
         tokens = InFlight(before.sequences, before.sampling.token_ids) if before else None
         return build_batch(scheduled.scheduled, self._page_size, shared, tokens)
 
-    def _sample(self, scheduled: SchedulerOutput, logits: Tensor) -> Launched:
+    def _sample(self, scheduled: SchedulerOutput, logits: Tensor, reads: Items[Read]) -> Launched:
         sampling = [entry for entry in scheduled.scheduled if entry.samples]
         masks = self._grammars.fill([entry.seq.constraint for entry in sampling])
-        return Launched(scheduled, self._sampler.launch(logits, sampling, masks))
+        books = [read.reader.fetch() for read in reads]
+        return Launched(scheduled, self._sampler.launch(logits, sampling, masks), books)
 
     def _commit(self, launched: Launched) -> list[Output]:
         """Wait for the tokens of a step, and book it."""
         sampled = launched.sampling.result()
+        for book in launched.books:
+            book()
         new = self._scheduler.commit(launched.scheduled, [s.token_id for s in sampled])
         for token in new:
             if token.seq.constraint is not None and token.token_id is not None:
@@ -376,7 +394,10 @@ class Engine:
         logits = chunk.advance(chunk.pieces(self._max_batched_tokens - step.num_prefilled))
         if logits is not None:
             del self._beside[0]
-            outputs = self._commit(self._sample(SchedulerOutput([chunk.entry], 0), logits))
+            # What runs ahead is not read.
+            reads = chunk.reads if isinstance(chunk, LongChunk) else ()
+            alone = SchedulerOutput([chunk.entry], 0)
+            outputs = self._commit(self._sample(alone, logits, reads))
             if isinstance(chunk, Ahead) and self.runahead is not None:
                 self.runahead.finish(chunk)
             return outputs
@@ -467,13 +488,18 @@ def _namespace(salt: bytes, segments: Segments, adapter: Adapter | None) -> byte
 
 
 def _output(token: NewToken, logprobs: TokenLogprobs | None) -> Output:
-    seq = token.seq
+    seq, pooled = token.seq, None
+    scores = seq.reading.scores() if isinstance(seq.reading, PromptScores) else None
+    if isinstance(seq.reading, Pooled) and seq.finish_reason is FinishReason.STOP:
+        pooled = seq.reading.vector
     return Output(
         seq.id,
         [] if token.token_id is None else [token.token_id],
         _reason(seq.finish_reason) if token.finished else None,
         seq.num_cached_tokens,
         [logprobs] if logprobs else None,
+        scores,
+        pooled,
     )
 
 

@@ -60,7 +60,9 @@ class LongChunk:
     ) -> None:
         self.entry = entry
         self._neighbours = neighbours or Alone()
-        self._layers = runner.run_beside(build_batch([entry], page_size))
+        batch = build_batch([entry], page_size)
+        self.reads = batch.reads
+        self._layers = runner.run_beside(batch)
         self._num_layers = runner.decoder.config.num_layers
         self._backend = runner.backend
         self._tile_rows = runner.backend.tile_rows

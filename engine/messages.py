@@ -7,7 +7,7 @@ engine -> server   Ready (once), Step (one per engine step, for all sequences), 
 
 import msgspec
 
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling_params import Pooling, PoolingParams, SamplingParams
 
 
 class Add(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -19,7 +19,7 @@ class Add(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
     id: int
     token_ids: bytes
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     salt: bytes = b""
     segments: list[tuple[int, int]] = []
     adapter: str | None = None
@@ -58,10 +58,18 @@ class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
     top: list[tuple[int, float]]
 
 
+class ScoredToken(TokenLogprobs, array_like=True, frozen=True):
+    """The same of a token of a prompt. ``rank``: its place by likelihood; the likeliest has 1."""
+
+    rank: int
+
+
 class Output(msgspec.Struct, array_like=True, frozen=True):
     """New tokens of one request. ``finish_reason`` is set on the last one.
 
-    ``cached_tokens`` counts prompt tokens whose KV came from the cache.
+    ``cached_tokens`` counts prompt tokens whose KV came from the cache. ``prompt_logprobs`` come
+    with the first one: of all tokens of the prompt but the first. ``pooled``: the prompt's vector,
+    little-endian float32, beside no token.
     """
 
     id: int
@@ -69,6 +77,8 @@ class Output(msgspec.Struct, array_like=True, frozen=True):
     finish_reason: str | None = None
     cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[ScoredToken] | None = None
+    pooled: bytes | None = None
 
 
 class RelayStats(msgspec.Struct, array_like=True, frozen=True):
@@ -138,10 +148,14 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the server needs to know of the model the engine has loaded."""
+    """What the server needs to know of the model the engine has loaded.
+
+    ``pooling``: how its sentence-transformers settings, if it has any, say that vectors are made.
+    """
 
     max_model_len: int
     vocab_size: int
+    hidden_size: int
     page_size: int
     num_pages: int
     eos_token_ids: list[int]
@@ -149,6 +163,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights: str
     version: str
     segment_mask: str | None = None  # what its config declares
+    pooling: Pooling | None = None
     adapters: list[AdapterInfo] = []  # loaded at start-up
 
 

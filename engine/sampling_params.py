@@ -1,6 +1,7 @@
-"""What a request asks of the sampler. Travels over the wire as it is (msgspec)."""
+"""What a request asks of the engine: tokens, or a vector. Travels as it is (msgspec)."""
 
 from collections.abc import Collection
+from typing import Literal, get_args
 
 import msgspec
 
@@ -8,8 +9,18 @@ from headstart.engine.errors import RequestError
 
 MAX_LOGPROBS = 20
 
+Pooling = Literal["last", "mean", "cls"]
+"""Which hidden state stands for a prompt: its last token's, the mean of all, its first token's."""
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+
+class PoolingParams(msgspec.Struct, frozen=True, tag=True):
+    """The prompt's vector is wanted, and no token."""
+
+    pooling: Pooling
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
     """How the next tokens of one sequence are chosen, and when it ends.
 
     ``temperature`` 0 is greedy. ``None`` switches a filter off. ``logprobs`` is the number of
@@ -19,6 +30,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     many have come, no token is chosen that would end the sequence. ``bad_words``: runs of tokens
     whose last one is not chosen behind the others. ``allowed_token_ids``: no others are chosen.
     ``grammar``: what the output has to follow, as text that llguidance compiles (grammar.py).
+    ``prompt_logprobs`` is the number of most likely alternatives reported beside each token of the
+    prompt but the first. With ``max_tokens`` 0 the prompt is computed, and that is all.
     """
 
     max_tokens: int
@@ -32,6 +45,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logit_bias: dict[int, float] | None = None
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
@@ -68,7 +82,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def validate(self, vocab_size: int) -> None:
         """Raise RequestError, naming the field, if a value is out of its range."""
         for name, value, low, high in (
-            ("max_tokens", self.max_tokens, 1, None),
+            ("max_tokens", self.max_tokens, 0, None),
             ("temperature", self.temperature, 0.0, 2.0),
             ("top_k", self.top_k, 1, None),
             ("top_p", self.top_p, None, 1.0),
@@ -76,6 +90,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             ("presence_penalty", self.presence_penalty, -2.0, 2.0),
             ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
             ("logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            ("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS),
             ("min_tokens", self.min_tokens, 0, self.max_tokens),
         ):
             if value is None:

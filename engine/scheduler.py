@@ -68,8 +68,9 @@ _by_arrival = attrgetter("arrival")
 class ScheduledSequence(NamedTuple):
     """Compute positions ``[start, start + num_tokens)`` of ``seq``.
 
-    ``samples``: they reach its last token, so the logits of their last row are wanted. A ``start``
-    behind the known tokens is that of the one token that the step in flight samples.
+    ``samples``: they reach its last token, so the logits of their last row are wanted, unless it
+    ends with its prompt. A ``start`` behind the known tokens is that of the one token that the step
+    in flight samples.
     """
 
     seq: Sequence
@@ -109,7 +110,8 @@ NOTHING = SchedulerOutput([], 0)
 
 
 class NewToken(NamedTuple):
-    """``token_id`` is None if the logits were not numbers; the sequence has then finished."""
+    """``token_id`` is None if the logits were not numbers, or no token was wanted; the sequence has
+    then finished."""
 
     seq: Sequence
     token_id: int | None
@@ -229,7 +231,7 @@ class Scheduler:
                 "prompt",
             )
         # The last token of all is sampled and never computed.
-        longest = min(num_prompt + seq.params.max_tokens, limit) - 1
+        longest = max(min(num_prompt + seq.params.max_tokens, limit) - 1, num_prompt)
         room = self._pool.num_pages * self._page_size
         if self._pool.pages_for(longest) > self._pool.num_pages:
             raise RequestError(
@@ -277,6 +279,8 @@ class Scheduler:
             start, num_tokens = step.start(seq), step.num_tokens(seq)
             if step.awaits(seq) and (seq.params.needs_tokens or self._is_full(seq, num_tokens)):
                 continue
+            if start == num_tokens:  # its prompt, which is all that is wanted, is in flight
+                continue
             if num_tokens - start > 1:
                 prefilling.append(seq)
             elif start < len(seq.pages) * page_size or self._take_pages(step, seq, 1):
@@ -302,7 +306,8 @@ class Scheduler:
 
     def _put(self, step: _Step, seq: Sequence, start: int, num_tokens: int) -> None:
         end = start + num_tokens
-        entry = ScheduledSequence(seq, start, num_tokens, end == step.num_tokens(seq))
+        samples = seq.generates and end == step.num_tokens(seq)
+        entry = ScheduledSequence(seq, start, num_tokens, samples)
         if num_tokens > self._max_batched_tokens:
             step.budget, step.long_chunk, self._long = 0, entry, seq
             return
@@ -445,9 +450,7 @@ class Scheduler:
         return self._chunk(seq, start, min(most, self._page_size))
 
     def _match(self, start: Node, seq: Sequence) -> Match:
-        # The last token is always computed: its logits are wanted.
-        keys = seq.cache_keys(self._page_size)
-        return self._cache.match(start, keys, len(seq.token_ids) - 1)
+        return self._cache.match(start, seq.cache_keys(self._page_size), seq.cacheable)
 
     def _jump_ahead(self, step: _Step, seq: Sequence, match: Match) -> None:
         """Take the cache's pages for tokens that others have computed meanwhile."""
@@ -478,7 +481,7 @@ class Scheduler:
         that ends there, so comparing node and page compares the whole prefix.
         """
         page_end = node.depth + self._page_size
-        if not step.in_flight or page_end >= len(seq.token_ids):
+        if not step.in_flight or page_end > seq.cacheable:  # it would not take that page
             return False
         keys = seq.cache_keys(self._page_size)
         owner = step.in_flight.get((node, keys[node.depth : page_end].tobytes()), seq)
@@ -551,6 +554,9 @@ class Scheduler:
                 seq.num_computed_tokens = max(seq.num_computed_tokens, start + num_tokens)
                 if seq.node is not None:
                     self._cache_full_pages(seq, seq.node)
+            if not seq.generates and start + num_tokens == len(seq.token_ids):
+                self._finish(seq, seq.reading.finish_reason if seq.reading else FinishReason.LENGTH)
+                new_tokens.append(NewToken(seq, None, True))
             if token_id is None:
                 continue
             seq.token_ids.append(token_id)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from headstart.engine.adapters import Adapter
     from headstart.engine.grammar import Constraint
     from headstart.engine.radix_cache import Node
+    from headstart.engine.reading import Reading
 
 
 class Status(enum.Enum):
@@ -45,7 +46,8 @@ class Sequence:
     segments, tenant salt): KV is shared only between sequences of equal namespace.
     ``seed`` is that of the params, or a random one drawn here: a sequence that is preempted and
     computed again keeps its draws. ``constraint`` is there if the params have a grammar, once that
-    is compiled. ``arrival`` is the scheduler's, in order of ``add``.
+    is compiled. ``reading`` is what is wanted of the prompt itself, if anything. ``arrival`` is the
+    scheduler's, in order of ``add``.
     """
 
     id: int
@@ -56,6 +58,7 @@ class Sequence:
     segments: Segments = CAUSAL
     adapter: Adapter | None = None
     constraint: Constraint | None = None
+    reading: Reading | None = None
     status: Status = Status.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -78,6 +81,18 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens are sampled; else it ends with its prompt."""
+        return self.params.max_tokens > 0
+
+    @property
+    def cacheable(self) -> int:
+        """How many tokens' KV may come from the cache: not the last one's, whose row is wanted,
+        and none from a row on that is still to be read."""
+        reading, most = self.reading, len(self.token_ids) - 1
+        return most if reading is None or reading.next >= reading.end else min(most, reading.next)
 
     @property
     def num_pending_tokens(self) -> int:

@@ -24,7 +24,15 @@ from headstart.server.auth import Authorisation
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, to_api_error
 from headstart.server.metrics import Metrics
-from headstart.server.openai import adapters, chat, completions, models, tokens
+from headstart.server.openai import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    models,
+    score,
+    tokens,
+)
 from headstart.server.openai.reply import WARNING_HEADER
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -36,6 +44,9 @@ logger = logging.getLogger(__name__)
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": chat.ChatBody,
     "/v1/completions": completions.CompletionBody,
+    "/v1/embeddings": embeddings.EmbeddingBody,
+    "/v1/score": score.ScoreBody,
+    "/v1/rerank": score.RerankBody,
     "/v1/load_lora_adapter": adapters.LoadAdapterBody,
     "/v1/unload_lora_adapter": adapters.UnloadAdapterBody,
     "/tokenize": tokens.TokenizeBody,
@@ -109,7 +120,7 @@ def create_app(
     app.add_middleware(AccessLog, line_format=settings.access_log_format)
     _add_error_handlers(app)
     app.include_router(_operations(runtime))
-    for group in (models, chat, completions, adapters, tokens):
+    for group in (models, chat, completions, embeddings, score, adapters, tokens):
         app.include_router(group.routes(runtime))
     _describe_bodies(app)
     return app

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from headstart.engine.messages import AdapterInfo, ModelInfo, Output, Stats
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling_params import PoolingParams, SamplingParams
 from headstart.engine.segments import Span
 
 
@@ -50,7 +50,7 @@ class EngineClient(Protocol):
     def add(
         self,
         token_ids: Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         salt: bytes = b"",
         segments: Sequence[Span] = (),
@@ -59,7 +59,7 @@ class EngineClient(Protocol):
         """Start a request; raises EngineDeadError when the engine is not ready.
 
         ``segments``: spans of ``token_ids`` whose tokens see each other whole. ``adapter``: the
-        name of a loaded LoRA adapter.
+        name of a loaded LoRA adapter. With PoolingParams the one Output has a vector.
         """
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from headstart.engine.config import EngineConfig, default_home
 from headstart.engine.errors import ConfigError
+from headstart.engine.sampling_params import POOLINGS
 from headstart.server.flag_values import (
     byte_size,
     count,
@@ -68,6 +69,13 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
     )
     http.add_argument(
         "--max-stop", type=positive, default=limits.max_stop, help="most stop strings"
+    )
+    http.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="which hidden state is the vector of a prompt: its last token's, the mean of all, its "
+        "first token's (default: what the model's sentence-transformers settings say, else last)",
+        default=argparse.SUPPRESS,
     )
     http.add_argument(
         "--shutdown-timeout",
@@ -425,6 +433,7 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
         max_choices=args.max_choices,
         max_stop=args.max_stop,
         segment_mask=getattr(args, "segment_mask", None),
+        pooling=getattr(args, "pooling", None),
         lora_dir=getattr(args, "lora_dir", None),
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,

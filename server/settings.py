@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from headstart.engine.sampling_params import Pooling
 from headstart.server.keys import Keys
 
 MIB = 1024 * 1024
@@ -17,7 +18,7 @@ class ServerSettings:
 
     max_body_bytes:     request body, bytes (413)
     max_n:              ``n``
-    max_prompts:        prompts in one completions request
+    max_prompts:        prompts, or texts to compare, in one request
     max_choices:        prompts times ``n``
     max_messages:       messages in one chat
     max_stop:           stop strings
@@ -37,6 +38,7 @@ class ServerSettings:
     max_tool_bytes:     one of them as JSON
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
+    pooling:            of prompts to vectors, where none is named; None: as the model declares
     lora_dir:           where adapters may be loaded from at run time; None: nowhere
     tool_call_parser:   how calls of tools are written, one of TOOL_CALL_PARSERS
     reasoning_parser:   how thoughts are, one of REASONING_PARSERS
@@ -68,6 +70,7 @@ class ServerSettings:
     max_tool_bytes: int = 64 * 1024
     inline_chars: int = 8192
     segment_mask: str | None = None
+    pooling: Pooling | None = None
     lora_dir: Path | None = None
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"

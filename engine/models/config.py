@@ -8,13 +8,25 @@ defaults of absent keys are transformers' own (a test compares them).
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from headstart.engine.errors import ModelError
+from headstart.engine.sampling_params import Pooling
 from headstart.engine.segments import MASKS
+
+logger = logging.getLogger(__name__)
+
+POOLING_FILE = "1_Pooling/config.json"
+"""Where sentence-transformers keeps how a model's vectors are pooled."""
+_POOLING_KEYS: dict[str, Pooling] = {
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+}
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -341,6 +353,22 @@ def segment_mask(values: Mapping[str, Any], source: str) -> str | None:
             f"{source}: segment_mask must be one of {', '.join(MASKS)}; got {mask!r:.100}"
         )
     return mask
+
+
+def declared_pooling(folder: Path) -> Pooling | None:
+    """How the model's sentence-transformers settings say that vectors are pooled.
+
+    None where there are none, or what they say is not supported, which is logged. Raises ModelError
+    for a broken file.
+    """
+    path = folder / POOLING_FILE
+    if not path.exists():
+        return None
+    modes = [key for key, on in read_json(path).items() if key.startswith("pooling_mode_") and on]
+    if len(modes) != 1 or modes[0] not in _POOLING_KEYS:
+        logger.warning("%s: %s is not supported", path, " with ".join(modes) or "no pooling mode")
+        return None
+    return _POOLING_KEYS[modes[0]]
 
 
 def _eos_token_ids(read: _Reader, generation: dict[str, Any]) -> tuple[int, ...]:

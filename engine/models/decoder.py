@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
+from collections.abc import Sequence as Items
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from headstart.engine.batch import AdapterRows, Batch
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.parameters import Matrix, Parameters
 from headstart.engine.models.ranks import OneRank, Ranks
+from headstart.engine.reading import Read
 from headstart.kernels.backend import AttentionShape, Backend, FixedBatch, Linear, RopeTable
 
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741
 MATRICES = 4
 """Dense layers of a decoder layer that adapters change, in this order: layer i's matrix m is
 number i * MATRICES + m of an adapter's weights."""
+
+
+HEAD_ROWS = 64
+"""Rows of a prompt whose logits are made at a time, for a reader: they are never all there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,8 @@ class Decoder:
         self.head = linear(parameters.head)
         self._embedding = backend.constant(parameters.embedding)
         self._final_norm = backend.constant(parameters.final_norm)
+        norm = parameters.hidden_norm
+        self._hidden_norm = self._final_norm if norm is None else backend.constant(norm)
 
     @property
     def capturable(self) -> bool:
@@ -138,6 +147,7 @@ class Decoder:
                 ops.plan_attention(part.num_rows, part.kv_ranges, self.shape),
                 part.logit_rows,
                 part.adapters,
+                part.reads,
             )
             for i, (rows, part) in enumerate(batch.tiles(ops.tile_rows))
         ]
@@ -160,12 +170,14 @@ class Decoder:
                 yield i
                 self._write_keys(i + 1, tile, self._mlp(i, tile, self._attend(i, tile, kv)), kv)
         yield last
-        # Where nobody wants a tile's logits, the last layer's keys are all there is to compute.
+        # Where nobody wants a tile's rows, the last layer's keys are all there is to compute.
         logits = []
         for tile in tiles:
-            if tile.logit_rows is None or len(tile.logit_rows):
-                found = self._logits(tile, self._attend(last, tile, kv))
-                logits.append(found if tile is tiles[-1] else found.clone())
+            wanted = tile.wanted_rows()
+            if wanted is None or len(wanted):
+                found = self._logits(tile, wanted, self._attend(last, tile, kv))
+                if found is not None:
+                    logits.append(found if tile is tiles[-1] else found.clone())
         if len(logits) == 1:
             return logits[0]
         return (
@@ -207,13 +219,32 @@ class Decoder:
         hidden = ops.silu_mul(tile.linear(rows, layer.gate_up, i, GATE_UP))
         return self._ranks.sum(tile.linear(hidden, layer.down, i, DOWN))
 
-    def _logits(self, tile: _Tile, delta: Tensor) -> Tensor:
-        """The rest of the last layer, and the head, for the rows whose logits are wanted."""
-        if tile.logit_rows is not None:
-            tile, delta = tile.narrowed(tile.logit_rows, delta)
+    def _logits(self, tile: _Tile, wanted: Tensor | None, delta: Tensor) -> Tensor | None:
+        """The rest of the last layer for the rows that are wanted; those that are read go to their
+        readers, and of those whose logits are wanted these are returned, if there are any."""
+        if wanted is not None:
+            tile, delta = tile.narrowed(wanted, delta)
         delta = self._mlp(len(self.layers) - 1, tile, delta)
-        eps = self.config.rms_norm_eps
-        rows = self._backend.norm(tile.residual, delta, self._final_norm, eps)
+        if not tile.reads:
+            return self._head(tile.residual, delta)
+        tile.residual += delta
+        for first, end, reader in tile.reads:
+            rows = tile.residual[first:end]
+            if reader.needs_logits:
+                for part in torch.split(rows, HEAD_ROWS):
+                    reader.take(self._head(part, None))
+            else:
+                size, eps = (self.config.hidden_size,), self.config.rms_norm_eps
+                reader.take(rms_norm(rows.float(), size, self._hidden_norm.float(), eps))
+        if tile.logit_rows is None:
+            return self._head(tile.residual, None)
+        if not len(tile.logit_rows):
+            return None
+        places = self._backend.upload(tile.logit_rows)
+        return self._head(tile.residual.index_select(0, places), None)
+
+    def _head(self, residual: Tensor, delta: Tensor | None) -> Tensor:
+        rows = self._backend.norm(residual, delta, self._final_norm, self.config.rms_norm_eps)
         return self._ranks.gather(self._backend.linear(rows, self.head)).float()
 
 
@@ -229,6 +260,7 @@ class _Tile:
         "plan",
         "positions",
         "q",
+        "reads",
         "residual",
         "slots",
     )
@@ -243,6 +275,7 @@ class _Tile:
         plan: Any,
         logit_rows: Tensor | None,
         adapters: list[AdapterRows],
+        reads: Items[Read] = (),
     ) -> None:
         self._ops = ops
         self.number = number
@@ -251,6 +284,7 @@ class _Tile:
         self.slots = slots
         self.plan = plan
         self.logit_rows = logit_rows
+        self.reads = reads
         self.q: Any = None
         self._adapters = adapters
         self._lora = _plan_lora(ops, adapters)
@@ -262,10 +296,27 @@ class _Tile:
             self._ops.add_lora(x, y, self._lora, i * MATRICES + matrix)
         return y
 
+    def wanted_rows(self) -> Tensor | None:
+        """The rows of which more than keys is wanted, int64 in order; None: every row."""
+        if self.logit_rows is None or not self.reads:
+            return self.logit_rows
+        read = [torch.arange(read.first, read.end) for read in self.reads]
+        rows: Tensor = torch.cat([self.logit_rows, *read]).unique()  # type: ignore[no-untyped-call]
+        return rows
+
     def narrowed(self, rows: Tensor, delta: Tensor) -> tuple[_Tile, Tensor]:
-        """These rows of the tile and of ``delta`` alone, for what comes after attention."""
+        """These rows of the tile and of ``delta`` alone, for what comes after attention; all that
+        are wanted are among them."""
         tile, uploaded = copy(self), self._ops.upload(rows)
         tile.residual = self.residual.index_select(0, uploaded)
+        if self.reads:  # else the rows are those whose logits are wanted, and nobody asks again
+            assert self.logit_rows is not None
+            tile.logit_rows = torch.searchsorted(rows, self.logit_rows)
+            firsts = torch.searchsorted(rows, torch.tensor([read.first for read in self.reads]))
+            tile.reads = [
+                Read(first, first + read.end - read.first, read.reader)
+                for first, read in zip(firsts.tolist(), self.reads, strict=True)
+            ]
         if self._lora is not None:
             tile._lora = _plan_lora(self._ops, [a.narrowed(rows.numpy()) for a in self._adapters])
         return tile, delta.index_select(0, uploaded)

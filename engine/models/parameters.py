@@ -46,12 +46,17 @@ class LayerParameters:
 
 @dataclass(slots=True)
 class Parameters:
-    """A whole decoder; ``layers`` can be iterated once."""
+    """A whole decoder; ``layers`` can be iterated once.
+
+    ``hidden_norm``: of the hidden states themselves, where ``final_norm`` makes other inputs of the
+    head than these.
+    """
 
     embedding: Tensor
     layers: Iterator[LayerParameters]
     final_norm: Tensor
     head: Matrix
+    hidden_norm: Tensor | None = None
 
 
 def read_float(config: ModelConfig, folder: Path) -> Parameters:

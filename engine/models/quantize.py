@@ -268,6 +268,7 @@ def read_int8(config: ModelConfig, folder: Path) -> Parameters:
         layers(),
         take("final_norm", (hidden,)),
         matrix("head", config.vocab_size, hidden),
+        Weights.open(folder).take("model.norm.weight", (hidden,)).float(),
     )
 
 

@@ -73,6 +73,7 @@ class Share:
             self._layers(whole.layers, model),
             whole.final_norm,
             self.rows(whole.head, model.vocab_size),
+            whole.hidden_norm,
         )
 
     def _layers(

@@ -2,7 +2,7 @@
 
     <cache>/downloads/<file>.gguf                 as fetched, checked against its SHA-256
     <cache>/models/<name>/config.json             Hugging Face style, also for GGUF
-                          generation_config.json  if the source has one
+                          generation_config.json  if the source has one; 1_Pooling/config.json too
                           tokenizer.json, tokenizer_config.json, chat_template.jinja (if any)
                           model.safetensors       or shards with their index; symbolic links to
                                                   the source's own files unless converted
@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.engine.errors import ModelError
-from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.config import POOLING_FILE, ModelConfig
 from headstart.engine.models.tokenizer import TokenizerConversion
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    POOLING_FILE,
 ]
 
 
@@ -326,6 +327,9 @@ def _link_weights(source: Path, target: Path, report: Progress) -> None:
     for name in ("config.json", "generation_config.json", INDEX_FILE):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
+    if (source / POOLING_FILE).exists():
+        (target / POOLING_FILE).parent.mkdir()
+        shutil.copyfile(source / POOLING_FILE, target / POOLING_FILE)
     files = weight_files(source)
     for done, file in enumerate(files, 1):
         (target / file.name).symlink_to(file.resolve())

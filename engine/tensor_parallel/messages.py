@@ -21,13 +21,16 @@ from torch import Tensor
 from headstart.engine.adapters import Adapter
 from headstart.engine.batch import AdapterRows, Batch
 from headstart.engine.config import EngineConfig
+from headstart.engine.reading import Read, Unread
 from headstart.kernels.backend import KVRanges
 
 _LENGTH = 4  # bytes before each message
 
 
 class WireBatch(msgspec.Struct, array_like=True, frozen=True):
-    """A Batch as bytes: arrays are int32, logit_rows int64. ``adapters``: number, rows."""
+    """A Batch as bytes: arrays are int32, logit_rows int64. ``adapters``: number, rows.
+    ``reads``: first row, end, whether it needs logits.
+    """
 
     token_ids: bytearray
     positions: bytearray
@@ -35,6 +38,7 @@ class WireBatch(msgspec.Struct, array_like=True, frozen=True):
     ranges: list[bytearray]
     logit_rows: bytearray | None
     adapters: list[tuple[int, bytearray]]
+    reads: list[tuple[int, int, bool]]
 
     @classmethod
     def of(cls, batch: Batch, number: Callable[[Adapter], int]) -> WireBatch:
@@ -46,6 +50,7 @@ class WireBatch(msgspec.Struct, array_like=True, frozen=True):
             [bytearray(getattr(ranges, name)) for name in KVRanges.__slots__],
             None if batch.logit_rows is None else _bytes(batch.logit_rows),
             [(number(entry.adapter), bytearray(entry.rows)) for entry in batch.adapters],
+            [(read.first, read.end, read.reader.needs_logits) for read in batch.reads],
         )
 
     def batch(self, adapters: Mapping[int, Adapter]) -> Batch:
@@ -61,6 +66,7 @@ class WireBatch(msgspec.Struct, array_like=True, frozen=True):
                 AdapterRows(adapters[number], np.frombuffer(data, dtype=np.int32))
                 for number, data in self.adapters
             ],
+            reads=[Read(first, end, Unread(logits)) for first, end, logits in self.reads],
         )
 
 

@@ -29,7 +29,7 @@ from headstart.server.openai.fields import (
     fit_max_tokens,
     refuse_extras,
 )
-from headstart.server.openai.logprobs import chat_logprobs
+from headstart.server.openai.logprobs import chat_logprobs, prompt_logprobs
 from headstart.server.openai.parts import message_of, shown_delta
 from headstart.server.openai.reply import Choice, Format, Reply, Usage
 from headstart.server.openai.segment_mask import (
@@ -230,9 +230,11 @@ class ChatFormat(Format):
         tokenizer: Tokenizer,
         *,
         logprobs: bool,
+        prompt_logprobs: int | None,
         include_usage: bool,
         reasoning: bool,
     ) -> None:
+        """``prompt_logprobs``: how many of the likeliest tokens are shown, if any."""
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk",
@@ -242,6 +244,7 @@ class ChatFormat(Format):
         self._prefix = b"data: " + encode(self._head)[:-1]
         self._tokenizer = tokenizer
         self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
         self._include_usage = include_usage
         self._reasoning = reasoning
         self._tail = (b'}],"usage":null}' if include_usage else b"}]}") + b"\n\n"
@@ -320,7 +323,11 @@ class ChatFormat(Format):
             for choice in choices
         ]
         head = self._head | {"object": "chat.completion"}
-        return encode(head | {"choices": answers, "usage": usage.json()})
+        answer = head | {"choices": answers, "usage": usage.json()}
+        if self._prompt_logprobs is not None:
+            scores, count = choices[0].scores, self._prompt_logprobs
+            answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, scores, count)
+        return encode(answer)
 
 
 def _structure(runtime: Runtime, use: ToolUse, asked: Structure | None) -> Structure | None:
@@ -383,6 +390,7 @@ def routes(runtime: Runtime) -> APIRouter:
             served.name,
             runtime.tokenizer,
             logprobs=params.logprobs is not None,
+            prompt_logprobs=body.prompt_logprobs,
             include_usage=body.include_usage,
             reasoning=body.include_reasoning is not False,
         )

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from pydantic import WithJsonSchema
+from pydantic import Field
 
-from headstart.engine.messages import ModelInfo
+from headstart.engine.messages import ModelInfo, TokenLogprobs
 from headstart.engine.sampling_params import SamplingParams
 from headstart.server.errors import bad_request
 from headstart.server.openai.fields import (
@@ -20,10 +20,15 @@ from headstart.server.openai.fields import (
     GenerationBody,
     LogprobCount,
     fit_max_tokens,
-    is_token_id,
 )
-from headstart.server.openai.logprobs import completion_logprobs
-from headstart.server.openai.reply import Choice, Format, Reply, Usage
+from headstart.server.openai.logprobs import (
+    completion_logprobs,
+    echoed_logprobs,
+    prompt_logprobs,
+    text_offsets,
+)
+from headstart.server.openai.prompts import PromptField, check_vocabulary, given_prompts
+from headstart.server.openai.reply import Choice, Echo, Format, Reply, Usage
 from headstart.server.openai.segment_mask import (
     NOT_DECLARED,
     CompletionMaskField,
@@ -41,26 +46,11 @@ encode = msgspec.json.encode
 # OpenAI's default, and vLLM's. Chat completions have none.
 DEFAULT_MAX_TOKENS = 16
 
-_IDS = {"type": "array", "items": {"type": "integer"}}
-PromptField = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}},
-                _IDS,
-                {"type": "array", "items": _IDS},
-            ]
-        },
-        mode="validation",
-    ),
-]
-
 
 class CompletionBody(GenerationBody):
     prompt: PromptField
     echo: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     add_special_tokens: bool | None = None
     logprobs: LogprobCount | None = None
     segment_mask: CompletionMaskField = None
@@ -72,40 +62,18 @@ class CompletionBody(GenerationBody):
     def check_completion(self, settings: ServerSettings) -> None:
         """Raise APIError for what the types alone do not say."""
         self.check(REFUSED_IN_COMPLETIONS, settings)
-        if self.echo and self.logprobs is not None:
-            raise bad_request(
-                "echo together with logprobs is not supported", "echo", "unsupported_parameter"
-            )
+        if self.max_tokens == 0 and not self.echo:
+            raise bad_request("max_tokens must be at least 1 without echo: true", "max_tokens")
         if self.add_special_tokens is False and self.segment_mask is not None:
             raise bad_request(
                 "add_special_tokens: false and segment_mask cannot be combined",
                 "add_special_tokens",
             )
 
-    def prompts(self, settings: ServerSettings) -> Sequence[str | list[int]]:
-        """The prompts, whatever form they came in; ids are not checked against the vocabulary."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if not isinstance(prompt, list):
-            raise _bad_prompt("prompt")
-        if not prompt:
-            raise bad_request("prompt is an empty list", "prompt")
-        if is_token_id(prompt[0]):
-            return [_checked_ids(prompt, "prompt")]
-        count = len(prompt) * (self.n or 1)
-        if len(prompt) > settings.max_prompts or count > settings.max_choices:
-            raise bad_request(
-                f"{len(prompt)} prompts with n={self.n or 1} are {count} choices; at most "
-                f"{settings.max_prompts} prompts and {settings.max_choices} choices are allowed",
-                "prompt",
-            )
-        if isinstance(prompt[0], str):
-            for i, text in enumerate(prompt):
-                if not isinstance(text, str):
-                    raise _bad_prompt(f"prompt[{i}]")
-            return prompt
-        return [_checked_ids(ids, f"prompt[{i}]") for i, ids in enumerate(prompt)]
+    @property
+    def scored(self) -> int | None:
+        counts = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((count for count in counts if count is not None), default=None)
 
     def params(
         self,
@@ -125,29 +93,19 @@ class CompletionBody(GenerationBody):
         return self.sampling_params(max_tokens, self.logprobs, model, settings, tokenizer, grammar)
 
 
-def _bad_prompt(path: str) -> Exception:
-    return bad_request(
-        f"{path}: a prompt is a string, a list of strings, a list of token ids, or a list of those",
-        path,
-        "invalid_value",
-    )
-
-
-def _checked_ids(ids: Any, path: str) -> list[int]:
-    if not isinstance(ids, list):
-        raise _bad_prompt(path)
-    for i, token_id in enumerate(ids):
-        if not is_token_id(token_id):
-            raise bad_request(f"{path}[{i}] is not a token id", f"{path}[{i}]", "invalid_value")
-    return ids
-
-
 class CompletionFormat(Format):
     """Bytes around text: everything but the text is encoded once per request."""
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, *, logprobs: bool, include_usage: bool
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+        include_usage: bool,
     ) -> None:
+        """``logprobs``, ``prompt_logprobs``: how many of the likeliest tokens are shown, if any."""
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -157,6 +115,7 @@ class CompletionFormat(Format):
         self._prefix = b"data: " + encode(self._head)[:-1]
         self._tokenizer = tokenizer
         self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
         self._include_usage = include_usage
         self._tail = (b'}],"usage":null}' if include_usage else b"}]}") + b"\n\n"
         self._plain_tail = b',"logprobs":null,"finish_reason":null' + self._tail
@@ -170,13 +129,22 @@ class CompletionFormat(Format):
         return prefix
 
     def opening(self, choice: Choice) -> bytes:
-        return self._start(choice) + encode(choice.echo) + self._plain_tail if choice.echo else b""
+        echo = choice.echo
+        if echo is None or (not echo.text and self._logprobs is None):
+            return b""
+        start = self._start(choice) + encode(echo.text)
+        if self._logprobs is None:
+            return start + self._plain_tail
+        logprobs = echoed_logprobs(self._tokenizer, echo, choice.scores, self._logprobs)
+        return start + b',"logprobs":' + encode(logprobs) + b',"finish_reason":null' + self._tail
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         text = self._start(choice) + encode(delta.text)
-        if delta.finish_reason is None and not self._logprobs:
+        if delta.finish_reason is None and self._logprobs is None:
             return text + self._plain_tail
-        logprobs = self._logprobs_of(delta.logprobs or (), delta.offsets or ())
+        logprobs = None
+        if self._logprobs is not None:
+            logprobs = self._of_answer(choice, delta.logprobs or (), delta.offsets or ())
         return b"".join(
             (
                 text,
@@ -188,8 +156,27 @@ class CompletionFormat(Format):
             )
         )
 
-    def _logprobs_of(self, tokens: Sequence[Any], offsets: Sequence[int]) -> dict[str, Any] | None:
-        return completion_logprobs(self._tokenizer, tokens, offsets) if self._logprobs else None
+    def _of_answer(
+        self, choice: Choice, tokens: Sequence[TokenLogprobs], offsets: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        before = len(choice.echo.text) if choice.echo else 0
+        return completion_logprobs(self._tokenizer, tokens, [before + place for place in offsets])
+
+    def _of_all(self, choice: Choice) -> dict[str, list[Any]] | None:
+        """Those of the prompt, if it is in the text, and of the answer."""
+        if self._logprobs is None:
+            return None
+        answer = self._of_answer(choice, choice.logprobs, choice.offsets)
+        if choice.echo is None:
+            return answer
+        prompt = echoed_logprobs(self._tokenizer, choice.echo, choice.scores, self._logprobs)
+        return {name: prompt[name] + values for name, values in answer.items()}
+
+    def _of_prompt(self, choice: Choice) -> dict[str, Any]:
+        if self._prompt_logprobs is None:
+            return {}
+        scores = prompt_logprobs(self._tokenizer, choice.scores, self._prompt_logprobs)
+        return {"prompt_logprobs": scores}
 
     def usage_event(self, usage: Usage) -> bytes:
         if not self._include_usage:
@@ -201,9 +188,10 @@ class CompletionFormat(Format):
             {
                 "index": choice.index,
                 "text": choice.text,
-                "logprobs": self._logprobs_of(choice.logprobs, choice.offsets),
+                "logprobs": self._of_all(choice),
                 "finish_reason": choice.finish_reason,
             }
+            | self._of_prompt(choice)
             for choice in choices
         ]
         return encode(self._head | {"choices": answers, "usage": usage.json()})
@@ -215,13 +203,11 @@ async def _checked_prompts(
     """Tokenise and check every prompt before any is started."""
     checked: list[Prompt] = []
     tokenizer = runtime.tokenizer
-    prompts = body.prompts(runtime.settings)
+    prompts = given_prompts(body.prompt, "prompt", runtime.settings, n=body.n or 1)
     grammar = await runtime.checked(body.structure(runtime.settings))
     if spans is not None:
-        spans.check_prompts(prompts)
-    many = isinstance(body.prompt, list) and not is_token_id(body.prompt[0])
-    for i, prompt in enumerate(prompts):
-        path = f"prompt[{i}]" if many else "prompt"
+        spans.check_prompts([prompt for _, prompt in prompts])
+    for path, prompt in prompts:
         token_ids: Sequence[int]
         places: Sequence[Place | None] = ()
         if isinstance(prompt, str):
@@ -230,25 +216,29 @@ async def _checked_prompts(
             )
         else:
             token_ids = prompt
-            for j, token_id in enumerate(token_ids):
-                if token_id >= model.vocab_size:
-                    raise bad_request(
-                        f"{path}[{j}] is token {token_id}; the vocabulary has {model.vocab_size}",
-                        f"{path}[{j}]",
-                    )
+            check_vocabulary(token_ids, path, model)
         if not token_ids:
             raise bad_request(f"{path} is empty", path)
         kept = body.truncated(token_ids, body.wanted_tokens, model, spans=spans is not None)
         whole, token_ids = len(kept) == len(token_ids), kept
-        echo = ""
+        echo = None
         if body.echo:
-            given = isinstance(prompt, str) and whole
-            echo = str(prompt) if given else tokenizer.decode(token_ids)
+            given = prompt if isinstance(prompt, str) and whole else None
+            work = partial(_echo, tokenizer, token_ids, given, placed=body.logprobs is not None)
+            echo = await runtime.with_text(4 * len(token_ids), work)
         params = body.params(len(token_ids), model, runtime.settings, tokenizer, grammar)
         text = prompt if isinstance(prompt, str) else ""
         segments = spans.of_prompt(len(token_ids), text, places) if spans else ()
         checked.append(Prompt(token_ids, params, segments, context=token_ids[-8:], echo=echo))
     return checked
+
+
+def _echo(
+    tokenizer: Tokenizer, token_ids: Sequence[int], given: str | None, *, placed: bool
+) -> Echo:
+    """The prompt as it was ``given``, or the text of its ids; ``placed``: with offsets."""
+    text = tokenizer.decode(token_ids) if given is None else given
+    return Echo(text, token_ids, text_offsets(tokenizer, token_ids, text) if placed else ())
 
 
 def _encode(
@@ -276,7 +266,8 @@ def routes(runtime: Runtime) -> APIRouter:
         format = CompletionFormat(
             served.name,
             runtime.tokenizer,
-            logprobs=body.logprobs is not None,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.prompt_logprobs,
             include_usage=body.include_usage,
         )
         choices = start_choices(

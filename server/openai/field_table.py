@@ -20,6 +20,7 @@ from headstart.server.openai.adapters import (
 )
 from headstart.server.openai.chat import ChatBody, ChatMessage
 from headstart.server.openai.completions import CompletionBody
+from headstart.server.openai.embeddings import REFUSED_IN_EMBEDDINGS, EmbeddingBody
 from headstart.server.openai.fields import (
     DESCRIPTIVE,
     REFUSED_IN_CHAT,
@@ -29,6 +30,8 @@ from headstart.server.openai.fields import (
     Body,
     StreamOptions,
 )
+from headstart.server.openai.pooling import REFUSED_IN_POOLING
+from headstart.server.openai.score import REFUSED_IN_RERANK, RerankBody, ScoreBody
 from headstart.server.openai.tokens import (
     REFUSED_IN_TOKENIZE,
     ApplyTemplateBody,
@@ -41,6 +44,9 @@ SECTIONS: tuple[tuple[str, type[Body], Mapping[str, tuple[Any, ...]], tuple[str,
     ("messages[]", ChatMessage, REFUSED_IN_MESSAGE, ()),
     ("/v1/completions", CompletionBody, REFUSED_IN_COMPLETIONS, DESCRIPTIVE),
     ("stream_options", StreamOptions, REFUSED_IN_STREAM_OPTIONS, ()),
+    ("/v1/embeddings", EmbeddingBody, REFUSED_IN_EMBEDDINGS, DESCRIPTIVE),
+    ("/v1/score", ScoreBody, REFUSED_IN_POOLING, DESCRIPTIVE),
+    ("/v1/rerank", RerankBody, REFUSED_IN_RERANK, DESCRIPTIVE),
     ("/v1/load_lora_adapter", LoadAdapterBody, REFUSED_IN_LOAD, ()),
     ("/v1/unload_lora_adapter", UnloadAdapterBody, REFUSED_IN_UNLOAD, ()),
     ("/tokenize", TokenizeBody, REFUSED_IN_TOKENIZE, ()),

@@ -38,7 +38,6 @@ REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "priority": (0,),
-    "prompt_logprobs": (),
     "request_id": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
@@ -118,6 +117,10 @@ StringsField = Annotated[
 ]
 
 
+LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Truncation = Annotated[int, Field(ge=-1, le=INT32_MAX)]
+
+
 class GenerationBody(Body):
     """What chat and text completions have in common. ``null`` always means: the default.
 
@@ -137,7 +140,8 @@ class GenerationBody(Body):
     bad_words: StringsField = None
     allowed_token_ids: TokenIdsField = None
     skip_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    truncate_prompt_tokens: Truncation | None = None
+    prompt_logprobs: LogprobCount | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -166,12 +170,21 @@ class GenerationBody(Body):
             )
             if not self.stream:
                 raise bad_request("stream_options needs stream: true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise bad_request(
+                "prompt_logprobs are not available when stream=True", "prompt_logprobs"
+            )
         if (self.n or 1) > settings.max_n:
             raise bad_request(f"n must be at most {settings.max_n}, got {self.n}", "n")
 
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens are wanted beside each of the prompt, if any are."""
+        return self.prompt_logprobs
 
     @property
     def salt(self) -> bytes:
@@ -214,15 +227,13 @@ class GenerationBody(Body):
     ) -> Sequence[int]:
         """The end of a prompt, if ``truncate_prompt_tokens`` asks for it. -1: as much as leaves
         room for the answer. ``spans``: the prompt has some, whose places would be lost."""
-        most = self.truncate_prompt_tokens
-        if most is None:
-            return token_ids
-        if most == 0 or spans:
-            why = "must be -1 or at least 1" if most == 0 else "and segment_mask cannot be combined"
-            raise bad_request(f"truncate_prompt_tokens {why}", "truncate_prompt_tokens")
-        if most == -1:
-            most = max(model.max_model_len - (max_tokens or 1), 1)
-        return token_ids[-most:]
+        if self.truncate_prompt_tokens is not None and spans:
+            raise bad_request(
+                "truncate_prompt_tokens and segment_mask cannot be combined",
+                "truncate_prompt_tokens",
+            )
+        room = max(model.max_model_len - (max_tokens or 1), 1)
+        return truncated(token_ids, self.truncate_prompt_tokens, room)
 
     def structure(self, settings: ServerSettings) -> Structure | None:
         """What the answer has to follow; raises APIError."""
@@ -260,6 +271,7 @@ class GenerationBody(Body):
             logit_bias=self._logit_bias(settings),
             seed=None if self.seed is None else choice_seed(self.seed, 0),
             logprobs=logprobs,
+            prompt_logprobs=self.scored,
             stop_token_ids=self._token_ids("stop_token_ids", settings.max_stop_token_ids) or (),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
@@ -329,6 +341,15 @@ class GenerationBody(Body):
         return tuple(found)
 
 
+def truncated(token_ids: Sequence[int], most: int | None, room: int) -> Sequence[int]:
+    """The last ``most`` of a prompt's ids, of which ``room`` fit; -1: as many as do."""
+    if most == 0:
+        raise bad_request(
+            "truncate_prompt_tokens must be -1 or at least 1", "truncate_prompt_tokens"
+        )
+    return token_ids if most is None else token_ids[-(room if most == -1 else most) :]
+
+
 def refuse_extras(
     extras: Mapping[str, Any] | None, refused: Mapping[str, tuple[Any, ...]], prefix: str = ""
 ) -> None:
@@ -383,4 +404,3 @@ def fit_max_tokens(
 
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]

@@ -23,7 +23,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from headstart.engine.messages import Output, TokenLogprobs
+from headstart.engine.messages import Output, ScoredToken, TokenLogprobs
 from headstart.server.access_log import note_usage
 from headstart.server.answer import AnswerParser, Part
 from headstart.server.engine_client import Stream
@@ -42,12 +42,22 @@ SSE_HEADERS = [
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that goes in front of its answer. ``offsets``: the characters of ``text`` before
+    each token; none where log-probabilities are not wanted."""
+
+    text: str
+    token_ids: Sequence[int]
+    offsets: Sequence[int] = ()
+
+
 @dataclass(slots=True, eq=False)
 class Choice:
     """One choice of an answer on its way: an engine stream and the text so far.
 
-    ``prompt`` is the index of its prompt; ``echo`` is text that goes in front. ``parser`` tells the
-    ``parts`` of the text; None: it has none.
+    ``prompt`` is the index of its prompt; ``scores`` are those of the prompt's tokens, if wanted.
+    ``parser`` tells the ``parts`` of the text; None: it has none.
     """
 
     index: int
@@ -56,7 +66,8 @@ class Choice:
     stream: Stream
     assembler: TextAssembler
     timer: ChoiceTimer
-    echo: str = ""
+    echo: Echo | None = None
+    scores: list[ScoredToken] = field(default_factory=list)
     parser: AnswerParser | None = None
     parts: list[Part] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -67,11 +78,14 @@ class Choice:
 
     @property
     def text(self) -> str:
-        return self.echo + "".join(self.texts)
+        return (self.echo.text if self.echo else "") + "".join(self.texts)
 
-    def read(self, output: Output) -> Delta:
-        """What one engine output adds to the answer."""
+    def take(self, output: Output) -> Delta:
+        """What an output adds to the answer; the scores of the prompt, which come with the first,
+        are kept."""
         self.timer.tokens(len(output.token_ids))
+        if output.prompt_logprobs is not None:
+            self.scores = output.prompt_logprobs
         delta = self.assembler.push(output)
         if self.parser is not None:
             self._parse(delta, self.parser)
@@ -162,17 +176,17 @@ class Reply(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = asyncio.create_task(self._stream_all(send) if self._stream else self._whole(send))
-        hang_up = asyncio.create_task(_hang_up(receive))
+        gone = asyncio.create_task(hang_up(receive))
         error: BaseException | None = None
         try:
-            await asyncio.wait((answer, hang_up), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 error = answer.exception()
         except asyncio.CancelledError:  # the time to drain is over
             error = unavailable("the server is shutting down")
         finally:
             self._release(scope)
-            for task in (answer, hang_up):
+            for task in (answer, gone):
                 task.cancel()
         if error is not None:
             with contextlib.suppress(OSError):  # the client may be gone too
@@ -228,7 +242,7 @@ class Reply(Response):
 
     async def _collect(self, choice: Choice, send: Send) -> None:
         async for output in choice.stream:
-            delta = choice.read(output)
+            delta = choice.take(output)
             choice.push(delta)
             if delta.finish_reason is not None:
                 self._finish(choice, delta.finish_reason, output.finish_reason)
@@ -238,7 +252,7 @@ class Reply(Response):
     async def _stream_one(self, choice: Choice, send: Send) -> None:
         format = self._format
         async for output in choice.stream:
-            delta = choice.read(output)
+            delta = choice.take(output)
             reason = delta.finish_reason
             if reason is not None:
                 self._finish(choice, reason, output.finish_reason)
@@ -268,7 +282,7 @@ class Reply(Response):
         choice.timer.finished(reason, choice.num_prompt_tokens, choice.assembler.num_tokens)
 
 
-async def _hang_up(receive: Receive) -> None:
+async def hang_up(receive: Receive) -> None:
     """Return when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -12,7 +12,7 @@ from headstart.engine.segments import Span
 from headstart.server.answer import AnswerParser
 from headstart.server.metrics import ChoiceTimer
 from headstart.server.openai.fields import choice_seed
-from headstart.server.openai.reply import Choice
+from headstart.server.openai.reply import Choice, Echo
 from headstart.server.runtime import Runtime, Served
 from headstart.server.stream import TextAssembler, TextOptions
 
@@ -26,7 +26,7 @@ class Prompt:
     params: SamplingParams
     segments: Sequence[Span] = ()
     context: Sequence[int] = ()
-    echo: str = ""
+    echo: Echo | None = None
     new_parser: Callable[[], AnswerParser] | None = None
 
 

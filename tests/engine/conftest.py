@@ -61,6 +61,15 @@ class Reference:
             ).logits[0]
         return result
 
+    def states(self, tokens: list[int], spans: Sequence[Span] = ()) -> torch.Tensor:
+        """Hidden states behind the final norm, ``[len(tokens), hidden]``."""
+        mask = explicit_mask(spans, len(tokens)) if spans else None
+        with torch.inference_mode():
+            result: torch.Tensor = self.model.model(
+                input_ids=torch.tensor([tokens]), attention_mask=mask
+            ).last_hidden_state[0]
+        return result
+
     def check(
         self,
         prompts: list[list[int]],

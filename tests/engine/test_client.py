@@ -81,9 +81,9 @@ class Engine:
         self.loaded, self.running = {}, {}
         for name, path in config.adapters.items():
             self.load_adapter(name, path)
-        self.model = ModelInfo(max_model_len=9, vocab_size=9, page_size=9, num_pages=9,
-                               eos_token_ids=[], backend="fake", weights="f32", version="0",
-                               adapters=list(self.loaded.values()))
+        self.model = ModelInfo(max_model_len=9, vocab_size=9, hidden_size=9, page_size=9,
+                               num_pages=9, eos_token_ids=[], backend="fake", weights="f32",
+                               version="0", adapters=list(self.loaded.values()))
 
     def warm_up(self): pass
     def rank_descriptors(self): return []

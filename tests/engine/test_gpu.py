@@ -21,7 +21,7 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
 from headstart.engine.loading import set_up
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling_params import PoolingParams, SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 
@@ -252,3 +252,25 @@ def test_attention_is_waited_for_only_when_it_is_timed(tiny_model: Callable[...,
     seconds, attention = runner.timed(batch)
     assert 0.0 < attention < seconds
     assert not runner.decoder.times_attention
+
+
+def test_prompts_that_are_read(tiny_model: Callable[..., Path], references: Any) -> None:
+    """Where the logits are, in steps that overlap, beside one that decodes."""
+    folder = tiny_model("llama", head_dim=64, num_key_value_heads=1)
+    engine, reference = make_engine(folder, max_batched_tokens=24), references(folder)
+    prompt, scored = some_prompts()[2], SamplingParams(max_tokens=2, prompt_logprobs=1)
+    engine.add(0, array("i", [5]), greedy())
+    engine.add(1, array("i", prompt), scored)
+    engine.add(2, array("i", prompt), PoolingParams("mean"))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    scores = next(o.prompt_logprobs for o in outputs if o.id == 1) or []
+    rows = torch.log_softmax(reference.logits(prompt)[:-1].double(), dim=-1)
+    for row, token, score in zip(rows, prompt[1:], scores, strict=True):
+        assert score.logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert score.top[0][1] == pytest.approx(float(row.max()), abs=1e-3)
+    [pooled] = [o.pooled for o in outputs if o.id == 2]
+    found = torch.frombuffer(bytearray(pooled or b""), dtype=torch.float32)
+    wanted = reference.states(prompt).mean(0)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-3

@@ -20,7 +20,7 @@ from headstart.engine.client import EngineClient
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import EngineDeadError, HeadstartError, RequestError
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling_params import PoolingParams, SamplingParams
 
 PROMPT = [7, 8, 9] * 30
 
@@ -95,6 +95,16 @@ async def test_streams_refusals_aborts_and_rest(client: EngineClient, model: Pat
     with pytest.raises(RequestError, match="temperature"):
         await tokens_of(client.add([1], SamplingParams(max_tokens=1, temperature=-1.0)))
     assert await running == expected[1]
+
+    # A vector instead of tokens; log-probabilities of the prompt beside them.
+    [pooled] = [output async for output in client.add(PROMPT, PoolingParams("mean"))]
+    assert (pooled.token_ids, pooled.finish_reason) == ([], "stop")
+    assert len(pooled.pooled or b"") == 4 * client.model.hidden_size
+    scored = SamplingParams(max_tokens=1, prompt_logprobs=2)
+    [output] = [output async for output in client.add(PROMPT, scored)]
+    scores = output.prompt_logprobs or []
+    assert [score.token_id for score in scores] == PROMPT[1:]
+    assert all(len(score.top) == 2 and score.rank >= 1 for score in scores)
 
     # A salt of its own finds nothing in the cache; the same one does.
     async def cached(salt: bytes) -> int:

@@ -28,7 +28,8 @@ from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError, HeadstartError, ModelError
 from headstart.engine.loading import load_model
 from headstart.engine.long_chunk import LongChunk
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.messages import Output
+from headstart.engine.sampling_params import PoolingParams, SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
 from headstart.engine.segments import Span
 from headstart.engine.sequence import Sequence
@@ -222,6 +223,37 @@ def test_preempted(llama: Path, make: Callable[..., Engine], references: Any) ->
     references(llama).check(texts, engine.generate(texts, greedy(60)), 60)
     assert engine.stats.preemptions > 0
     engine.check()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_prompts_that_are_read(
+    llama: Path, make: Callable[..., Engine], references: Any, count: int
+) -> None:
+    """All ranks compute the same rows for rank 0 to read; a chunk's logits come in tiles."""
+    engine = make(llama, count, max_batched_tokens=100)
+    scored = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
+    engine.add(0, array("i", some(0, 150)), scored)
+    engine.add(1, array("i", some(1, 130)), PoolingParams("mean"))
+    engine.add(2, array("i", some(2, 130)), PoolingParams("last"), segments=[(3, 120)])
+    engine.add(3, array("i", some(3, 20)), greedy(NEW))
+    outputs: dict[int, list[Output]] = {i: [] for i in range(4)}
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.id].append(output)
+    reference = references(llama)
+    expected = torch.log_softmax(reference.logits(some(0, 150))[:-1].double(), dim=-1)
+    scores = outputs[0][0].prompt_logprobs or []
+    own = [float(row[token]) for row, token in zip(expected, some(0, 150)[1:], strict=True)]
+    assert [score.logprob for score in scores] == pytest.approx(own, abs=2e-4)
+    for i, wanted in (
+        (1, reference.states(some(1, 130)).mean(0)),
+        (2, reference.states(some(2, 130), [(3, 120)])[-1]),
+    ):
+        found = torch.frombuffer(bytearray(outputs[i][0].pooled or b""), dtype=torch.float32)
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-4
+    for i, length in ((0, 150), (3, 20)):
+        answer = [token for output in outputs[i] for token in output.token_ids]
+        reference.check([some(i, length)], [answer], NEW)
 
 
 # ------------------------------------------------------------------- chunks beside the steps

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,15 @@ from fastapi import FastAPI
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from headstart.engine.errors import EngineDeadError, RequestError
-from headstart.engine.messages import AdapterInfo, ModelInfo, Output, Stats, TokenLogprobs
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.messages import (
+    AdapterInfo,
+    ModelInfo,
+    Output,
+    ScoredToken,
+    Stats,
+    TokenLogprobs,
+)
+from headstart.engine.sampling_params import PoolingParams, SamplingParams
 from headstart.engine.segments import Span
 from headstart.server.app import create_app
 from headstart.server.settings import ServerSettings
@@ -77,7 +85,7 @@ class FakeStream:
 @dataclass
 class Added:
     token_ids: list[int]
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     salt: bytes
     segments: list[Span]
     adapter: str | None
@@ -96,6 +104,7 @@ class FakeEngine:
     restarts: int = 0
     cached_tokens: int = 3
     hold: bool = False
+    vector: list[float] | None = None
     fail_after: tuple[int, Exception] | None = None
     per_output: int = 1
     stats: Stats = field(default_factory=Stats)
@@ -105,6 +114,7 @@ class FakeEngine:
         default_factory=lambda: ModelInfo(
             max_model_len=MAX_MODEL_LEN,
             vocab_size=400,
+            hidden_size=8,
             page_size=16,
             num_pages=64,
             eos_token_ids=[0],
@@ -143,7 +153,7 @@ class FakeEngine:
     def add(
         self,
         token_ids: Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         salt: bytes = b"",
         segments: Sequence[Span] = (),
@@ -151,7 +161,11 @@ class FakeEngine:
     ) -> FakeStream:
         if not self.ready:
             raise EngineDeadError("the engine has died")
-        stream = FakeStream(self._outputs(params))
+        tokens = list(token_ids)
+        if isinstance(params, PoolingParams):
+            stream = FakeStream([self._pooled(tokens, params)])
+        else:
+            stream = FakeStream(self._outputs(tokens, params))
         if self.hold:
             stream.gate = asyncio.Event()
         if self.fail_after is not None:
@@ -160,27 +174,53 @@ class FakeEngine:
         self.added.append(Added(list(token_ids), params, salt, list(segments), adapter, stream))
         return stream
 
-    def _outputs(self, params: SamplingParams) -> list[Output]:
+    def _pooled(self, token_ids: list[int], params: PoolingParams) -> Output:
+        """``vector``, or how often each token of the prompt is there, modulo 8."""
+        counts = [float(sum(token % 8 == i for token in token_ids)) for i in range(8)]
+        pooled = array("f", counts if self.vector is None else self.vector).tobytes()
+        return Output(len(self.added), [], "stop", self.cached_tokens, pooled=pooled)
+
+    def _outputs(self, token_ids: list[int], params: SamplingParams) -> list[Output]:
         ids = [*self.answer(len(self.added)), self.stop_token]
         reason = "stop" if len(ids) <= params.max_tokens else "length"
         ids = ids[: params.max_tokens]
-        groups = [ids[i : i + self.per_output] for i in range(0, len(ids), self.per_output)]
+        starts = range(0, max(len(ids), 1), self.per_output)
+        groups = [ids[i : i + self.per_output] for i in starts]
         return [
             Output(
                 id=len(self.added),
                 token_ids=group,
                 finish_reason=reason if i == len(groups) - 1 else None,
                 cached_tokens=self.cached_tokens,
-                logprobs=None if params.logprobs is None else [_logprobs(x, params) for x in group],
+                logprobs=(
+                    None
+                    if params.logprobs is None
+                    else [_logprobs(x, params.logprobs) for x in group]
+                ),
+                prompt_logprobs=None if i else _scores(token_ids, params),
             )
             for i, group in enumerate(groups)
         ]
 
 
-def _logprobs(token_id: int, params: SamplingParams) -> TokenLogprobs:
-    count = params.logprobs or 0
+def _logprobs(token_id: int, count: int) -> TokenLogprobs:
     top = [((token_id + j) % 400, -0.5 - j) for j in range(count)]
     return TokenLogprobs(token_id, -0.5, top)
+
+
+def _scores(token_ids: list[int], params: SamplingParams) -> list[ScoredToken] | None:
+    """The token of a prompt is the second likeliest, before the one whose id is the next."""
+    if params.prompt_logprobs is None:
+        return None
+    return [
+        ScoredToken(
+            token_id,
+            -1.5,
+            [((token_id + 1 - j) % 400, -0.5 - j) for j in range(params.prompt_logprobs)],
+            2,
+        )
+        for token_id in token_ids[1:]
+    ]
 
 
 @pytest.fixture(scope="session")

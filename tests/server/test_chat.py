@@ -268,3 +268,22 @@ async def test_requests_run_side_by_side(client, engine, chat_body):
     for added in engine.added:
         added.stream.gate.set()
     assert [response.status_code for response in await asyncio.gather(*tasks)] == [200] * 8
+
+
+async def test_prompt_logprobs(client, engine, chat_body):
+    """Of the rendered prompt, once, whatever n is."""
+    answer = (await client.post(URL, json=chat_body(prompt_logprobs=0, n=2))).json()
+    prompt = engine.added[0].token_ids
+    assert [list(entry) for entry in answer["prompt_logprobs"][1:]] == [
+        [str(t)] for t in prompt[1:]
+    ]
+    assert answer["prompt_logprobs"][0] is None
+    assert "prompt_logprobs" not in (await client.post(URL, json=chat_body())).json()
+
+
+async def test_prompt_logprobs_are_not_streamed(client, engine, chat_body):
+    response = await client.post(URL, json=chat_body(prompt_logprobs=1, stream=True))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["message"] == "prompt_logprobs are not available when stream=True"
+    assert engine.added == []

@@ -61,6 +61,7 @@ def test_sizes(text, size):
         ["serve", "m", "--relay-check", "1.5"],
         ["serve", "m", "--relay-check", "never"],
         ["serve", "m", "--segment-mask", "full"],
+        ["serve", "m", "--pooling", "max"],
         ["serve", "m", "--max-loras", "0"],
         ["serve", "m", "--lora"],
         ["plan", "m", "--lora", "a=/"],
@@ -140,6 +141,11 @@ def test_the_secret_may_come_from_the_environment(tmp_path, monkeypatch):
     args = parse("runahead-rank", "m", "--listen", "127.0.0.1:7000")
     config = cli.engine_config(args, tmp_path)
     assert (config.runahead_secret, config.runahead) == ("of the environment", 1)
+
+
+def test_pooling_flag():
+    assert cli.server_settings(parse("serve", "m")).pooling is None
+    assert cli.server_settings(parse("serve", "m", "--pooling", "mean")).pooling == "mean"
 
 
 @pytest.mark.parametrize(
@@ -407,7 +413,7 @@ class Engine:
     stats = Stats()
     restarts = 0
     adapters = {}
-    model = ModelInfo(max_model_len=256, vocab_size=400, page_size=16, num_pages=9,
+    model = ModelInfo(max_model_len=256, vocab_size=400, hidden_size=8, page_size=16, num_pages=9,
                       eos_token_ids=[0], backend="fake", weights="f32", version="0")
     async def start(self):
         if sys.argv[3] == "fail":

@@ -82,6 +82,80 @@ async def test_logprobs(client, engine, body, say):
     assert len(logprobs["top_logprobs"][0]) == 2
 
 
+async def test_echo_with_logprobs(client, engine, body, say, events):
+    """Those of the prompt, the first of which has none, and of the answer, as one list."""
+    asked = body(prompt="the fox 👍", echo=True, logprobs=2)
+    choice = (await client.post(URL, json=asked)).json()["choices"][0]
+    assert choice["text"] == "the fox 👍hello world"
+    assert engine.added[0].params.prompt_logprobs == 2
+    logprobs, prompt = choice["logprobs"], say("the fox 👍")
+    assert {len(values) for values in logprobs.values()} == {len(prompt) + len(say("hello world"))}
+    assert logprobs["tokens"][:2] == ["the", " fox"]
+    assert logprobs["tokens"][len(prompt) :] == ["he", "llo", " world"]
+    assert logprobs["token_logprobs"][:2] == [None, -1.5]
+    assert logprobs["token_logprobs"][-1] == -0.5
+    assert logprobs["top_logprobs"][0] is None
+    assert logprobs["top_logprobs"][1][" fox"] == -1.5
+    assert logprobs["text_offset"][:3] == [0, 3, 7]
+    assert logprobs["text_offset"][len(prompt) :] == [9, 11, 14]
+
+    *chunks, _ = events((await client.post(URL, json=asked | {"stream": True})).text)
+    pieces = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(piece["text"] for piece in pieces) == choice["text"]
+    assert pieces[0]["text"] == "the fox 👍"
+    for name, values in logprobs.items():
+        assert [x for piece in pieces for x in piece["logprobs"][name]] == values
+
+
+async def test_echo_of_ids_with_logprobs(client, body, say):
+    """Special tokens are no text there."""
+    prompt = [0, *say("the fox"), 1, *say(" dog")]
+    choice = (await client.post(URL, json=body(prompt=prompt, echo=True, logprobs=0))).json()
+    choice = choice["choices"][0]
+    assert choice["text"] == "the fox doghello world"
+    assert choice["logprobs"]["tokens"][:2] == ["<|eos|>", "the"]
+    assert choice["logprobs"]["text_offset"][:5] == [0, 0, 3, 7, 7]
+    assert choice["logprobs"]["top_logprobs"][:3] == [None, {"the": -1.5}, {" fox": -1.5}]
+
+
+async def test_special_tokens_written_in_a_prompt_are_echoed(client, body):
+    asked = body(prompt="the<|im_end|> fox", echo=True, logprobs=0)
+    choice = (await client.post(URL, json=asked)).json()["choices"][0]
+    assert choice["text"] == "the<|im_end|> foxhello world"
+    assert choice["logprobs"]["text_offset"][:4] == [0, 3, 13, 17]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_nothing_but_the_echo(client, engine, body, say, events, stream):
+    asked = body(prompt=["the fox", "the"], echo=True, max_tokens=0, logprobs=1, stream=stream)
+    response = await client.post(URL, json=asked)
+    answers = events(response.text)[:-1] if stream else [response.json()]
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    for i, prompt in enumerate(["the fox", "the"]):
+        mine = [choice for choice in choices if choice["index"] == i]
+        assert "".join(choice["text"] for choice in mine) == prompt
+        assert mine[-1]["finish_reason"] == "length"
+        tokens = [token for choice in mine for token in choice["logprobs"]["tokens"]]
+        assert len(tokens) == len(say(prompt))
+    assert {added.params.max_tokens for added in engine.added} == {0}
+    if not stream:
+        assert answers[0]["usage"]["completion_tokens"] == 0
+
+
+async def test_prompt_logprobs(client, engine, body, say):
+    """vLLM's form, beside those of the echo, which are fewer."""
+    asked = body(prompt="the fox", prompt_logprobs=3, echo=True, logprobs=1, max_tokens=1)
+    choice = (await client.post(URL, json=asked)).json()["choices"][0]
+    assert engine.added[0].params.prompt_logprobs == 3
+    fox = say(" fox")[0]
+    first, second = choice["prompt_logprobs"]
+    assert first is None
+    assert list(second) == [str(fox), str(fox + 1), str(fox - 1)]
+    assert second[str(fox)] == {"logprob": -1.5, "rank": 2, "decoded_token": " fox"}
+    assert second[str(fox + 1)]["rank"] == 1
+    assert len(choice["logprobs"]["top_logprobs"][1]) == 2  # the likeliest, and the prompt's
+
+
 async def test_no_infinity_in_json(client, engine, body, monkeypatch):
     from headstart.engine.messages import TokenLogprobs
 
@@ -119,7 +193,10 @@ async def test_no_infinity_in_json(client, engine, body, monkeypatch):
         ({"prompt": [1, 400]}, "prompt[1]", "vocabulary has 400"),
         ({"prompt": ["a"] * 65}, "prompt", "at most 64 prompts"),
         ({"prompt": ["a"] * 60, "n": 3}, "prompt", "128 choices"),
-        ({"echo": True, "logprobs": 0}, "echo", "not supported"),
+        ({"max_tokens": 0}, "max_tokens", "without echo"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens", "greater than or equal to 0"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "less than or equal to 20"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "stream=True"),
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"best_of": 2}, "best_of", "not supported"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),

@@ -69,6 +69,32 @@ def test_completions(client):
     assert "".join(chunk.choices[0].text for chunk in streamed) == whole.choices[0].text
 
 
+def test_prompts_are_scored(client):
+    """As evaluation harnesses ask: the prompt again with its log-probabilities, and no answer."""
+    request = {"model": MODEL, "max_tokens": 0, "echo": True, "logprobs": 1}
+    texts = ["The capital of France is Paris.", "The capital of France is banana."]
+    answer = client.completions.create(prompt=texts, **request)
+    assert [choice.text for choice in answer.choices] == texts
+    sums = [sum(choice.logprobs.token_logprobs[1:]) for choice in answer.choices]
+    assert sums[0] > sums[1] + 5
+
+
+def test_embeddings(client):
+    """The client asks for base64 by itself. Alike texts have alike vectors."""
+    texts = ["The cat sat on the mat.", "A cat is sitting on a mat.", "Interest rates rose."]
+    answer = client.embeddings.create(
+        model=MODEL, input=texts, extra_body={"pooling": "mean"}, dimensions=512
+    )
+    first, second, third = (entry.embedding for entry in answer.data)
+    assert len(first) == 512
+
+    def cosine(one, other):
+        return sum(a * b for a, b in zip(one, other, strict=True))
+
+    assert cosine(first, first) == pytest.approx(1, abs=1e-5)
+    assert cosine(first, second) > cosine(first, third)
+
+
 async def test_async_client(async_client):
     whole = await async_client.chat.completions.create(
         model=MODEL, messages=PARIS, max_tokens=12, temperature=0

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 
 from headstart.engine.errors import ModelError
 from headstart.engine.models import store
+from headstart.engine.models.config import POOLING_FILE, declared_pooling
 from headstart.engine.models.store import KNOWN_MODELS, PackagedModel, pull, resolve
 from headstart.engine.models.weights import Weights
 
@@ -100,8 +102,11 @@ def test_gguf_file(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> None:
 
 
 def test_safetensors_folder_is_linked(tiny_model: Any, tmp_path: Path) -> None:
-    source = tiny_model("qwen2")
-    folder = pull(str(source), tmp_path)
+    source = Path(shutil.copytree(tiny_model("qwen2"), tmp_path / "source"))
+    (source / POOLING_FILE).parent.mkdir()
+    (source / POOLING_FILE).write_text('{"pooling_mode_mean_tokens": true}')
+    folder = pull(str(source), tmp_path / "cache")
+    assert declared_pooling(folder) == "mean"
     assert (folder / "model.safetensors").is_symlink()
     assert (folder / "model.safetensors").resolve() == (source / "model.safetensors").resolve()
     assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()

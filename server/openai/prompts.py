@@ -1,0 +1,93 @@
+"""Prompts as completions and embeddings take them: a text, ids, or a list of either."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import WithJsonSchema
+
+from headstart.engine.messages import ModelInfo
+from headstart.server.errors import APIError, bad_request
+from headstart.server.openai.fields import is_token_id
+from headstart.server.settings import ServerSettings
+
+_IDS = {"type": "array", "items": {"type": "integer"}}
+PromptField = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                _IDS,
+                {"type": "array", "items": _IDS},
+            ]
+        },
+        mode="validation",
+    ),
+]
+
+
+class GivenPrompt(NamedTuple):
+    """One prompt as it came, and where in the body: ``prompt[3]``."""
+
+    path: str
+    prompt: str | list[int]
+
+
+def given_prompts(
+    value: Any, field: str, settings: ServerSettings, *, n: int = 1
+) -> list[GivenPrompt]:
+    """The prompts of ``field``, whatever form they came in; raises APIError, for too many of them
+    times ``n``, too. Ids are not checked against the vocabulary."""
+    if isinstance(value, str):
+        return [GivenPrompt(field, value)]
+    if not isinstance(value, list):
+        raise _bad_prompt(field)
+    if not value:
+        raise bad_request(f"{field} is an empty list", field)
+    if is_token_id(value[0]):
+        return [GivenPrompt(field, _checked_ids(value, field))]
+    count = len(value) * n
+    if len(value) > settings.max_prompts or count > settings.max_choices:
+        raise bad_request(
+            f"{len(value)} prompts with n={n} are {count} choices; at most "
+            f"{settings.max_prompts} prompts and {settings.max_choices} choices are allowed",
+            field,
+        )
+    texts = isinstance(value[0], str)
+    prompts = []
+    for i, prompt in enumerate(value):
+        path = f"{field}[{i}]"
+        if texts and not isinstance(prompt, str):
+            raise _bad_prompt(path)
+        prompts.append(GivenPrompt(path, prompt if texts else _checked_ids(prompt, path)))
+    return prompts
+
+
+def check_vocabulary(token_ids: Sequence[int], path: str, model: ModelInfo) -> None:
+    """Raise APIError for the first id that the model does not know."""
+    for i, token_id in enumerate(token_ids):
+        if token_id >= model.vocab_size:
+            raise bad_request(
+                f"{path}[{i}] is token {token_id}; the vocabulary has {model.vocab_size}",
+                f"{path}[{i}]",
+            )
+
+
+def _bad_prompt(path: str) -> APIError:
+    return bad_request(
+        f"{path}: a prompt is a string, a list of strings, a list of token ids, or a list of those",
+        path,
+        "invalid_value",
+    )
+
+
+def _checked_ids(ids: Any, path: str) -> list[int]:
+    if not isinstance(ids, list):
+        raise _bad_prompt(path)
+    for i, token_id in enumerate(ids):
+        if not is_token_id(token_id):
+            raise bad_request(f"{path}[{i}] is not a token id", f"{path}[{i}]", "invalid_value")
+    return ids
