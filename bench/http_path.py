@@ -1,8 +1,13 @@
-"""What a streamed token costs the server process: ``python -m headstart.bench.http_path``.
+"""What the HTTP layer costs: ``python -m headstart.bench.http_path``.
 
-An engine that answers at once stands in front of the real app and a real uvicorn; a client in
-another process reads the streams. Prints one JSON line: microseconds of this process's CPU time
-per token, everything from the engine's Output to the socket included.
+An engine that computes nothing stands behind the real app and a real uvicorn; a client in another
+process reads the streams, all the time, and beside them asks for one token now and then, which the
+engine has at once. Prints one JSON line:
+
+    cpu_us_per_token       CPU time of this process for a streamed token, everything from the
+                           engine's Output to the socket included, and what the askers cost
+    cores_at_1000          the share of a core that 1,000 of them a second take
+    first_byte_ms          from the request of a single token to the first byte of its answer
 """
 
 from __future__ import annotations
@@ -14,9 +19,11 @@ import multiprocessing
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import tokenizers
 import uvicorn
+import uvloop
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from headstart.engine.errors import RequestError
@@ -25,6 +32,13 @@ from headstart.engine.sampling_params import PoolingParams, SamplingParams
 from headstart.engine.segments import Span
 from headstart.server.app import create_app
 from headstart.server.tokenizer import Tokenizer
+
+ASK_SECONDS = 0.01
+"""Pause between two that ask for a single token."""
+
+PATIENCE = 600.0
+
+Queue = Any  # of multiprocessing: a list of seconds comes out of it
 
 
 class SteadyStream:
@@ -91,7 +105,10 @@ class SteadyEngine:
     ) -> SteadyStream:
         assert isinstance(params, SamplingParams)
         stream = SteadyStream(params.max_tokens, self._token_ids)
-        self._streams.append(stream)
+        if params.max_tokens == 1:
+            stream.tick()
+        else:
+            self._streams.append(stream)
         return stream
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:
@@ -104,8 +121,8 @@ class SteadyEngine:
         self._streams = []
 
 
-def read_streams(port: int, num_streams: int, num_tokens: int) -> None:
-    """The client's process: opens the streams and reads them to their ends."""
+def request(num_tokens: int) -> bytes:
+    """A chat that is streamed."""
     body = json.dumps(
         {
             "model": "bench",
@@ -116,10 +133,16 @@ def read_streams(port: int, num_streams: int, num_tokens: int) -> None:
         }
     ).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def read_streams(port: int, num_streams: int, num_tokens: int, first_bytes: Queue) -> None:
+    """The client's process: opens the streams and reads them to their ends; meanwhile asks for
+    single tokens, and puts the seconds to the first byte of each into ``first_bytes``."""
 
     async def read_one() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head.encode() + body)
+        writer.write(request(num_tokens))
         data = bytearray()
         while not data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
             chunk = await reader.read(65536)
@@ -131,12 +154,27 @@ def read_streams(port: int, num_streams: int, num_tokens: int) -> None:
         if texts != num_tokens:
             raise ValueError(f"{texts} texts came, {num_tokens} were asked for")
 
+    async def ask() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while True:
+            await asyncio.sleep(ASK_SECONDS)
+            begin = time.perf_counter()
+            writer.write(request(1))
+            data = await reader.read(1)
+            seconds.append(time.perf_counter() - begin)
+            while not data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+                data += await reader.read(65536)
+
     async def read_all() -> None:
+        asking = asyncio.create_task(ask())
         async with asyncio.TaskGroup() as group:
             for _ in range(num_streams):
                 group.create_task(read_one())
+        asking.cancel()
 
-    asyncio.run(read_all())
+    seconds: list[float] = []
+    uvloop.run(read_all())
+    first_bytes.put(seconds)
 
 
 def bench_tokenizer() -> Tokenizer:
@@ -153,7 +191,7 @@ def bench_tokenizer() -> Tokenizer:
     return Tokenizer(backend, chat_template="{{ messages[0]['content'] }}")
 
 
-async def measure(num_streams: int, num_tokens: int, step_seconds: float) -> dict[str, float]:
+async def measure(num_streams: int, num_tokens: int, step_seconds: float) -> dict[str, Any]:
     """Serve ``num_streams`` streams of ``num_tokens``; the figures of the JSON line."""
     tokenizer = bench_tokenizer()
     token_ids = tokenizer.encode(
@@ -167,11 +205,14 @@ async def measure(num_streams: int, num_tokens: int, step_seconds: float) -> dic
         while not server.started:
             await asyncio.sleep(0.01)
         port = listener.getsockname()[1]
-        client = multiprocessing.get_context("spawn").Process(
-            target=read_streams, args=(port, num_streams, num_tokens)
+        spawn = multiprocessing.get_context("spawn")
+        first_bytes: Queue = spawn.Queue()
+        client = spawn.Process(
+            target=read_streams, args=(port, num_streams, num_tokens, first_bytes)
         )
         wall, cpu = time.perf_counter(), time.process_time()
         client.start()
+        seconds = sorted(await asyncio.to_thread(first_bytes.get, True, PATIENCE))
         await asyncio.to_thread(client.join)
         if client.exitcode != 0:
             raise ChildProcessError("the client failed; its message is above")
@@ -184,17 +225,21 @@ async def measure(num_streams: int, num_tokens: int, step_seconds: float) -> dic
         "tokens": tokens,
         "tokens_per_second": round(tokens / wall, 1),
         "cpu_us_per_token": round(cpu / tokens * 1e6, 1),
+        "cores_at_1000": round(cpu / tokens * 1000, 3),
+        "first_bytes": len(seconds),
+        "first_byte_ms": {
+            f"p{share}": round(seconds[len(seconds) * share // 100] * 1e3, 2)
+            for share in (50, 90, 99)
+        },
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=400, help="per stream")
-    parser.add_argument("--step-ms", type=float, default=20.0, help="time of an engine step")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=1000, help="per stream")
+    parser.add_argument("--step-ms", type=float, default=16.0, help="time of an engine step")
     args = parser.parse_args()
-    import uvloop
-
     figures = uvloop.run(measure(args.streams, args.tokens, args.step_ms / 1000))
     print(json.dumps({"bench": "http_path"} | figures))
 
