@@ -27,6 +27,7 @@ from headstart.server.openai import adapters, chat, completions, models, tokens
 from headstart.server.openai.reply import WARNING_HEADER
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
+from headstart.server.template_sandbox import TemplateLimits
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ def create_app(
     runtime = Runtime(
         engine=engine,
         tokenizer=tokenizer,
-        chat_template=ChatTemplate(tokenizer) if tokenizer.chat_template is not None else None,
+        chat_template=_chat_template(tokenizer, settings),
         settings=settings,
         metrics=Metrics(engine, model_names[0]),
         model_names=tuple(model_names),
@@ -76,7 +77,8 @@ def create_app(
             start.cancel()
             await asyncio.gather(start, return_exceptions=True)
             await engine.stop()
-            runtime.threads.shutdown(wait=False, cancel_futures=True)
+            for threads in (runtime.threads, runtime.chat_threads):
+                threads.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
         title="headstart",
@@ -104,6 +106,13 @@ def create_app(
         app.include_router(group.routes(runtime))
     _describe_bodies(app)
     return app
+
+
+def _chat_template(tokenizer: Tokenizer, settings: ServerSettings) -> ChatTemplate | None:
+    if tokenizer.chat_template is None:
+        return None
+    limits = TemplateLimits(settings.template_timeout, settings.max_template_chars)
+    return ChatTemplate(tokenizer, limits)
 
 
 async def _start(engine: EngineClient, on_failure: Callable[[HeadstartError], None] | None) -> None:

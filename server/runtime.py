@@ -29,6 +29,11 @@ def _text_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
 
 
+def _chat_threads() -> ThreadPoolExecutor:
+    # More than one, so that a template that has to be stopped does not hold up all chats.
+    return ThreadPoolExecutor(max_workers=4, thread_name_prefix="chat")
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """What ``model`` in a request stands for: the model, or an adapter over it.
@@ -59,6 +64,7 @@ class Runtime:
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     threads: ThreadPoolExecutor = field(default_factory=_text_threads)
+    chat_threads: ThreadPoolExecutor = field(default_factory=_chat_threads)
 
     @property
     def model_name(self) -> str:
@@ -118,6 +124,12 @@ class Runtime:
         if size <= self.settings.inline_chars:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    async def with_chat(self, size: int, work: Callable[[], T]) -> T:
+        """Run ``work`` that renders ``size`` characters of a chat, in a thread: how long a template
+        takes nobody knows."""
+        threads = self.chat_threads if size <= self.settings.inline_chars else self.threads
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
     async def parse(self, request: Request, body_type: type[B]) -> B:
         """Read and validate a JSON body; raises APIError and ValidationError."""

@@ -26,6 +26,10 @@ class ServerSettings:
     max_bad_word_chars: length of one of them, characters
     max_segments:       spans of one ``segment_mask``
     max_contexts:       ids in one /detokenize, in contexts of the model
+    max_documents:      entries of ``documents``
+    max_template_kwarg_chars: length of one value of ``chat_template_kwargs``
+    max_template_chars: what a chat template makes of one chat, characters (400)
+    template_timeout:   how long it may take, seconds (400)
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
     lora_dir:           where adapters may be loaded from at run time; None: nowhere
@@ -49,6 +53,10 @@ class ServerSettings:
     max_bad_word_chars: int = 256
     max_segments: int = 4096
     max_contexts: int = 4
+    max_documents: int = 256
+    max_template_kwarg_chars: int = 4096
+    max_template_chars: int = 4 * MIB
+    template_timeout: float = 5.0
     inline_chars: int = 8192
     segment_mask: str | None = None
     lora_dir: Path | None = None

@@ -16,6 +16,7 @@ from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Span, turn_spans
 from headstart.server.errors import bad_request
+from headstart.server.openai.chat_fields import ChatRendering
 from headstart.server.openai.fields import (
     REFUSED_IN_CHAT,
     REFUSED_IN_MESSAGE,
@@ -71,18 +72,21 @@ class ChatMessage(Body):
         return message
 
 
-class ChatBody(GenerationBody):
+class ChatBody(ChatRendering, GenerationBody):
     messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
     segment_mask: ChatMaskField = None
+    echo: bool | None = None
 
     def check_chat(self, settings: ServerSettings) -> None:
         """Raise APIError for what the types alone do not say."""
         self.check(REFUSED_IN_CHAT, settings)
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+        if self.echo and not self.continue_final_message:
+            raise bad_request("echo needs continue_final_message: true", "echo")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise bad_request(
@@ -167,7 +171,8 @@ class ChatFormat(Format):
         return prefix
 
     def opening(self, choice: Choice) -> bytes:
-        return self._start(choice) + b'{"role":"assistant","content":""' + self._plain_tail
+        start = self._start(choice) + b'{"role":"assistant","content":'
+        return start + encode(choice.echo) + self._plain_tail
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         start = self._start(choice)
@@ -221,16 +226,24 @@ def routes(runtime: Runtime) -> APIRouter:
         model = runtime.require_model()
         template = runtime.require_chat_template()
         options = body.text_options(runtime.settings)
+        ending, variables = body.ending(messages), body.variables(template, runtime.settings)
         size = sum(len(message["content"]) for message in messages)
         token_ids: Sequence[int]
         segments: list[Span] = []
         if mask == "turns":
-            token_ids, turns = await runtime.with_text(
-                size, partial(template.encode_turns, messages)
+            if ending != "opened":
+                raise bad_request(
+                    "segment_mask turns needs the answer opened: it goes neither with "
+                    "continue_final_message nor with add_generation_prompt: false",
+                    "segment_mask",
+                )
+            token_ids, turns = await runtime.with_chat(
+                size, partial(template.encode_turns, messages, variables=variables)
             )
             segments = turn_spans(turns)
         else:
-            token_ids = await runtime.with_text(size, partial(template.encode, messages))
+            encode_chat = partial(template.encode, messages, ending=ending, variables=variables)
+            token_ids = await runtime.with_chat(size, encode_chat)
         wanted = body.max_completion_tokens or body.max_tokens
         token_ids = body.truncated(token_ids, wanted, model, spans=bool(segments))
         params = body.params(len(token_ids), model, runtime.settings, runtime.tokenizer)
@@ -243,7 +256,15 @@ def routes(runtime: Runtime) -> APIRouter:
         choices = start_choices(
             runtime,
             served,
-            [Prompt(token_ids, params, segments)],
+            [
+                Prompt(
+                    token_ids,
+                    params,
+                    segments,
+                    context=token_ids[-8:] if ending == "continued" else (),
+                    echo=messages[-1]["content"] if body.echo else "",
+                )
+            ],
             n=body.n or 1,
             options=options,
             salt=body.salt,

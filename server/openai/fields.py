@@ -46,14 +46,9 @@ REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
 }
 REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "audio": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_reasoning": (True,),
@@ -61,7 +56,6 @@ REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "reasoning_effort": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": (),

@@ -235,6 +235,20 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
+async def connect_to() -> AsyncIterator[Callable[[FastAPI], httpx.AsyncClient]]:
+    """Clients of apps that a test has made itself."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        def connect(app: FastAPI) -> httpx.AsyncClient:
+            transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+            client = httpx.AsyncClient(transport=transport, base_url="http://test")
+            stack.push_async_callback(client.aclose)
+            return client
+
+        yield connect
+
+
+@pytest.fixture
 async def live_url(app: FastAPI) -> AsyncIterator[str]:
     """The app behind a real uvicorn."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
