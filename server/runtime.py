@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,15 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
 from headstart.engine.messages import ModelInfo
+from headstart.server.deadline import Deadline
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, bad_request, unavailable
 from headstart.server.metrics import Metrics
 from headstart.server.settings import ServerSettings
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
+
+TIMEOUT_HEADER = "x-request-timeout"
 
 T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)
@@ -27,6 +31,19 @@ B = TypeVar("B", bound=BaseModel)
 def _text_threads() -> ThreadPoolExecutor:
     # Two, so that one huge prompt does not hold up the other long ones; the engine needs the cores.
     return ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
+
+
+def _seconds(header: str) -> float:
+    """The time in a header; raises a 400."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise bad_request(
+            f"{TIMEOUT_HEADER}: {header[:40]!r} is not a number of seconds above 0", TIMEOUT_HEADER
+        )
+    return seconds
 
 
 def _chat_threads() -> ThreadPoolExecutor:
@@ -118,6 +135,15 @@ class Runtime:
                 "no_chat_template",
             )
         return self.chat_template
+
+    def deadline(self, request: Request, timeout: float | None) -> Deadline | None:
+        """When the answer has to be complete: the shortest time that the body's ``timeout``, the
+        header or the server's limit allow; None without any of them."""
+        given = [timeout, self.settings.request_timeout]
+        if (header := request.headers.get(TIMEOUT_HEADER)) is not None:
+            given.append(_seconds(header))
+        seconds = min((time for time in given if time is not None), default=None)
+        return None if seconds is None else Deadline(seconds)
 
     async def with_text(self, size: int, work: Callable[[], T]) -> T:
         """Run tokenising ``work`` over ``size`` characters, in a thread when that takes long."""

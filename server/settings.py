@@ -34,6 +34,7 @@ class ServerSettings:
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
     lora_dir:           where adapters may be loaded from at run time; None: nowhere
     body_timeout:       until a body is complete, seconds (408)
+    request_timeout:    until an answer is complete, seconds (504); None: as long as it takes
     keys:               who may ask what; none: everybody may everything
     allowed_origins:    web pages that may ask from a browser (CORS); "*" is all
     access_log_format:  "text" or "json"
@@ -61,6 +62,7 @@ class ServerSettings:
     segment_mask: str | None = None
     lora_dir: Path | None = None
     body_timeout: float = 60.0
+    request_timeout: float | None = None
     keys: Keys = field(default_factory=Keys)
     allowed_origins: tuple[str, ...] = ()
     access_log_format: str = "text"

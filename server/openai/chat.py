@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from pydantic import FailFast, Field, WithJsonSchema
 from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Span, turn_spans
+from headstart.server.access_log import name_request
 from headstart.server.errors import bad_request
 from headstart.server.openai.chat_fields import ChatRendering
 from headstart.server.openai.fields import (
@@ -34,6 +34,7 @@ from headstart.server.openai.segment_mask import (
     ChatMaskField,
     chat_mask,
 )
+from headstart.server.openai.shown import Shown, TokenIdNames, TokenNames
 from headstart.server.openai.start import Prompt, start_choices
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -146,20 +147,19 @@ def _content_text(content: Any, path: str) -> str:
 class ChatFormat(Format):
     """Bytes around text: everything but the text is encoded once per request."""
 
-    def __init__(
-        self, model: str, tokenizer: Tokenizer, *, logprobs: bool, include_usage: bool
-    ) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool, shown: Shown) -> None:
         self._head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "id": shown.answer_id("chatcmpl"),
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": model,
         }
         self._prefix = b"data: " + encode(self._head)[:-1]
-        self._tokenizer = tokenizer
+        self._names: TokenNames = TokenIdNames() if shown.tokens_as_ids else tokenizer
         self._logprobs = logprobs
-        self._include_usage = include_usage
-        self._tail = (b'}],"usage":null}' if include_usage else b"}]}") + b"\n\n"
+        self._shown = shown
+        self.every_token = shown.token_ids
+        self._tail = (b'}],"usage":null}' if shown.usage else b"}]}") + b"\n\n"
         self._plain_tail = b'},"logprobs":null,"finish_reason":null' + self._tail
         self._choice_prefix: dict[int, bytes] = {}
 
@@ -171,14 +171,20 @@ class ChatFormat(Format):
         return prefix
 
     def opening(self, choice: Choice) -> bytes:
-        start = self._start(choice) + b'{"role":"assistant","content":'
-        return start + encode(choice.echo) + self._plain_tail
+        start = self._start(choice) + b'{"role":"assistant","content":' + encode(choice.echo)
+        if self._shown.plain:
+            return start + self._plain_tail
+        ids = b""
+        if self._shown.token_ids:
+            ids = b',"prompt_token_ids":' + encode(list(choice.prompt_token_ids))
+        none = b'},"logprobs":null,"finish_reason":null'
+        return start + none + self._shown.tail_of(choice, ids)
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         start = self._start(choice)
-        if delta.finish_reason is None and not self._logprobs:
+        if delta.finish_reason is None and not self._logprobs and self._shown.plain:
             return start + b'{"content":' + encode(delta.text) + self._plain_tail
-        logprobs = chat_logprobs(self._tokenizer, delta.logprobs or ()) if self._logprobs else None
+        logprobs = chat_logprobs(self._names, delta.logprobs or ()) if self._logprobs else None
         return b"".join(
             (
                 start,
@@ -187,12 +193,13 @@ class ChatFormat(Format):
                 encode(logprobs),
                 b',"finish_reason":',
                 encode(delta.finish_reason),
-                self._tail,
+                self._shown.ids_of(delta),
+                self._shown.tail_of(choice),
             )
         )
 
     def usage_event(self, usage: Usage) -> bytes:
-        if not self._include_usage:
+        if not self._shown.usage:
             return b""
         return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n"
 
@@ -202,13 +209,16 @@ class ChatFormat(Format):
                 "index": choice.index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
                 "logprobs": (
-                    chat_logprobs(self._tokenizer, choice.logprobs) if self._logprobs else None
+                    chat_logprobs(self._names, choice.logprobs) if self._logprobs else None
                 ),
                 "finish_reason": choice.finish_reason,
+                **({"token_ids": choice.token_ids} if self._shown.token_ids else {}),
             }
             for choice in choices
         ]
         head = self._head | {"object": "chat.completion"}
+        if self._shown.token_ids:
+            head["prompt_token_ids"] = list(choices[0].prompt_token_ids)
         return encode(head | {"choices": answers, "usage": usage.json()})
 
 
@@ -219,6 +229,9 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_chat_completion(request: Request) -> Reply:
         """Answer a chat; streamed with ``stream: true``."""
         body = await runtime.parse(request, ChatBody)
+        deadline = runtime.deadline(request, body.timeout)
+        if body.request_id is not None:
+            name_request(request.scope, body.request_id)
         served = runtime.served(body.model)
         body.check_chat(runtime.settings)
         mask = chat_mask(body.segment_mask) or served.chat_mask
@@ -251,7 +264,7 @@ def routes(runtime: Runtime) -> APIRouter:
             served.name,
             runtime.tokenizer,
             logprobs=params.logprobs is not None,
-            include_usage=body.include_usage,
+            shown=body.shown,
         )
         choices = start_choices(
             runtime,
@@ -270,6 +283,6 @@ def routes(runtime: Runtime) -> APIRouter:
             salt=body.salt,
         )
         warning = NOT_DECLARED if mask == "turns" and not served.for_segments else None
-        return Reply(choices, format, stream=bool(body.stream), warning=warning)
+        return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)
 
     return router

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
-import uuid
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from pydantic import WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
+from headstart.server.access_log import name_request
 from headstart.server.errors import bad_request
 from headstart.server.openai.fields import (
     REFUSED_IN_COMPLETIONS,
@@ -30,6 +31,7 @@ from headstart.server.openai.segment_mask import (
     Spans,
     completion_spans,
 )
+from headstart.server.openai.shown import Shown, TokenIdNames, TokenNames
 from headstart.server.openai.start import Prompt, start_choices
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -64,6 +66,12 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool | None = None
     logprobs: LogprobCount | None = None
     segment_mask: CompletionMaskField = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of each prompt, the ``n`` best of which are answered."""
+        return self.best_of or self.n or 1
 
     @property
     def wanted_tokens(self) -> int:
@@ -76,11 +84,22 @@ class CompletionBody(GenerationBody):
             raise bad_request(
                 "echo together with logprobs is not supported", "echo", "unsupported_parameter"
             )
+        if self.best_of is not None:
+            self._check_best_of(self.best_of, settings)
         if self.add_special_tokens is False and self.segment_mask is not None:
             raise bad_request(
                 "add_special_tokens: false and segment_mask cannot be combined",
                 "add_special_tokens",
             )
+
+    def _check_best_of(self, best_of: int, settings: ServerSettings) -> None:
+        n = self.n or 1
+        if best_of < n:
+            raise bad_request(f"best_of is {best_of}, and n is {n}", "best_of")
+        if best_of > settings.max_n:
+            raise bad_request(f"best_of must be at most {settings.max_n}, got {best_of}", "best_of")
+        if best_of > n and self.stream:
+            raise bad_request("best_of above n cannot be streamed", "best_of")
 
     def prompts(self, settings: ServerSettings) -> Sequence[str | list[int]]:
         """The prompts, whatever form they came in; ids are not checked against the vocabulary."""
@@ -93,10 +112,10 @@ class CompletionBody(GenerationBody):
             raise bad_request("prompt is an empty list", "prompt")
         if is_token_id(prompt[0]):
             return [_checked_ids(prompt, "prompt")]
-        count = len(prompt) * (self.n or 1)
+        count = len(prompt) * self.num_choices
         if len(prompt) > settings.max_prompts or count > settings.max_choices:
             raise bad_request(
-                f"{len(prompt)} prompts with n={self.n or 1} are {count} choices; at most "
+                f"{len(prompt)} prompts with n={self.num_choices} are {count} choices; at most "
                 f"{settings.max_prompts} prompts and {settings.max_choices} choices are allowed",
                 "prompt",
             )
@@ -117,7 +136,10 @@ class CompletionBody(GenerationBody):
         max_tokens = fit_max_tokens(
             num_prompt, max_tokens, model, param="max_tokens", prompt_param="prompt"
         )
-        return self.sampling_params(max_tokens, self.logprobs, model, settings, tokenizer)
+        logprobs = self.logprobs
+        if logprobs is None and self.num_choices > (self.n or 1):
+            logprobs = 0  # the best are chosen by them
+        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer)
 
 
 def _bad_prompt(path: str) -> Exception:
@@ -141,19 +163,21 @@ class CompletionFormat(Format):
     """Bytes around text: everything but the text is encoded once per request."""
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, *, logprobs: bool, include_usage: bool
+        self, model: str, tokenizer: Tokenizer, *, logprobs: bool, shown: Shown, n: int
     ) -> None:
         self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": shown.answer_id("cmpl"),
             "object": "text_completion",
             "created": int(time.time()),
             "model": model,
         }
         self._prefix = b"data: " + encode(self._head)[:-1]
-        self._tokenizer = tokenizer
+        self._names: TokenNames = TokenIdNames() if shown.tokens_as_ids else tokenizer
         self._logprobs = logprobs
-        self._include_usage = include_usage
-        self._tail = (b'}],"usage":null}' if include_usage else b"}]}") + b"\n\n"
+        self._shown = shown
+        self._n = n
+        self.every_token = shown.token_ids
+        self._tail = (b'}],"usage":null}' if shown.usage else b"}]}") + b"\n\n"
         self._plain_tail = b',"logprobs":null,"finish_reason":null' + self._tail
         self._choice_prefix: dict[int, bytes] = {}
 
@@ -165,11 +189,20 @@ class CompletionFormat(Format):
         return prefix
 
     def opening(self, choice: Choice) -> bytes:
-        return self._start(choice) + encode(choice.echo) + self._plain_tail if choice.echo else b""
+        start = self._start(choice) + encode(choice.echo)
+        if self._shown.plain:
+            return start + self._plain_tail if choice.echo else b""
+        if not (choice.echo or self._shown.token_ids):
+            return b""
+        ids = b""
+        if self._shown.token_ids:
+            ids = b',"token_ids":[],"prompt_token_ids":' + encode(list(choice.prompt_token_ids))
+        none = b',"logprobs":null,"finish_reason":null'
+        return start + none + ids + self._shown.tail_of(choice)
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         text = self._start(choice) + encode(delta.text)
-        if delta.finish_reason is None and not self._logprobs:
+        if delta.finish_reason is None and not self._logprobs and self._shown.plain:
             return text + self._plain_tail
         logprobs = self._logprobs_of(delta.logprobs or (), delta.offsets or ())
         return b"".join(
@@ -179,29 +212,57 @@ class CompletionFormat(Format):
                 encode(logprobs),
                 b',"finish_reason":',
                 encode(delta.finish_reason),
-                self._tail,
+                self._shown.ids_of(delta),
+                self._shown.tail_of(choice),
             )
         )
 
     def _logprobs_of(self, tokens: Sequence[Any], offsets: Sequence[int]) -> dict[str, Any] | None:
-        return completion_logprobs(self._tokenizer, tokens, offsets) if self._logprobs else None
+        return completion_logprobs(self._names, tokens, offsets) if self._logprobs else None
+
+    def _ids_of(self, choice: Choice) -> dict[str, Any]:
+        if not self._shown.token_ids:
+            return {}
+        return {
+            "token_ids": choice.token_ids,
+            "prompt_token_ids": list(choice.prompt_token_ids),
+        }
 
     def usage_event(self, usage: Usage) -> bytes:
-        if not self._include_usage:
+        if not self._shown.usage:
             return b""
         return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n"
 
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         answers = [
             {
-                "index": choice.index,
+                "index": index,
                 "text": choice.text,
                 "logprobs": self._logprobs_of(choice.logprobs, choice.offsets),
                 "finish_reason": choice.finish_reason,
+                **self._ids_of(choice),
             }
-            for choice in choices
+            for index, choice in enumerate(best_choices(choices, self._n))
         ]
         return encode(self._head | {"choices": answers, "usage": usage.json()})
+
+
+def best_choices(choices: Sequence[Choice], n: int) -> list[Choice]:
+    """The ``n`` choices of each prompt whose tokens are the most likely on average, best first; as
+    they are when there are no more."""
+    by_prompt: dict[int, list[Choice]] = {}
+    for choice in choices:
+        by_prompt.setdefault(choice.prompt, []).append(choice)
+    best: list[Choice] = []
+    for found in by_prompt.values():
+        best += sorted(found, key=_likelihood, reverse=True)[:n] if len(found) > n else found
+    return best
+
+
+def _likelihood(choice: Choice) -> float:
+    """Mean log-probability of the tokens of the text; an empty one is the least likely."""
+    tokens = choice.logprobs
+    return sum(token.logprob for token in tokens) / len(tokens) if tokens else -math.inf
 
 
 async def _checked_prompts(
@@ -261,6 +322,9 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_completion(request: Request) -> Reply:
         """Continue one or more prompts; streamed with ``stream: true``."""
         body = await runtime.parse(request, CompletionBody)
+        deadline = runtime.deadline(request, body.timeout)
+        if body.request_id is not None:
+            name_request(request.scope, body.request_id)
         served = runtime.served(body.model)
         body.check_completion(runtime.settings)
         spans = completion_spans(body.segment_mask, runtime.settings)
@@ -271,12 +335,13 @@ def routes(runtime: Runtime) -> APIRouter:
             served.name,
             runtime.tokenizer,
             logprobs=body.logprobs is not None,
-            include_usage=body.include_usage,
+            shown=body.shown,
+            n=body.n or 1,
         )
         choices = start_choices(
-            runtime, served, prompts, n=body.n or 1, options=options, salt=body.salt
+            runtime, served, prompts, n=body.num_choices, options=options, salt=body.salt
         )
         warning = NOT_DECLARED if spans and not served.for_segments else None
-        return Reply(choices, format, stream=bool(body.stream), warning=warning)
+        return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)
 
     return router

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from headstart.engine.errors import RequestError
 from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from headstart.server.access_log import REQUEST_ID_PATTERN
 from headstart.server.errors import bad_request
+from headstart.server.openai.shown import Shown
 from headstart.server.settings import ServerSettings
 from headstart.server.stream import TextOptions
 from headstart.server.tokenizer import Tokenizer
@@ -24,7 +26,6 @@ DESCRIPTIVE = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 
 # Field -> the values, beside null, that ask for nothing.
 REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
@@ -34,10 +35,7 @@ REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "priority": (0,),
     "prompt_logprobs": (),
-    "request_id": (),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
@@ -48,6 +46,7 @@ REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
 REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
     "add_special_tokens": (False,),
     "audio": (),
+    "best_of": (1,),
     "chat_template": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -66,7 +65,6 @@ REFUSED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
     "suffix": ("",),
 }
 REFUSED_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "continuous_usage_stats": (False,),
     "include_obfuscation": (False,),
 }
 REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
@@ -94,6 +92,7 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 StopField = Annotated[
@@ -148,6 +147,10 @@ class GenerationBody(Body):
     seed: Annotated[int, Field(ge=-SEED_RANGE, lt=SEED_RANGE)] | None = None
     logit_bias: LogitBiasField = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    request_id: Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN}$")] | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
 
     def check(self, refused: Mapping[str, tuple[Any, ...]], settings: ServerSettings) -> None:
         """Raise APIError for fields that are unknown or not supported, and limits passed."""
@@ -159,12 +162,29 @@ class GenerationBody(Body):
             )
             if not self.stream:
                 raise bad_request("stream_options needs stream: true", "stream_options")
+            if self.stream_options.continuous_usage_stats and not self.include_usage:
+                raise bad_request(
+                    "continuous_usage_stats needs include_usage: true",
+                    "stream_options.continuous_usage_stats",
+                )
         if (self.n or 1) > settings.max_n:
             raise bad_request(f"n must be at most {settings.max_n}, got {self.n}", "n")
 
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def shown(self) -> Shown:
+        """What of the answer the client asked to see."""
+        options = self.stream_options
+        return Shown(
+            usage=self.include_usage,
+            continuous_usage=bool(options and options.continuous_usage_stats),
+            token_ids=bool(self.return_token_ids),
+            tokens_as_ids=bool(self.return_tokens_as_token_ids),
+            request_id=self.request_id,
+        )
 
     @property
     def salt(self) -> bytes:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from headstart.engine.messages import TokenLogprobs
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.openai.shown import TokenNames
 
 # JSON has no infinity; a token that a filter has ruled out gets this instead, as vLLM has it.
 MIN_LOGPROB = -9999.0
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: TokenNames, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
     """``{"content": [{token, logprob, bytes, top_logprobs}], "refusal": null}``."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs]) -> dict
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs], offsets: Sequence[int]
+    tokenizer: TokenNames, tokens: Sequence[TokenLogprobs], offsets: Sequence[int]
 ) -> dict[str, Any]:
     """``{"text_offset", "tokens", "token_logprobs", "top_logprobs"}``, lists of equal length.
 

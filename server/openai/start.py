@@ -58,7 +58,7 @@ def start_choices(
                     Choice(
                         index=i * n + j,
                         prompt=i,
-                        num_prompt_tokens=len(prompt.token_ids),
+                        prompt_token_ids=prompt.token_ids,
                         stream=runtime.engine.add(
                             prompt.token_ids,
                             params,

@@ -54,18 +54,23 @@ def build_backend() -> tokenizers.Tokenizer:
 
 @dataclass
 class FakeStream:
-    """Replays outputs; ``gate`` holds them back until set, ``error`` comes after them."""
+    """Replays outputs; ``gate`` holds them back until set, ``error`` comes after them.
+
+    ``taken``: how many have been given out.
+    """
 
     outputs: list[Output]
     gate: asyncio.Event | None = None
     error: Exception | None = None
     aborted: int = 0
+    taken: int = 0
 
     async def __aiter__(self) -> AsyncIterator[Output]:
         for output in self.outputs:
             if self.gate is not None:
                 await self.gate.wait()
             await asyncio.sleep(0)
+            self.taken += 1
             yield output
         if self.error is not None:
             raise self.error
@@ -87,13 +92,15 @@ class Added:
 @dataclass
 class FakeEngine:
     """``answer`` makes the ids of an answer out of the index of the request; ``stop_token`` ends
-    it, when it fits into max_tokens. Keeps every request in ``added``, and what it was asked about
-    adapters in ``asked``; the files of one are right unless its folder holds "broken"."""
+    it, when it fits into max_tokens. ``logprob`` makes the log-probability of each of its tokens
+    out of that index. Keeps every request in ``added``, and what it was asked about adapters in
+    ``asked``; the files of one are right unless its folder holds "broken"."""
 
     answer: Callable[[int], list[int]]
     stop_token: int
     ready: bool = True
     restarts: int = 0
+    logprob: Callable[[int], float] = lambda _: -0.5
     cached_tokens: int = 3
     hold: bool = False
     fail_after: tuple[int, Exception] | None = None
@@ -171,16 +178,17 @@ class FakeEngine:
                 token_ids=group,
                 finish_reason=reason if i == len(groups) - 1 else None,
                 cached_tokens=self.cached_tokens,
-                logprobs=None if params.logprobs is None else [_logprobs(x, params) for x in group],
+                logprobs=None
+                if params.logprobs is None
+                else [self._logprobs(x, params) for x in group],
             )
             for i, group in enumerate(groups)
         ]
 
-
-def _logprobs(token_id: int, params: SamplingParams) -> TokenLogprobs:
-    count = params.logprobs or 0
-    top = [((token_id + j) % 400, -0.5 - j) for j in range(count)]
-    return TokenLogprobs(token_id, -0.5, top)
+    def _logprobs(self, token_id: int, params: SamplingParams) -> TokenLogprobs:
+        count, logprob = params.logprobs or 0, self.logprob(len(self.added))
+        top = [((token_id + j) % 400, logprob - j) for j in range(count)]
+        return TokenLogprobs(token_id, logprob, top)
 
 
 @pytest.fixture(scope="session")
