@@ -87,6 +87,7 @@ class SteadyEngine:
         salt: bytes = b"",
         segments: Sequence[Span] = (),
         adapter: str | None = None,
+        priority: int = 0,
     ) -> SteadyStream:
         stream = SteadyStream(params.max_tokens, self._token_ids)
         self._streams.append(stream)

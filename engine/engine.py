@@ -63,6 +63,9 @@ WAIT_SECONDS = 0.002
 ASYNC_MODES = ("auto", "on", "off")
 """auto: where the backend computes beside the host."""
 
+POLICIES = ("fcfs", "priority")
+"""By arrival, or by the priority of requests and then by arrival."""
+
 
 class Launched(NamedTuple):
     """A step that is being computed."""
@@ -85,6 +88,10 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         if config.relay not in MODES:
             raise ConfigError(f"--relay must be {', '.join(MODES)}; got {config.relay}")
+        if config.scheduling_policy not in POLICIES:
+            raise ConfigError(
+                f"--scheduling-policy must be {', '.join(POLICIES)}; got {config.scheduling_policy}"
+            )
         if config.async_scheduling not in ASYNC_MODES:
             raise ConfigError(
                 f"--async-scheduling must be {', '.join(ASYNC_MODES)}; got "
@@ -96,6 +103,7 @@ class Engine:
         model, backend, folder = loaded.config, loaded.backend, loaded.folder
         max_model_len, shape = loaded.max_model_len, loaded.runner.decoder.shape
         num_pages = loaded.runner.num_pages
+        self._policy = config.scheduling_policy
         self._runner = loaded.runner
         self._page_size = backend.page_size
         self._page_bytes = backend.kv_bytes_per_page(shape, model.num_layers)
@@ -203,12 +211,20 @@ class Engine:
         salt: bytes = b"",
         segments: Iterable[Span] = (),
         adapter: str | None = None,
+        priority: int = 0,
     ) -> None:
         """Queue a request. Raises RequestError if it can never run.
 
         ``salt``: KV is shared only among requests of equal salt. ``segments``: spans of the prompt
-        whose tokens see each other whole. ``adapter``: the name of a loaded one.
+        whose tokens see each other whole. ``adapter``: the name of a loaded one. ``priority``:
+        lower ones come first; 0 unless the scheduling policy says so.
         """
+        if priority and self._policy != "priority":
+            raise RequestError(
+                f"priority is {priority}, and this server goes by arrival "
+                "(--scheduling-policy fcfs)",
+                "priority",
+            )
         params.validate(self.model.vocab_size)
         self._check_there_is_a_choice(params)
         if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
@@ -223,6 +239,7 @@ class Engine:
             namespace=_namespace(salt, mask, chosen),
             segments=mask,
             adapter=chosen,
+            priority=priority,
         )
         self._scheduler.add(seq)
 

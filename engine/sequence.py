@@ -43,7 +43,8 @@ class Sequence:
     ``namespace`` is the part of the cache key that is not tokens (adapter, whether there are
     segments, tenant salt): KV is shared only between sequences of equal namespace.
     ``seed`` is that of the params, or a random one drawn here: a sequence that is preempted and
-    computed again keeps its draws. ``arrival`` is the scheduler's, in order of ``add``.
+    computed again keeps its draws. ``arrival`` is the scheduler's, in order of ``add``; among
+    sequences of the lowest ``priority`` the first to arrive comes first.
     """
 
     id: int
@@ -53,6 +54,7 @@ class Sequence:
     namespace: bytes = b""
     segments: Segments = CAUSAL
     adapter: Adapter | None = None
+    priority: int = 0
     status: Status = Status.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0

@@ -230,6 +230,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="plan and launch a step while the one before is computed: where the backend computes "
         "beside the host, always, never",
     )
+    engine.add_argument(
+        "--scheduling-policy",
+        choices=("fcfs", "priority"),
+        default="fcfs",
+        help="who is computed first, and preempted last: who came first; or who has the lowest "
+        "priority, a field of requests, and of those who came first",
+    )
 
 
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
@@ -383,6 +390,7 @@ def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
         relay=args.relay,
         relay_check=args.relay_check,
         async_scheduling=args.async_scheduling,
+        scheduling_policy=args.scheduling_policy,
         adapters=adapters(args),
         max_adapters=getattr(args, "max_loras", 32),
         tensor_parallel=getattr(args, "tensor_parallel", 1),

@@ -281,6 +281,7 @@ def routes(runtime: Runtime) -> APIRouter:
             n=body.n or 1,
             options=options,
             salt=body.salt,
+            priority=body.priority or 0,
         )
         warning = NOT_DECLARED if mask == "turns" and not served.for_segments else None
         return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)

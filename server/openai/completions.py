@@ -339,7 +339,13 @@ def routes(runtime: Runtime) -> APIRouter:
             n=body.n or 1,
         )
         choices = start_choices(
-            runtime, served, prompts, n=body.num_choices, options=options, salt=body.salt
+            runtime,
+            served,
+            prompts,
+            n=body.num_choices,
+            options=options,
+            salt=body.salt,
+            priority=body.priority or 0,
         )
         warning = NOT_DECLARED if spans and not served.for_segments else None
         return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)

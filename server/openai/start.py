@@ -35,6 +35,7 @@ def start_choices(
     n: int,
     options: TextOptions,
     salt: bytes,
+    priority: int = 0,
 ) -> list[Choice]:
     """``n`` choices of each prompt, seeds counting up from the request's.
 
@@ -65,6 +66,7 @@ def start_choices(
                             salt=salt,
                             segments=prompt.segments,
                             adapter=served.adapter,
+                            priority=priority,
                         ),
                         assembler=assembler,
                         timer=ChoiceTimer(metrics),

@@ -87,6 +87,7 @@ class Added:
     segments: list[Span]
     adapter: str | None
     stream: FakeStream
+    priority: int = 0
 
 
 @dataclass
@@ -155,6 +156,7 @@ class FakeEngine:
         salt: bytes = b"",
         segments: Sequence[Span] = (),
         adapter: str | None = None,
+        priority: int = 0,
     ) -> FakeStream:
         if not self.ready:
             raise EngineDeadError("the engine has died")
@@ -164,7 +166,9 @@ class FakeEngine:
         if self.fail_after is not None:
             count, stream.error = self.fail_after
             del stream.outputs[count:]
-        self.added.append(Added(list(token_ids), params, salt, list(segments), adapter, stream))
+        self.added.append(
+            Added(list(token_ids), params, salt, list(segments), adapter, stream, priority)
+        )
         return stream
 
     def _outputs(self, params: SamplingParams) -> list[Output]:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from headstart.engine.errors import RequestError
 from headstart.server.app import create_app
 from headstart.server.settings import ServerSettings
 
@@ -191,3 +192,16 @@ async def test_fields_that_are_no_time(client, path, body, value):
     response = await client.post(path, json=body(timeout=value))
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "timeout"
+
+
+async def test_the_priority_reaches_the_engine(client, engine, path, body):
+    for fields in ({"priority": -5, "n": 2}, {"priority": None}, {}):
+        assert (await client.post(path, json=body(**fields))).status_code == 200
+    assert [added.priority for added in engine.added] == [-5, -5, 0, 0]
+
+
+async def test_a_priority_that_the_engine_refuses_is_a_400(client, engine, path, body):
+    engine.fail_after = (0, RequestError("this server goes by arrival", "priority"))
+    response = await client.post(path, json=body(priority=1))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "priority"

@@ -59,7 +59,7 @@ def check_shape(response: httpx.Response) -> dict:
         ({"temprature": 1}, "temprature", "not a known field"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-        ({"priority": 1}, "priority", "not supported"),
+        ({"priority": 2**31}, "priority", "less than or equal to"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "known field"),
         ({"stream": "true"}, "stream", "valid boolean"),
