@@ -204,6 +204,7 @@ def run_serve(args: argparse.Namespace) -> int:
             failures,
             drain_seconds=args.shutdown_timeout,
             keep_alive_seconds=args.keep_alive_timeout,
+            head_seconds=args.head_timeout,
             certificate=tls,
         )
     if failures:

@@ -96,6 +96,13 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
         help="how long a connection without a request stays open",
     )
     http.add_argument(
+        "--head-timeout",
+        type=seconds,
+        default=20.0,
+        metavar="SECONDS",
+        help="how long a connection may take to send the head of a request, before it is closed",
+    )
+    http.add_argument(
         "--body-timeout",
         type=seconds,
         default=limits.body_timeout,

@@ -23,6 +23,7 @@ from headstart.engine.messages import AdapterInfo, ModelInfo, Output, Stats, Tok
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Span
 from headstart.server.app import create_app
+from headstart.server.serving import ServingConfig
 from headstart.server.settings import ServerSettings
 from headstart.server.tokenizer import Tokenizer
 
@@ -264,7 +265,7 @@ async def connect_to() -> AsyncIterator[Callable[[FastAPI], httpx.AsyncClient]]:
 async def live_url(app: FastAPI) -> AsyncIterator[str]:
     """The app behind a real uvicorn."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, http="httptools", log_config=None, access_log=False)
+        config = ServingConfig(app, head_seconds=0.4, log_config=None, access_log=False)
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
         task = asyncio.create_task(server.serve(sockets=[listener]))
