@@ -6,7 +6,7 @@ beside that of ``range``, so this one adds them where a template spends its time
 
     loops, calls, filters     look at the clock, in every round
     + * ** % ~                refuse what would be too large before it is made
-    calls and filters         take no huge number, and join, replace, ... no huge result
+    filters, methods of text  take no huge number, and join, replace, ... no huge result
     output, macros, blocks    are counted while they are put together
 
 One operation on texts that are within the limit is never interrupted; it takes milliseconds.
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from types import FunctionType
 from typing import Any
 
 import jinja2
@@ -38,6 +39,11 @@ MAX_BITS = 4096
 
 _WIDTH = re.compile(r"[%{][^%{}a-zA-Z]*(\d{5}|\*)")
 """A width of five digits or more in a format, or one that is an argument."""
+
+_COUNTING = frozenset(
+    ("batch", "center", "indent", "round", "slice", "tojson", "truncate", "wordwrap")
+)
+"""Filters whose numbers say how much of something they make."""
 
 
 class TemplateLimitError(RequestError):
@@ -169,8 +175,10 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if __obj is __self.pace:
             return __obj()
         __self.pace()
-        __self._check_numbers(args, kwargs)
         owner = getattr(__obj, "__self__", None)
+        # Not macros, nor methods of containers: they hand on what they are given.
+        if isinstance(owner, str | bytes | int) or isinstance(__obj, FunctionType):
+            __self._check_numbers(args, kwargs)
         if isinstance(owner, str | bytes):
             args = __self._checked(__obj.__name__, owner, args)
         return super().call(__context, __obj, *args, **kwargs)
@@ -181,7 +189,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         @wraps(filter_)
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.pace()
-            self._check_numbers(args[first + 1 :], kwargs)
+            if name in _COUNTING:
+                self._check_numbers(args[first + 1 :], kwargs)
             if name in ("join", "replace", "format", "indent"):
                 value, rest = args[first], (*args[first + 1 :], *kwargs.values())
                 if name == "join" and rest:

@@ -144,6 +144,16 @@ def test_long_texts_pass():
     assert render(source, messages=[{"content": text}]) == expected
 
 
+def test_large_numbers_of_a_chat_pass():
+    source = (
+        "{% macro m(n) %}{{ n }}{% endmacro %}{% set ns = namespace(n=messages[0].n) %}"
+        "{{ m(ns.n) }} {{ messages[0].get('x', ns.n) }} {{ ns.n | tojson }} {{ dict(a=ns.n).a }}"
+        " {{ messages[0].x | default(ns.n) }}"
+    )
+    expected = " ".join(["10000000000"] * 5)
+    assert render(source, messages=[{"n": 10**10}]) == expected
+
+
 def test_limits_end_the_search_for_turns_too(backend):
     source = "{% for m in messages %}{{ m.content }}{% endfor %}" + ENDLESS
     chat = ChatTemplate(Tokenizer(backend, chat_template=source), SHORT)
