@@ -171,6 +171,7 @@ class Reply(Response):
             for task in (answer, hang_up):
                 task.cancel()
         if error is not None:
+            await asyncio.wait((answer, hang_up))  # nothing may be sent behind the error
             with contextlib.suppress(OSError):  # the client may be gone too
                 await self._fail(error, scope, receive, send)
 

@@ -155,10 +155,11 @@ async def test_time_is_over_before_the_first_token(
     assert [added.stream.aborted for added in engine.added] == [1] * n
 
 
-async def test_time_is_over_in_the_middle_of_a_stream(client, engine, path, body, events):
+@pytest.mark.parametrize("n", [1, 3])
+async def test_time_is_over_in_the_middle_of_a_stream(client, engine, path, body, events, n):
     engine.hold = True
-    sent = asyncio.create_task(client.post(path, json=body(stream=True, timeout=0.3)))
-    while not engine.added:
+    sent = asyncio.create_task(client.post(path, json=body(stream=True, timeout=0.3, n=n)))
+    while len(engine.added) < n:
         await asyncio.sleep(0.002)
     gate = engine.added[0].stream.gate
     gate.set()
@@ -170,7 +171,33 @@ async def test_time_is_over_in_the_middle_of_a_stream(client, engine, path, body
     *parts, error, done = events(response.text)
     assert parts
     assert (error["error"]["code"], done) == ("timeout", "[DONE]")
-    assert engine.added[0].stream.aborted == 1
+    assert [added.stream.aborted for added in engine.added] == [1] * n
+
+
+async def test_nothing_comes_behind_the_error(app, engine, connect_to, path, body):
+    engine.answer = lambda i: [5 + i % 100] * 200
+    late: list[dict] = []
+
+    async def watched(scope, receive, send):
+        ended = False
+
+        async def noting(message):
+            nonlocal ended
+            if ended:
+                late.append(message)
+                return
+            ended = message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
+        await app(scope, receive, noting)
+
+    client = connect_to(watched)
+    for timeout in (0.002, 0.004, 0.008, 0.016):
+        fields = {"stream": True, "n": 8, "max_tokens": 200, "timeout": timeout}
+        response = await client.post(path, json=body(**fields))
+        await asyncio.sleep(0)
+        assert response.status_code == 504 or response.text.endswith("data: [DONE]\n\n")
+    assert late == []
 
 
 async def test_time_enough(client, engine, path, body):
