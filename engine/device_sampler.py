@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headstart.engine.grammar import Mask, Masks
 from headstart.engine.messages import TokenLogprobs
 from headstart.engine.sampler import (
     GREEDY_BELOW,
@@ -60,17 +61,22 @@ class DeviceSampler:
         self._eos_token_ids = tuple(eos_token_ids)
 
     @torch.inference_mode()
-    def launch(self, logits: Tensor, entries: list[ScheduledSequence]) -> Sampling:
+    def launch(
+        self, logits: Tensor, entries: list[ScheduledSequence], masks: Masks | None = None
+    ) -> Sampling:
         """Queue the choice of the next token of each entry.
 
         logits: [n, vocab] float32; left as they are, and not needed any more when this returns,
-        but for work that is queued. Row i is entry i's. Raises ValueError for another shape.
+        but for work that is queued. Row i is entry i's. ``masks``: of what grammars allow. Raises
+        ValueError for another shape.
         """
         sequences = [entry.seq for entry in entries]
         checked_shape(logits, len(sequences), self._vocab_size)
         # The number of output tokens before this one, which the host may not know all yet.
         indices = [e.start + e.num_tokens - e.seq.num_prompt_tokens for e in entries]
         changed = self._changed(logits, sequences, indices)
+        if masks is not None:
+            changed = _masked(changed, masks)
         token_ids = changed.argmax(-1)
         valid = changed.gather(1, token_ids.unsqueeze(1)).squeeze(1).isfinite()
         drawn = [i for i, seq in enumerate(sequences) if seq.params.temperature >= GREEDY_BELOW]
@@ -117,6 +123,16 @@ class DeviceSampler:
         ids = [forbidden(sequences[i], indices[i], self._eos_token_ids) for i in rows]
         at = _places(rows, ids, logits)
         logits.index_put_(at, logits[at] - float("inf"))
+
+
+def _masked(logits: Tensor, masks: Masks) -> Tensor:
+    """A copy with what grammars do not allow lowered to -inf. Added, not set: a NaN stays one."""
+    words = _upload(masks.bits, torch.int32, logits)
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    bits = (words.unsqueeze(-1) >> shifts) & 1
+    banned = bits.view(len(masks.rows), -1)[:, : logits.shape[1]] == 0
+    bans = logits.new_zeros(banned.shape).masked_fill_(banned, float("-inf"))
+    return logits.index_add(0, _upload(masks.rows, torch.int64, logits), bans)
 
 
 def _places(
@@ -245,7 +261,7 @@ def _sampled(arrived: list[Tensor], logprobs: _Logprobs | None) -> list[Sampled]
     ]
 
 
-def _upload(values: Items[int | float | tuple[float, ...]], dtype: torch.dtype,
+def _upload(values: Items[int | float | tuple[float, ...]] | Mask, dtype: torch.dtype,
             like: Tensor) -> Tensor:  # fmt: skip
     """``values`` on the device of ``like``. From pinned memory, which alone is copied without
     the host waiting; torch gives a pinned block out again only when its copies are done."""

@@ -1,6 +1,6 @@
 """Engine: token ids in, token ids out. ``step()`` is the verbs of the whole design.
 
-schedule -> plan shared prefixes -> build_batch -> run -> sample -> commit
+schedule -> plan shared prefixes -> build_batch -> run -> fill masks -> sample -> commit
 
 Where steps overlap, the last verb is a step late: a step is scheduled and launched while the one
 before is computed, and then the tokens of that one are waited for and committed.
@@ -16,9 +16,11 @@ import time
 from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
+from concurrent.futures import Future, wait
 from typing import NamedTuple
 
 import msgspec
+from llguidance import LLMatcher
 from torch import Tensor
 
 from headstart import __version__
@@ -29,6 +31,7 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.device_sampler import DeviceSampler
 from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.forecast import Forecast, forecast
+from headstart.engine.grammar import Constraint, Grammars
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.loading import load_model
 from headstart.engine.long_chunk import LongChunk
@@ -138,6 +141,9 @@ class Engine:
             if self._overlaps or backend.asynchronous
             else Sampler(model.vocab_size, backend.argmax, model.eos_token_ids)
         )
+        self._grammars = Grammars(folder, model.vocab_size, model.eos_token_ids)
+        self._compiling: dict[int, tuple[Sequence, Future[LLMatcher]]] = {}
+        self._refused: list[tuple[int, RequestError]] = []
         self._in_flight: Launched | None = None  # only where steps overlap
         logger.info("steps overlap: %s", "yes" if self._overlaps else "no")
         self._pages_ahead = PagesAhead(self._runner, self._pool, self._page_bytes)
@@ -200,7 +206,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or self._in_flight is not None
+        return self._scheduler.has_work or self._in_flight is not None or bool(self._compiling)
 
     def add(
         self,
@@ -213,7 +219,8 @@ class Engine:
         adapter: str | None = None,
         priority: int = 0,
     ) -> None:
-        """Queue a request. Raises RequestError if it can never run.
+        """Queue a request. Raises RequestError if it can never run. One whose grammar proves to be
+        wrong, or that can't run for its length, after that is among ``take_refused``.
 
         ``salt``: KV is shared only among requests of equal salt. ``segments``: spans of the prompt
         whose tokens see each other whole. ``adapter``: the name of a loaded one. ``priority``:
@@ -241,7 +248,30 @@ class Engine:
             adapter=chosen,
             priority=priority,
         )
-        self._scheduler.add(seq)
+        if params.grammar is None:
+            self._scheduler.add(seq)
+        else:
+            self._compiling[request_id] = seq, self._grammars.compile(params.grammar)
+
+    def take_refused(self) -> list[tuple[int, RequestError]]:
+        """Ids of requests that turned out to be wrong since the last call, and what is."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    def _add_compiled(self) -> None:
+        """Queue the requests whose grammars are compiled; wait a little if there is nothing else
+        to do."""
+        if not self._scheduler.has_work and self._in_flight is None:
+            wait([future for _, future in self._compiling.values()], WAIT_SECONDS)
+        for request_id, (seq, future) in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[request_id]
+            try:
+                seq.constraint = Constraint(future.result().deep_copy())
+                self._scheduler.add(seq)
+            except RequestError as error:
+                self._refused.append((request_id, error))
 
     def _check_there_is_a_choice(self, params: SamplingParams) -> None:
         if not params.min_tokens or params.allowed_token_ids is None:
@@ -268,6 +298,8 @@ class Engine:
     def abort(self, request_ids: list[int]) -> None:
         """End these requests and free what they hold; unknown ids are ignored."""
         self._scheduler.abort(request_ids)
+        for request_id in request_ids:
+            self._compiling.pop(request_id, None)
         # Now, not with the next step: there may be none, while the ranks go on.
         self._beside = [chunk for chunk in self._beside if self._goes_on(chunk)]
 
@@ -278,6 +310,8 @@ class Engine:
         """
         begin = time.perf_counter()
         self.attend_chain()
+        if self._compiling:
+            self._add_compiled()
         in_flight = self._in_flight
         scheduled = self._scheduler.schedule(in_flight.scheduled if in_flight else NOTHING)
         if scheduled.long_chunk is not None:
@@ -332,12 +366,16 @@ class Engine:
 
     def _sample(self, scheduled: SchedulerOutput, logits: Tensor) -> Launched:
         sampling = [entry for entry in scheduled.scheduled if entry.samples]
-        return Launched(scheduled, self._sampler.launch(logits, sampling))
+        masks = self._grammars.fill([entry.seq.constraint for entry in sampling])
+        return Launched(scheduled, self._sampler.launch(logits, sampling, masks))
 
     def _commit(self, launched: Launched) -> list[Output]:
         """Wait for the tokens of a step, and book it."""
         sampled = launched.sampling.result()
         new = self._scheduler.commit(launched.scheduled, [s.token_id for s in sampled])
+        for token in new:
+            if token.seq.constraint is not None and token.token_id is not None:
+                token.seq.constraint.advance(token.token_id)
         logprobs = {
             seq: s.logprobs
             for seq, s in zip(launched.sequences, sampled, strict=True)
@@ -393,7 +431,7 @@ class Engine:
         scheduler, pool = self._scheduler, self._pool
         return Stats(
             running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
+            waiting=scheduler.num_waiting + len(self._compiling),
             pages_total=pool.num_pages,
             pages_used=pool.num_used,
             pages_cached=self._cache.num_evictable_pages,
@@ -429,6 +467,8 @@ class Engine:
         while self.has_work:
             for output in self.step():
                 outputs[output.id].extend(output.token_ids)
+            for _, error in self.take_refused():
+                raise error
         return [outputs[index] for index in range(len(prompts))]
 
     def _foreign_token(self, token_ids: array[int]) -> RequestError:

@@ -7,7 +7,8 @@ The order of operations, as in vLLM:
 
     repetition penalty            prompt and output tokens (CTRL, arXiv 1909.05858)
     frequency, presence penalty   output tokens only
-    tokens that may not come      those of min_tokens, bad_words, and not of allowed_token_ids
+    tokens that may not come      those of min_tokens, bad_words, not of allowed_token_ids, and
+                                  not in the mask of the sequence's grammar
     logprobs                      log softmax of the raw logits, before everything above
 
 Each filter keeps the tokens whose weight ``exp((logit - max) / temperature)`` reaches a threshold,
@@ -31,7 +32,7 @@ and the other rows are not affected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headstart.engine.grammar import Mask, Masks
 from headstart.engine.messages import TokenLogprobs
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import ScheduledSequence
@@ -50,6 +52,11 @@ _TILE = 1 << 20  # logits worked on at a time, 4 MB
 _MASK = (1 << 64) - 1
 
 Row = npt.NDArray[np.float32]
+
+# What a byte of a mask says of its 8 tokens: [256, 8].
+_OCTET_BANS = torch.where(
+    (torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 1, 0.0, float("-inf")
+)
 
 
 class Sampled(NamedTuple):
@@ -107,21 +114,27 @@ class Sampler:
         self._argmax = argmax
         self._eos_token_ids = tuple(eos_token_ids)
 
-    def launch(self, logits: Tensor, entries: list[ScheduledSequence]) -> Sampling:
+    def launch(
+        self, logits: Tensor, entries: list[ScheduledSequence], masks: Masks | None = None
+    ) -> Sampling:
         """What ``DeviceSampler.launch`` is, but done when it returns; only for steps that are
         scheduled when all tokens so far are known."""
-        sampled = self.sample(logits, [entry.seq for entry in entries])
+        sampled = self.sample(logits, [entry.seq for entry in entries], masks)
         token_ids = torch.tensor([each.token_id or 0 for each in sampled], dtype=torch.int32)
         return Sampling(token_ids, lambda: sampled)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    def sample(
+        self, logits: Tensor, sequences: list[Sequence], masks: Masks | None = None
+    ) -> list[Sampled]:
         """The next token of each sequence.
 
         logits: [n, vocab] float32, on any device; left as they are. Row i is sequence i's.
+        ``masks``: of what grammars allow.
         """
         checked_shape(logits, len(sequences), self._vocab_size)
         greedy, changed, drawn = [], [], []  # greedy, greedy after changes to the logits, random
+        masked = dict(zip(masks.rows, masks.bits, strict=True)) if masks else {}
         for row, seq in enumerate(sequences):
             params = seq.params
             if params.temperature >= GREEDY_BELOW:
@@ -129,6 +142,7 @@ class Sampler:
             elif (
                 params.logit_bias
                 or params.penalised
+                or row in masked
                 or is_restricted(params, seq.num_output_tokens)
             ):
                 changed.append(row)
@@ -139,9 +153,9 @@ class Sampler:
             rows = logits if len(greedy) == len(sequences) else logits[greedy]
             _scatter(tokens, greedy, self._greedy(rows))
         for part in self._tiles(changed):
-            _scatter(tokens, part, self._greedy(self._changed(logits, part, sequences)))
+            _scatter(tokens, part, self._greedy(self._changed(logits, part, sequences, masked)))
         for part in self._tiles(drawn):
-            copy = self._changed(logits, part, sequences)
+            copy = self._changed(logits, part, sequences, masked)
             _scatter(tokens, part, self._draw(copy, [sequences[row] for row in part]))
         logprobs = self._logprobs(logits, sequences, tokens)
         return [Sampled(token, logprobs.get(row)) for row, token in enumerate(tokens)]
@@ -160,9 +174,18 @@ class Sampler:
             for id_, finite in zip(ids, best.isfinite().tolist(), strict=True)
         ]
 
-    def _changed(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> Tensor:
-        """A copy of these rows on the CPU with biases and penalties applied."""
-        copy = logits[rows].cpu()
+    def _changed(
+        self,
+        logits: Tensor,
+        rows: list[int],
+        sequences: list[Sequence],
+        masked: Mapping[int, Mask],
+    ) -> Tensor:
+        """A copy of these rows on the CPU with biases, penalties and bans applied.
+
+        ``masked``: the masks of grammars, by row.
+        """
+        copy = logits.index_select(0, torch.tensor(rows, device=logits.device)).cpu()
         for values, row in zip(copy.numpy(), rows, strict=True):
             seq = sequences[row]
             if seq.params.logit_bias:
@@ -172,6 +195,14 @@ class Sampler:
                 _penalise(values, seq)
             if is_restricted(seq.params, seq.num_output_tokens):
                 _restrict(values, seq, self._eos_token_ids)
+        places = [i for i, row in enumerate(rows) if row in masked]
+        if places:
+            each = bans(np.stack([masked[rows[i]] for i in places]), self._vocab_size)
+            # Added, not set: a NaN stays one.
+            if len(places) == len(rows):
+                copy += each
+            else:
+                copy.index_add_(0, torch.tensor(places), each)
         return copy
 
     def _draw(self, logits: Tensor, sequences: list[Sequence]) -> list[int | None]:
@@ -242,6 +273,16 @@ def forbidden(seq: Sequence, num_output: int, eos_token_ids: tuple[int, ...]) ->
         if before <= num_output and tuple(seq.token_ids[seq.num_tokens - before :]) == word[:-1]:
             ids.append(word[-1])
     return list(dict.fromkeys(ids))
+
+
+def bans(bits: Mask, vocab_size: int) -> Tensor:
+    """0 for tokens that may come, -inf for others: float32 ``[rows, vocab]``, to add to logits.
+
+    bits: int32 ``[rows, ceil(vocab / 32)]``, as in ``Masks``.
+    """
+    octets = torch.from_numpy(bits.view(np.uint8)).int()
+    lowered = torch.nn.functional.embedding(octets, _OCTET_BANS)  # threaded, unlike numpy's take
+    return lowered.view(len(bits), -1)[:, :vocab_size]
 
 
 def checked_shape(logits: Tensor, n: int, vocab: int) -> None:

@@ -18,6 +18,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     what else is in the batch. ``logit_bias`` is added to the raw logits. ``min_tokens``: until so
     many have come, no token is chosen that would end the sequence. ``bad_words``: runs of tokens
     whose last one is not chosen behind the others. ``allowed_token_ids``: no others are chosen.
+    ``grammar``: what the output has to follow, as text that llguidance compiles (grammar.py).
     """
 
     max_tokens: int
@@ -36,6 +37,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
+    grammar: str | None = None
 
     @property
     def greedy(self) -> bool:
@@ -50,6 +52,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def needs_tokens(self) -> bool:
         """Whether what may come next depends on the tokens so far."""
+        if self.grammar is not None:
+            return True
         return self.penalised or any(len(word) > 1 for word in self.bad_words)
 
     @property
@@ -96,6 +100,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 )
             if not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias must be in [-100, 100], got {bias}", "logit_bias")
+        self._check_grammar()
         if self.allowed_token_ids is not None:
             if not self.allowed_token_ids:
                 raise RequestError("allowed_token_ids is empty", "allowed_token_ids")
@@ -113,3 +118,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                     raise RequestError(
                         f"{name} names token {token_id}; the vocabulary has {vocab_size}", name
                     )
+
+    def _check_grammar(self) -> None:
+        """What leaves a grammar no token, or its output no end, cannot be combined with it."""
+        if self.grammar is None:
+            return
+        for name in ("min_tokens", "bad_words", "allowed_token_ids", "ignore_eos"):
+            if getattr(self, name):
+                raise RequestError(
+                    f"{name} and an answer that follows a grammar or schema cannot be combined",
+                    name,
+                )

@@ -13,6 +13,7 @@ from headstart.engine.segments import CAUSAL, Segments
 
 if TYPE_CHECKING:
     from headstart.engine.adapters import Adapter
+    from headstart.engine.grammar import Constraint
     from headstart.engine.radix_cache import Node
 
 
@@ -43,8 +44,9 @@ class Sequence:
     ``namespace`` is the part of the cache key that is not tokens (adapter, whether there are
     segments, tenant salt): KV is shared only between sequences of equal namespace.
     ``seed`` is that of the params, or a random one drawn here: a sequence that is preempted and
-    computed again keeps its draws. ``arrival`` is the scheduler's, in order of ``add``; among
-    sequences of the lowest ``priority`` the first to arrive comes first.
+    computed again keeps its draws. ``constraint`` is there if the params have a grammar, once that
+    is compiled. ``arrival`` is the scheduler's, in order of ``add``; among sequences of the lowest
+    ``priority`` the first to arrive comes first.
     """
 
     id: int
@@ -55,6 +57,7 @@ class Sequence:
     segments: Segments = CAUSAL
     adapter: Adapter | None = None
     priority: int = 0
+    constraint: Constraint | None = None
     status: Status = Status.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0

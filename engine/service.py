@@ -79,6 +79,8 @@ class Service:
             while self._receive(engine, wait=not busy):
                 if engine.has_work:
                     outputs = engine.step()
+                    for request_id, error in engine.take_refused():
+                        self._send(Rejected(request_id, str(error), error.param))
                     self._send(Step(outputs, engine.stats))
                     busy = True
                 else:

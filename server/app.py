@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from headstart import __version__
 from headstart.engine.errors import HeadstartError
 from headstart.server.access_log import REQUEST_ID, AccessLog, request_id
+from headstart.server.answer_format import find_format
 from headstart.server.auth import Authorisation
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, to_api_error
@@ -58,13 +59,20 @@ def create_app(
     when it never will be. ``app.state.runtime`` is the app's Runtime.
     """
     settings = settings or ServerSettings()
+    template = _chat_template(tokenizer, settings)
     runtime = Runtime(
         engine=engine,
         tokenizer=tokenizer,
-        chat_template=_chat_template(tokenizer, settings),
+        chat_template=template,
         settings=settings,
         metrics=Metrics(engine, model_names[0]),
         model_names=tuple(model_names),
+        answers=find_format(
+            tokenizer,
+            template,
+            calls=settings.tool_call_parser,
+            thoughts=settings.reasoning_parser,
+        ),
     )
 
     @contextlib.asynccontextmanager
@@ -79,6 +87,7 @@ def create_app(
             await engine.stop()
             for threads in (runtime.threads, runtime.chat_threads):
                 threads.shutdown(wait=False, cancel_futures=True)
+            await runtime.grammars.close()
 
     app = FastAPI(
         title="headstart",

@@ -21,6 +21,7 @@ from headstart.engine.runahead.placement import Placement
 from headstart.server.flag_values import host_port, positive
 from headstart.server.flags.access import add_access_flags, certificate
 from headstart.server.flags.adapters import adapters, add_adapter_flags
+from headstart.server.flags.answers import add_answer_flags
 from headstart.server.flags.engine import add_cache_dir, add_engine_flags, add_parallel_flags
 from headstart.server.flags.http import add_http_flags, model_names
 from headstart.server.flags.limits import add_limit_flags
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_access_flags(serve)
     add_engine_flags(serve)
     add_adapter_flags(serve)
+    add_answer_flags(serve)
     add_parallel_flags(serve)
     add_runahead_flags(serve)
 
@@ -192,6 +194,7 @@ def run_serve(args: argparse.Namespace) -> int:
             settings=settings,
             on_start_failure=failures.append,
         )
+        logger.info("answers: %s", app.state.runtime.answers)
         keys = settings.keys
         logger.info("keys: %d for the API, %d for admins", len(keys.api), len(keys.admin))
         serve(

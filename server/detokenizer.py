@@ -6,7 +6,7 @@ or shown as U+FFFD when it turns out that it never will be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -20,12 +20,13 @@ CONTEXT_TOKENS = 4
 
 class Detokenizer:
     """Text of one sequence. ``context``: ids before the first one, which are not shown again.
+    ``shown``: special tokens that are text even where they are skipped, by id.
 
     The pieces joined are ``tokenizer.decode(ids)`` for byte-level tokenizers. Tokenizers with
     byte fallback decode a run of bytes as a whole; there a bad byte shows as U+FFFD by itself.
     """
 
-    __slots__ = ("_held", "_seen", "_skip_special", "_stream", "_tokenizer")
+    __slots__ = ("_held", "_seen", "_shown", "_skip_special", "_stream", "_tokenizer")
 
     def __init__(
         self,
@@ -33,8 +34,10 @@ class Detokenizer:
         context: Sequence[int] = (),
         *,
         skip_special_tokens: bool = True,
+        shown: Mapping[int, str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown if shown and skip_special_tokens else {}
         self._skip_special = skip_special_tokens
         self._seen = list(context[-CONTEXT_TOKENS:])
         self._held: list[int] = []
@@ -48,6 +51,8 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that is certain now; may be empty."""
+        if token_id in self._shown:
+            return self.flush() + self._shown[token_id]
         held = self._held
         held.append(token_id)
         try:

@@ -13,12 +13,16 @@ from typing import TypeVar
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
+from headstart.engine.errors import RequestError
 from headstart.engine.messages import ModelInfo
+from headstart.server.answer_format import AnswerFormat
 from headstart.server.deadline import Deadline
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, bad_request, unavailable
+from headstart.server.grammar_check import GrammarChecker
 from headstart.server.metrics import Metrics
 from headstart.server.settings import ServerSettings
+from headstart.server.structure import Structure
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
 
@@ -70,6 +74,7 @@ class Runtime:
     """``model_names``: what clients may call the model; answers use the first.
 
     ``draining``: no new requests are taken (503). ``chat_template``: None when the model has none.
+    ``answers``: how the model writes thoughts and calls of tools.
     """
 
     engine: EngineClient
@@ -78,10 +83,15 @@ class Runtime:
     settings: ServerSettings
     metrics: Metrics
     model_names: tuple[str, ...]
+    answers: AnswerFormat = field(default_factory=AnswerFormat)
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     threads: ThreadPoolExecutor = field(default_factory=_text_threads)
     chat_threads: ThreadPoolExecutor = field(default_factory=_chat_threads)
+    grammars: GrammarChecker = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.grammars = GrammarChecker(self.tokenizer.backend.to_str, self.settings.grammar_timeout)
 
     @property
     def model_name(self) -> str:
@@ -144,6 +154,20 @@ class Runtime:
             given.append(_seconds(header))
         seconds = min((time for time in given if time is not None), default=None)
         return None if seconds is None else Deadline(seconds)
+
+    async def checked(self, structure: Structure | None) -> str | None:
+        """The grammar of what an answer has to follow, once it is known that it can be followed;
+        a 400 that says why not."""
+        if structure is None:
+            return None
+        model = self.require_model()
+        try:
+            await self.grammars.check(structure.grammar, model.vocab_size, model.eos_token_ids)
+        except RequestError as error:
+            raise bad_request(
+                structure.explain(str(error)), structure.path, "invalid_grammar"
+            ) from error
+        return structure.grammar
 
     async def with_text(self, size: int, work: Callable[[], T]) -> T:
         """Run tokenising ``work`` over ``size`` characters, in a thread when that takes long."""

@@ -7,6 +7,9 @@ from headstart.server.keys import Keys
 
 MIB = 1024 * 1024
 
+TOOL_CALL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral", "pythonic")
+REASONING_PARSERS = ("auto", "none", "think")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
@@ -24,15 +27,23 @@ class ServerSettings:
     max_allowed_token_ids: entries of ``allowed_token_ids``
     max_bad_words:      strings of ``bad_words``
     max_bad_word_chars: length of one of them, characters
+    max_schema_chars:   length of a schema, regex, grammar or list of choices, characters
+    max_schema_depth:   levels of objects and lists in a schema
+    max_choice:         strings of one ``choice``
+    grammar_timeout:    until a schema or grammar is compiled, seconds
     max_segments:       spans of one ``segment_mask``
     max_contexts:       ids in one /detokenize, in contexts of the model
     max_documents:      entries of ``documents``
     max_template_kwarg_chars: length of one value of ``chat_template_kwargs``
     max_template_chars: what a chat template makes of one chat, characters (400)
     template_timeout:   how long it may take, seconds (400)
+    max_tools:          tools in one request
+    max_tool_bytes:     one of them as JSON
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
     lora_dir:           where adapters may be loaded from at run time; None: nowhere
+    tool_call_parser:   how calls of tools are written, one of TOOL_CALL_PARSERS
+    reasoning_parser:   how thoughts are, one of REASONING_PARSERS
     body_timeout:       until a body is complete, seconds (408)
     request_timeout:    until an answer is complete, seconds (504); None: as long as it takes
     keys:               who may ask what; none: everybody may everything
@@ -52,15 +63,23 @@ class ServerSettings:
     max_allowed_token_ids: int = 4096
     max_bad_words: int = 128
     max_bad_word_chars: int = 256
+    max_schema_chars: int = 64 * 1024
+    max_schema_depth: int = 64
+    max_choice: int = 1024
+    grammar_timeout: float = 5.0
     max_segments: int = 4096
     max_contexts: int = 4
     max_documents: int = 256
     max_template_kwarg_chars: int = 4096
     max_template_chars: int = 4 * MIB
     template_timeout: float = 5.0
+    max_tools: int = 128
+    max_tool_bytes: int = 64 * 1024
     inline_chars: int = 8192
     segment_mask: str | None = None
     lora_dir: Path | None = None
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     body_timeout: float = 60.0
     request_timeout: float | None = None
     keys: Keys = field(default_factory=Keys)

@@ -9,10 +9,11 @@ how the text is cut into tokens never changes the result.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from headstart.engine.messages import Output, TokenLogprobs
+from headstart.server.answer import Part
 from headstart.server.detokenizer import Detokenizer
 from headstart.server.tokenizer import Tokenizer
 
@@ -75,14 +76,16 @@ class StopStrings:
 @dataclass(slots=True)
 class Delta:
     """What one engine output adds to an answer. ``logprobs`` beside ``offsets``, the characters
-    of the answer before each of those tokens; both None when not asked for. ``token_ids``: those
-    generated, whether their text is already there or not."""
+    of the answer before each of those tokens; both None when not asked for. ``parts``: those of the
+    text that are certain; None when it is text and nothing else. ``token_ids``: those generated,
+    whether their text is already there or not."""
 
     text: str
     finish_reason: str | None
     logprobs: list[TokenLogprobs] | None = None
     offsets: list[int] | None = None
     token_ids: Sequence[int] = ()
+    parts: list[Part] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +94,14 @@ class TextOptions:
 
     stops: strings that end it. include_stop: what ends it, string or token, is text as well.
     min_tokens: the text of so many tokens holds no stop string. skip_special_tokens: they are no
-    text.
+    text, but for those ``shown``, by id.
     """
 
     stops: Sequence[str] = ()
     include_stop: bool = False
     min_tokens: int = 0
     skip_special_tokens: bool = True
+    shown: Mapping[int, str] = field(default_factory=dict)
 
 
 class TextAssembler:
@@ -125,8 +129,12 @@ class TextAssembler:
         logprobs: bool = False,
     ) -> None:
         self._options = options
-        skip = options.skip_special_tokens
-        self._detokenizer = Detokenizer(tokenizer.backend, context, skip_special_tokens=skip)
+        self._detokenizer = Detokenizer(
+            tokenizer.backend,
+            context,
+            skip_special_tokens=options.skip_special_tokens,
+            shown=options.shown,
+        )
         self._stops = StopStrings(options.stops, options.include_stop)
         self._logprobs = logprobs
         self._length = 0  # characters detokenised, stop string included

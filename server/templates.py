@@ -58,6 +58,28 @@ class ChatTemplate:
     def reads_documents(self) -> bool:
         return "documents" in self._template.variables
 
+    @property
+    def text(self) -> str:
+        """The template itself."""
+        return self._source
+
+    def writes_tools(self) -> bool:
+        """Whether tools are written into chats; True, too, for a template that refuses to say."""
+        name = "headstart_probe"
+        schema = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}}
+        function = {"name": name, "description": name, "parameters": schema}
+        user = {"role": "user", "content": "x"}
+        for messages in ([user], [{"role": "system", "content": "x"}, user]):
+            try:
+                with self._template.running():
+                    tools = [{"type": "function", "function": function}]
+                    special = self._tokenizer.special_tokens
+                    rendered = self._render(messages, tools, special, answer=True)
+            except Exception:  # whatever a template may do with a chat it does not expect
+                continue
+            return name in rendered
+        return True
+
     def encode(
         self,
         messages: Sequence[Message],

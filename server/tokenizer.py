@@ -52,6 +52,10 @@ class Tokenizer:
             if token.special
         }
         self._control_ids = control
+        self._added_ids = {
+            token.content: token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+        }
         longest_first = sorted(control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._plain: tokenizers.Tokenizer | None = None
@@ -102,6 +106,15 @@ class Tokenizer:
     def entries(self, token_ids: Sequence[int]) -> list[str]:
         """What the vocabulary has for each id, as ``\u0120fox``; "" for ids without a token."""
         return [self.backend.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def added_tokens(self, texts: Iterable[str]) -> dict[str, int]:
+        """Those of ``texts`` that are tokens of their own beside the vocabulary's, special or not,
+        and their ids."""
+        return {text: self._added_ids[text] for text in texts if text in self._added_ids}
+
+    def special_among(self, texts: Iterable[str]) -> list[str]:
+        """Those of ``texts`` that are special tokens, which are left out of answers."""
+        return [text for text in texts if text in self._control_ids]
 
     def placeholders(self, texts: Sequence[str]) -> dict[str, str]:
         """Private characters, in none of ``texts``, for the special tokens written in them.

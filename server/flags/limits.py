@@ -34,6 +34,11 @@ LIMITS = (
     Limit("--max-allowed-token-ids", "max_allowed_token_ids", "entries of allowed_token_ids"),
     Limit("--max-bad-words", "max_bad_words", "strings of bad_words"),
     Limit("--max-bad-word-chars", "max_bad_word_chars", "characters of one of them"),
+    Limit("--max-schema-chars", "max_schema_chars", "characters of a schema, regex or grammar"),
+    Limit("--max-schema-depth", "max_schema_depth", "levels of objects and lists in a schema"),
+    Limit("--max-choice", "max_choice", "strings of one choice, in structured outputs"),
+    Limit("--max-tools", "max_tools", "tools in one request"),
+    Limit("--max-tool-size", "max_tool_bytes", "one of them as JSON", byte_size, "SIZE"),
     Limit("--max-segments", "max_segments", "spans of one segment_mask"),
     Limit("--max-contexts", "max_contexts", "ids in one /detokenize, in contexts of the model"),
     Limit(
@@ -42,6 +47,13 @@ LIMITS = (
         "characters of a value in chat_template_kwargs",
     ),
     Limit("--max-template-chars", "max_template_chars", "characters that a chat template writes"),
+    Limit(
+        "--grammar-timeout",
+        "grammar_timeout",
+        "time that a schema or grammar takes to compile",
+        seconds,
+        "SECONDS",
+    ),
     Limit(
         "--template-timeout",
         "template_timeout",

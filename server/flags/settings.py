@@ -52,6 +52,8 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
         **limits(args),
         segment_mask=getattr(args, "segment_mask", None),
         lora_dir=getattr(args, "lora_dir", None),
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
         body_timeout=args.body_timeout,
         request_timeout=getattr(args, "request_timeout", None),
         keys=access_keys(args),

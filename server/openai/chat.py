@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -15,6 +16,8 @@ from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Span, turn_spans
 from headstart.server.access_log import name_request
+from headstart.server.answer import Part, Reasoning, Text
+from headstart.server.answer_format import Reading
 from headstart.server.errors import bad_request
 from headstart.server.openai.chat_fields import ChatRendering
 from headstart.server.openai.fields import (
@@ -28,6 +31,7 @@ from headstart.server.openai.fields import (
     refuse_extras,
 )
 from headstart.server.openai.logprobs import chat_logprobs
+from headstart.server.openai.parts import message_of, shown_delta
 from headstart.server.openai.reply import Choice, Format, Reply, Usage
 from headstart.server.openai.segment_mask import (
     NOT_DECLARED,
@@ -36,13 +40,25 @@ from headstart.server.openai.segment_mask import (
 )
 from headstart.server.openai.shown import Shown, TokenIdNames, TokenNames
 from headstart.server.openai.start import Prompt, start_choices
+from headstart.server.openai.tools import (
+    ToolCallsField,
+    ToolChoiceField,
+    ToolsField,
+    ToolUse,
+    checked_calls,
+    tool_use,
+)
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.stream import Delta
-from headstart.server.templates import Message
+from headstart.server.structure import Structure
+from headstart.server.templates import Message, Tools
 from headstart.server.tokenizer import Tokenizer
 
 encode = msgspec.json.encode
+
+# The end of a prompt that may open the answer's thoughts.
+CONTEXT_IDS = 16
 
 ContentField = Annotated[
     Any,
@@ -55,27 +71,56 @@ ContentField = Annotated[
 
 class ChatMessage(Body):
     """``content``: a string, or a list of ``{"type": "text", "text": ...}`` parts, joined by
-    newlines. ``developer`` is what OpenAI calls ``system`` since 2024."""
+    newlines; null only beside ``tool_calls``. ``developer`` is what OpenAI calls ``system`` since
+    2024. ``reasoning``: vLLM's name for ``reasoning_content``."""
 
     role: Role
-    content: ContentField
+    content: ContentField = None
     name: str | None = None
+    tool_calls: ToolCallsField = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     def plain(self, path: str) -> Message:
         """The message as templates take it; raises APIError."""
         refuse_extras(self.model_extra, REFUSED_IN_MESSAGE, f"{path}.")
-        message = {
+        calls = checked_calls(self.tool_calls, f"{path}.tool_calls")
+        content = self.content
+        if content is None:
+            if not calls:
+                raise bad_request(
+                    f"{path}.content is required", f"{path}.content", "missing_required_parameter"
+                )
+            content = ""
+        message: Message = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": _content_text(self.content, f"{path}.content"),
+            "content": _content_text(content, f"{path}.content"),
         }
         if self.name is not None:
             message["name"] = self.name
+        reasoning = self.reasoning_content or self.reasoning
+        for role, field, value in (
+            ("assistant", "tool_calls", calls),
+            ("assistant", "reasoning_content", reasoning),
+            ("tool", "tool_call_id", self.tool_call_id),
+        ):
+            if value and self.role != role:
+                raise bad_request(f"{path}.{field} goes with the role {role!r}", f"{path}.{field}")
+            if value:
+                message[field] = value
+        if reasoning:
+            message["reasoning"] = reasoning  # templates know one name or the other
         return message
 
 
 class ChatBody(ChatRendering, GenerationBody):
     messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: ToolsField = None
+    tool_choice: ToolChoiceField = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
     segment_mask: ChatMaskField = None
@@ -95,8 +140,18 @@ class ChatBody(ChatRendering, GenerationBody):
                 "max_completion_tokens",
             )
 
+    def tool_use(self, runtime: Runtime) -> ToolUse:
+        """What the answer may do with the tools; raises APIError."""
+        answers, settings = runtime.answers, runtime.settings
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls, answers, settings)
+
     def params(
-        self, num_prompt: int, model: ModelInfo, settings: ServerSettings, tokenizer: Tokenizer
+        self,
+        num_prompt: int,
+        model: ModelInfo,
+        settings: ServerSettings,
+        tokenizer: Tokenizer,
+        grammar: str | None = None,
     ) -> SamplingParams:
         """The engine's view of the request."""
         name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
@@ -104,7 +159,7 @@ class ChatBody(ChatRendering, GenerationBody):
             num_prompt, getattr(self, name), model, param=name, prompt_param="messages"
         )
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer)
+        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer, grammar)
 
 
 def plain_messages(messages: Sequence[ChatMessage], settings: ServerSettings) -> list[Message]:
@@ -114,7 +169,31 @@ def plain_messages(messages: Sequence[ChatMessage], settings: ServerSettings) ->
             f"messages has {len(messages)} entries; at most {settings.max_messages} are allowed",
             "messages",
         )
-    return [message.plain(f"messages[{i}]") for i, message in enumerate(messages)]
+    plain = [message.plain(f"messages[{i}]") for i, message in enumerate(messages)]
+    _check_results(plain)
+    return plain
+
+
+def _check_results(messages: Sequence[Message]) -> None:
+    """Raise APIError for a tool's result that belongs to no call before it."""
+    called: set[str] = set()
+    for i, message in enumerate(messages):
+        called.update(call["id"] for call in message.get("tool_calls", ()))
+        if message["role"] != "tool":
+            continue
+        path = f"messages[{i}].tool_call_id"
+        if "tool_call_id" not in message:
+            raise bad_request(f"{path} is required", path, "missing_required_parameter")
+        if message["tool_call_id"] not in called:
+            raise bad_request(f"{path} is the id of no call before it", path)
+
+
+def chat_size(messages: Sequence[Message], tools: Tools | None) -> int:
+    """About how many characters there are to work on."""
+    size = sum(len(message["content"]) for message in messages)
+    size += sum(len(message.get("reasoning", "")) for message in messages)
+    others = [message["tool_calls"] for message in messages if "tool_calls" in message]
+    return size + sum(len(encode(value)) for value in (*others, tools) if value)
 
 
 def _content_text(content: Any, path: str) -> str:
@@ -145,9 +224,14 @@ def _content_text(content: Any, path: str) -> str:
 
 
 class ChatFormat(Format):
-    """Bytes around text: everything but the text is encoded once per request."""
+    """Bytes around text: everything but the text is encoded once per request.
 
-    def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool, shown: Shown) -> None:
+    ``reasoning``: thoughts are shown.
+    """
+
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, *, logprobs: bool, reasoning: bool, shown: Shown
+    ) -> None:
         self._head = {
             "id": shown.answer_id("chatcmpl"),
             "object": "chat.completion.chunk",
@@ -157,6 +241,7 @@ class ChatFormat(Format):
         self._prefix = b"data: " + encode(self._head)[:-1]
         self._names: TokenNames = TokenIdNames() if shown.tokens_as_ids else tokenizer
         self._logprobs = logprobs
+        self._reasoning = reasoning
         self._shown = shown
         self.every_token = shown.token_ids
         self._tail = (b'}],"usage":null}' if shown.usage else b"}]}") + b"\n\n"
@@ -182,21 +267,47 @@ class ChatFormat(Format):
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         start = self._start(choice)
+        if delta.parts is not None:
+            return b"".join(self._part_events(choice, delta, delta.parts))
         if delta.finish_reason is None and not self._logprobs and self._shown.plain:
             return start + b'{"content":' + encode(delta.text) + self._plain_tail
-        logprobs = chat_logprobs(self._names, delta.logprobs or ()) if self._logprobs else None
+        shown = {"content": delta.text} if delta.text else {}
+        return self._event(choice, shown, delta, delta.finish_reason)
+
+    def _part_events(self, choice: Choice, delta: Delta, parts: Sequence[Part]) -> Iterator[bytes]:
+        """An event for each part; log-probabilities and token ids come with the first, the end with
+        the last."""
+        shown = [found for part in self._visible(parts) if (found := shown_delta(part))]
+        reason = delta.finish_reason
+        if not shown and (reason is not None or delta.logprobs or self.every_token):
+            shown = [{}]
+        for i, part in enumerate(shown):
+            end = reason if i == len(shown) - 1 else None
+            yield self._event(choice, part, delta if i == 0 else None, end)
+
+    def _event(
+        self, choice: Choice, shown: dict[str, Any], delta: Delta | None, reason: str | None
+    ) -> bytes:
+        """``delta``: whose log-probabilities and token ids are shown; None for none."""
+        tokens = delta.logprobs if delta is not None else None
+        logprobs = chat_logprobs(self._names, tokens or ()) if self._logprobs else None
         return b"".join(
             (
-                start,
-                encode({"content": delta.text} if delta.text else {}),
+                self._start(choice),
+                encode(shown),
                 b',"logprobs":',
                 encode(logprobs),
                 b',"finish_reason":',
-                encode(delta.finish_reason),
-                self._shown.ids_of(delta),
+                encode(reason),
+                self._shown.ids_of(delta.token_ids if delta is not None else ()),
                 self._shown.tail_of(choice),
             )
         )
+
+    def _visible(self, parts: Sequence[Part]) -> Sequence[Part]:
+        if self._reasoning:
+            return parts
+        return [part for part in parts if not isinstance(part, Reasoning)]
 
     def usage_event(self, usage: Usage) -> bytes:
         if not self._shown.usage:
@@ -207,7 +318,11 @@ class ChatFormat(Format):
         answers = [
             {
                 "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": message_of(
+                    [Text(choice.text)]
+                    if choice.parser is None
+                    else [Text(choice.echo), *self._visible(choice.parts)]
+                ),
                 "logprobs": (
                     chat_logprobs(self._names, choice.logprobs) if self._logprobs else None
                 ),
@@ -220,6 +335,29 @@ class ChatFormat(Format):
         if self._shown.token_ids:
             head["prompt_token_ids"] = list(choices[0].prompt_token_ids)
         return encode(head | {"choices": answers, "usage": usage.json()})
+
+
+def _structure(runtime: Runtime, use: ToolUse, asked: Structure | None) -> Structure | None:
+    """What the answer has to follow, thoughts apart: the calls it has to make, or what is asked."""
+    if not use.forced:
+        return asked
+    if asked is not None:
+        raise bad_request(f"tool_choice and {asked.path} cannot be combined", "tool_choice")
+    grammar = runtime.answers.calls_grammar(use.forced, parallel=use.parallel)
+    schemas = {function["name"]: function.get("parameters") for function in use.forced}
+    return Structure(grammar, "tools", schemas)
+
+
+def _read_as(
+    runtime: Runtime, use: ToolUse, structure: Structure | None, token_ids: Sequence[int]
+) -> tuple[Reading | None, Structure | None]:
+    """How the answer to a prompt is read, and what it has to follow, thoughts included."""
+    answers = runtime.answers
+    inside = answers.inside(runtime.tokenizer.decode_all(token_ids[-CONTEXT_IDS:]))
+    reading = answers.reading(use.names, inside=inside, only_first=not use.parallel)
+    if structure is None:
+        return reading, None
+    return reading, structure.replaced(answers.after_thoughts(structure.grammar, inside=inside))
 
 
 def routes(runtime: Runtime) -> APIRouter:
@@ -236,11 +374,13 @@ def routes(runtime: Runtime) -> APIRouter:
         body.check_chat(runtime.settings)
         mask = chat_mask(body.segment_mask) or served.chat_mask
         messages = plain_messages(body.messages, runtime.settings)
+        use = body.tool_use(runtime)
         model = runtime.require_model()
         template = runtime.require_chat_template()
         options = body.text_options(runtime.settings)
         ending, variables = body.ending(messages), body.variables(template, runtime.settings)
-        size = sum(len(message["content"]) for message in messages)
+        size = chat_size(messages, use.tools)
+        structure = _structure(runtime, use, body.structure(runtime.settings))
         token_ids: Sequence[int]
         segments: list[Span] = []
         if mask == "turns":
@@ -251,21 +391,29 @@ def routes(runtime: Runtime) -> APIRouter:
                     "segment_mask",
                 )
             token_ids, turns = await runtime.with_chat(
-                size, partial(template.encode_turns, messages, variables=variables)
+                size, partial(template.encode_turns, messages, use.tools, variables=variables)
             )
             segments = turn_spans(turns)
         else:
-            encode_chat = partial(template.encode, messages, ending=ending, variables=variables)
+            encode_chat = partial(
+                template.encode, messages, use.tools, ending=ending, variables=variables
+            )
             token_ids = await runtime.with_chat(size, encode_chat)
         wanted = body.max_completion_tokens or body.max_tokens
         token_ids = body.truncated(token_ids, wanted, model, spans=bool(segments))
-        params = body.params(len(token_ids), model, runtime.settings, runtime.tokenizer)
+        reading, structure = _read_as(runtime, use, structure, token_ids)
+        if reading is not None:
+            options = replace(options, shown=reading.shown)
+        grammar = await runtime.checked(structure)
+        params = body.params(len(token_ids), model, runtime.settings, runtime.tokenizer, grammar)
         format = ChatFormat(
             served.name,
             runtime.tokenizer,
             logprobs=params.logprobs is not None,
+            reasoning=body.include_reasoning is not False,
             shown=body.shown,
         )
+        new_parser = reading.new_parser if reading is not None else None
         choices = start_choices(
             runtime,
             served,
@@ -276,6 +424,7 @@ def routes(runtime: Runtime) -> APIRouter:
                     segments,
                     context=token_ids[-8:] if ending == "continued" else (),
                     echo=messages[-1]["content"] if body.echo else "",
+                    new_parser=new_parser,
                 )
             ],
             n=body.n or 1,

@@ -127,7 +127,12 @@ class CompletionBody(GenerationBody):
         return [_checked_ids(ids, f"prompt[{i}]") for i, ids in enumerate(prompt)]
 
     def params(
-        self, num_prompt: int, model: ModelInfo, settings: ServerSettings, tokenizer: Tokenizer
+        self,
+        num_prompt: int,
+        model: ModelInfo,
+        settings: ServerSettings,
+        tokenizer: Tokenizer,
+        grammar: str | None = None,
     ) -> SamplingParams:
         """The engine's view of the request, for a prompt of this length."""
         max_tokens = self.wanted_tokens
@@ -139,7 +144,7 @@ class CompletionBody(GenerationBody):
         logprobs = self.logprobs
         if logprobs is None and self.num_choices > (self.n or 1):
             logprobs = 0  # the best are chosen by them
-        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer)
+        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer, grammar)
 
 
 def _bad_prompt(path: str) -> Exception:
@@ -212,7 +217,7 @@ class CompletionFormat(Format):
                 encode(logprobs),
                 b',"finish_reason":',
                 encode(delta.finish_reason),
-                self._shown.ids_of(delta),
+                self._shown.ids_of(delta.token_ids),
                 self._shown.tail_of(choice),
             )
         )
@@ -272,6 +277,7 @@ async def _checked_prompts(
     checked: list[Prompt] = []
     tokenizer = runtime.tokenizer
     prompts = body.prompts(runtime.settings)
+    grammar = await runtime.checked(body.structure(runtime.settings))
     if spans is not None:
         spans.check_prompts(prompts)
     many = isinstance(body.prompt, list) and not is_token_id(body.prompt[0])
@@ -299,7 +305,7 @@ async def _checked_prompts(
         if body.echo:
             given = isinstance(prompt, str) and whole
             echo = str(prompt) if given else tokenizer.decode(token_ids)
-        params = body.params(len(token_ids), model, runtime.settings, tokenizer)
+        params = body.params(len(token_ids), model, runtime.settings, tokenizer, grammar)
         text = prompt if isinstance(prompt, str) else ""
         segments = spans.of_prompt(len(token_ids), text, places) if spans else ()
         checked.append(Prompt(token_ids, params, segments, context=token_ids[-8:], echo=echo))

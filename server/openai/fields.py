@@ -1,7 +1,7 @@
 """Request fields: what is supported, what is refused by name, and what they mean to the engine.
 
 A field that OpenAI or vLLM knows and headstart does not is accepted only at the value that asks
-for nothing (``n``: 1, ``tools``: null); any other value, and any unknown field, is a 400.
+for nothing (``n``: 1, ``audio``: null); any other value, and any unknown field, is a 400.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ from headstart.server.errors import bad_request
 from headstart.server.openai.shown import Shown
 from headstart.server.settings import ServerSettings
 from headstart.server.stream import TextOptions
+from headstart.server.structure import (
+    AnyField,
+    ChoiceField,
+    ObjectField,
+    Structure,
+    asked_structures,
+    guided_structure,
+    response_structure,
+)
 from headstart.server.tokenizer import Tokenizer
 
 # Accepted with any value: they describe the caller and change nothing in an answer.
@@ -26,19 +35,13 @@ DESCRIPTIVE = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 
 # Field -> the values, beside null, that ask for nothing.
 REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "use_beam_search": (False,),
     "vllm_xargs": (),
 }
@@ -49,13 +52,9 @@ REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
     "chat_template": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "include_reasoning": (True,),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -70,11 +69,7 @@ REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "reasoning": (),
-    "reasoning_content": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 
 INT32_MAX = 2**31 - 1
@@ -145,6 +140,12 @@ class GenerationBody(Body):
     frequency_penalty: float | None = None
     seed: Annotated[int, Field(ge=-SEED_RANGE, lt=SEED_RANGE)] | None = None
     logit_bias: LogitBiasField = None
+    response_format: ObjectField = None
+    structured_outputs: ObjectField = None
+    guided_json: AnyField = None
+    guided_regex: str | None = None
+    guided_choice: ChoiceField = None
+    guided_grammar: str | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     priority: Annotated[int, Field(ge=-INT32_MAX - 1, le=INT32_MAX)] | None = None
     return_token_ids: bool | None = None
@@ -237,6 +238,20 @@ class GenerationBody(Body):
             most = max(model.max_model_len - (max_tokens or 1), 1)
         return token_ids[-most:]
 
+    def structure(self, settings: ServerSettings) -> Structure | None:
+        """What the answer has to follow; raises APIError."""
+        found = asked_structures(self.structured_outputs, settings)
+        if asked := response_structure(self.response_format, settings):
+            found.append(asked)
+        for kind in ("json", "regex", "choice", "grammar"):
+            field = f"guided_{kind}"
+            if (value := getattr(self, field)) is not None:
+                found.append(guided_structure(kind, value, field, settings))
+        if len(found) > 1:
+            first, second = (structure.path for structure in found[:2])
+            raise bad_request(f"{first} and {second} cannot be combined", second)
+        return found[0] if found else None
+
     def sampling_params(
         self,
         max_tokens: int,
@@ -244,6 +259,7 @@ class GenerationBody(Body):
         model: ModelInfo,
         settings: ServerSettings,
         tokenizer: Tokenizer,
+        grammar: str | None,
     ) -> SamplingParams:
         """The engine's view of the request; raises RequestError or APIError."""
         params = SamplingParams(
@@ -263,6 +279,7 @@ class GenerationBody(Body):
             min_tokens=self.min_tokens or 0,
             bad_words=self._bad_words(settings, tokenizer),
             allowed_token_ids=self._token_ids("allowed_token_ids", settings.max_allowed_token_ids),
+            grammar=grammar,
         )
         params.validate(model.vocab_size)
         return params
@@ -379,5 +396,5 @@ def fit_max_tokens(
     return max_tokens
 
 
-Role = Literal["system", "developer", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]

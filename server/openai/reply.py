@@ -6,7 +6,8 @@ engine's streams are aborted at once.
 
 The path of a token, once for each of about a thousand tokens a second:
 
-    stream -> TextAssembler.push -> Format.event (bytes around one encoded string) -> ASGI send
+    stream -> TextAssembler.push (-> AnswerParser.push, if the answer may have parts)
+           -> Format.event (bytes around one encoded string) -> ASGI send
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from headstart.engine.messages import TokenLogprobs
+from headstart.engine.messages import Output, TokenLogprobs
 from headstart.server.access_log import note_usage
+from headstart.server.answer import AnswerParser, Part
 from headstart.server.deadline import Deadline
 from headstart.server.engine_client import Stream
 from headstart.server.errors import APIError, to_api_error, unavailable
@@ -45,7 +47,8 @@ SSE_HEADERS = [
 class Choice:
     """One choice of an answer on its way: an engine stream and the text so far.
 
-    ``prompt`` is the index of its prompt; ``echo`` is text that goes in front.
+    ``prompt`` is the index of its prompt; ``echo`` is text that goes in front. ``parser`` tells the
+    ``parts`` of the text; None: it has none.
     """
 
     index: int
@@ -55,6 +58,8 @@ class Choice:
     assembler: TextAssembler
     timer: ChoiceTimer
     echo: str = ""
+    parser: AnswerParser | None = None
+    parts: list[Part] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -70,10 +75,27 @@ class Choice:
     def text(self) -> str:
         return self.echo + "".join(self.texts)
 
+    def read(self, output: Output) -> Delta:
+        """What one engine output adds to the answer."""
+        self.timer.tokens(len(output.token_ids))
+        delta = self.assembler.push(output)
+        if self.parser is not None:
+            self._parse(delta, self.parser)
+        return delta
+
+    def _parse(self, delta: Delta, parser: AnswerParser) -> None:
+        parts = parser.push(delta.text)
+        if delta.finish_reason is not None and not parser.done:
+            parts += parser.finish()
+        if parser.done or (parser.calls_tools and delta.finish_reason == "stop"):
+            delta.finish_reason = "tool_calls"
+        delta.parts = parts
+
     def push(self, delta: Delta) -> None:
         """Keep a delta for an answer that is sent whole."""
         self.texts.append(delta.text)
         self.token_ids += delta.token_ids
+        self.parts += delta.parts or ()
         if delta.logprobs and delta.offsets:
             self.logprobs += delta.logprobs
             self.offsets += delta.offsets
@@ -118,7 +140,7 @@ class Format(Protocol):
         """Events that come before the first text of a choice."""
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
-        """The event of one delta."""
+        """The events of one delta; empty when it has no part that is certain."""
 
     def usage_event(self, usage: Usage) -> bytes:
         """The event after all choices; empty when the client did not ask for it."""
@@ -225,8 +247,7 @@ class Reply(Response):
 
     async def _collect(self, choice: Choice, send: Send) -> None:
         async for output in choice.stream:
-            choice.timer.tokens(len(output.token_ids))
-            delta = choice.assembler.push(output)
+            delta = choice.read(output)
             choice.push(delta)
             if delta.finish_reason is not None:
                 self._finish(choice, delta.finish_reason, output.finish_reason)
@@ -236,8 +257,7 @@ class Reply(Response):
     async def _stream_one(self, choice: Choice, send: Send) -> None:
         format = self._format
         async for output in choice.stream:
-            choice.timer.tokens(len(output.token_ids))
-            delta = choice.assembler.push(output)
+            delta = choice.read(output)
             reason = delta.finish_reason
             if reason is not None:
                 self._finish(choice, reason, output.finish_reason)
@@ -260,7 +280,7 @@ class Reply(Response):
         raise APIError(500, "the engine ended the answer early")
 
     def _finish(self, choice: Choice, reason: str, engine_reason: str | None) -> None:
-        if engine_reason is None:  # a stop string, which the engine knows nothing of
+        if engine_reason is None:  # a stop string or a call, which the engine knows nothing of
             choice.stream.abort()
         elif reason == "abort":
             raise unavailable("the engine gave the request up")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from headstart.server.openai.reply import Choice, Usage
-from headstart.server.stream import Delta
 
 encode = msgspec.json.encode
 
@@ -48,9 +48,9 @@ class Shown:
         """Nothing of it differs from event to event."""
         return not (self.continuous_usage or self.token_ids)
 
-    def ids_of(self, delta: Delta) -> bytes:
-        """What an event's choice says of the tokens of ``delta``."""
-        return b',"token_ids":' + encode(list(delta.token_ids)) if self.token_ids else b""
+    def ids_of(self, token_ids: Sequence[int]) -> bytes:
+        """What an event's choice says of its tokens."""
+        return b',"token_ids":' + encode(list(token_ids)) if self.token_ids else b""
 
     def tail_of(self, choice: Choice, more: bytes = b"") -> bytes:
         """What ends an event behind the fields of its choice; ``more``: fields beside those."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Span
+from headstart.server.answer import AnswerParser
 from headstart.server.metrics import ChoiceTimer
 from headstart.server.openai.fields import choice_seed
 from headstart.server.openai.reply import Choice
@@ -18,13 +19,15 @@ from headstart.server.stream import TextAssembler, TextOptions
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A checked prompt. ``context``: its last ids, for text that continues it."""
+    """A checked prompt. ``context``: its last ids, for text that continues it. ``new_parser`` makes
+    what tells the parts of an answer; None: it is text and nothing else."""
 
     token_ids: Sequence[int]
     params: SamplingParams
     segments: Sequence[Span] = ()
     context: Sequence[int] = ()
     echo: str = ""
+    new_parser: Callable[[], AnswerParser] | None = None
 
 
 def start_choices(
@@ -71,6 +74,7 @@ def start_choices(
                         assembler=assembler,
                         timer=ChoiceTimer(metrics),
                         echo=prompt.echo,
+                        parser=prompt.new_parser() if prompt.new_parser else None,
                     )
                 )
     except BaseException:

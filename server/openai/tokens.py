@@ -13,13 +13,14 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from pydantic import FailFast, Field, WithJsonSchema
+from pydantic import FailFast, Field
 
 from headstart.engine.messages import ModelInfo
 from headstart.server.errors import bad_request
-from headstart.server.openai.chat import ChatMessage, plain_messages
+from headstart.server.openai.chat import ChatMessage, chat_size, plain_messages
 from headstart.server.openai.chat_fields import ChatRendering
 from headstart.server.openai.fields import Body, TokenIdsField, is_token_id, refuse_extras
+from headstart.server.openai.tools import ToolsField, as_tools, checked_functions
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.templates import ChatTemplate, Ending, Message, Tools
@@ -31,11 +32,6 @@ REFUSED_IN_TOKENIZE: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "mm_processor_kwargs": (),
 }
-
-ToolsField = Annotated[
-    Any,
-    WithJsonSchema({"type": "array", "items": {"type": "object"}}, mode="validation"),
-]
 
 
 class TokenizeBody(ChatRendering):
@@ -115,8 +111,7 @@ class Chat:
     @property
     def size(self) -> int:
         """About how many characters there are to work on."""
-        contents = sum(len(message["content"]) for message in self.messages)
-        return contents + (len(encode(self.tools)) if self.tools else 0)
+        return chat_size(self.messages, self.tools)
 
     def text(self) -> str:
         return self.template.render(
@@ -134,27 +129,11 @@ def _checked_chat(
 ) -> Chat:
     """Raises APIError for what a chat completion would refuse in its messages, and for tools that
     are none."""
-    plain, checked = plain_messages(messages, runtime.settings), _checked_tools(tools)
+    plain = plain_messages(messages, runtime.settings)
+    checked = as_tools(checked_functions(tools, runtime.settings))
     template = runtime.require_chat_template()
     variables = rendering.variables(template, runtime.settings)
     return Chat(template, plain, checked, rendering.ending(plain), variables)
-
-
-def _checked_tools(tools: Any) -> Tools | None:
-    """Tools as the template gets them: what is in a function is for the template to write."""
-    if tools is None:
-        return None
-    if not isinstance(tools, list):
-        raise bad_request("tools must be a list of tools", "tools", "invalid_value")
-    for i, tool in enumerate(tools):
-        path = f"tools[{i}]"
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise bad_request(f'{path} must be an object of type "function"', path, "invalid_value")
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            path += ".function"
-            raise bad_request(f"{path} must be an object with a name", path, "invalid_value")
-    return tools
 
 
 def _tokenized(

@@ -21,6 +21,7 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.device_sampler import DeviceSampler
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
+from headstart.engine.grammar import Masks
 from headstart.engine.messages import Output
 from headstart.engine.sampler import Sampled, Sampler, Sampling
 from headstart.engine.sampling_params import SamplingParams
@@ -231,8 +232,8 @@ def test_a_step_is_launched_before_the_one_before_is_waited_for(
         events.append(f"run {len(events)}")
         return compute(batch)
 
-    def slow(logits: Tensor, entries: list[ScheduledSequence]) -> Sampling:
-        sampling, name = launch(logits, entries), events[-1].replace("run", "result")
+    def slow(logits: Tensor, entries: list[ScheduledSequence], masks: Masks | None) -> Sampling:
+        sampling, name = launch(logits, entries, masks), events[-1].replace("run", "result")
 
         def finish() -> list[Sampled]:
             events.append(name)
@@ -259,12 +260,12 @@ def test_logits_that_are_no_numbers_end_only_their_request(
     engine = make_engine(folder, async_scheduling="on")
     launch = engine._sampler.launch
 
-    def broken(logits: Tensor, entries: list[ScheduledSequence]) -> Sampling:
+    def broken(logits: Tensor, entries: list[ScheduledSequence], masks: Masks | None) -> Sampling:
         logits = logits.clone()
         for row, entry in enumerate(entries):
             if entry.seq.id == 1 and entry.end == 43:  # its fourth token
                 logits[row] = torch.nan
-        return launch(logits, entries)
+        return launch(logits, entries, masks)
 
     monkeypatch.setattr(engine._sampler, "launch", broken)
     told = run(engine, requests)

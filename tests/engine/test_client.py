@@ -88,6 +88,7 @@ class Engine:
     def warm_up(self): pass
     def rank_descriptors(self): return []
     def prepare_memory(self): return False
+    def take_refused(self): return []
     def close(self): pass
     runahead = None
     has_work = property(lambda self: self.running)

@@ -216,7 +216,7 @@ def test_penalties_against_the_definition(
     expected = processor(torch.tensor([tokens]), expected.unsqueeze(0))[0]
     for token, count in Counter(tokens[num_prompt:]).items():
         expected[token] -= frequency * count + presence
-    changed = Sampler(20)._changed(logits.unsqueeze(0), [0], [seq])[0]
+    changed = Sampler(20)._changed(logits.unsqueeze(0), [0], [seq], {})[0]
     torch.testing.assert_close(changed.double(), expected, rtol=1e-5, atol=1e-5)
     seq.token_ids.append(1)  # fails if a view of the tokens is kept
 

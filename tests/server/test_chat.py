@@ -189,9 +189,9 @@ async def test_chats_are_rendered_in_threads(app, client, engine, monkeypatch):
     template = app.state.runtime.chat_template
     encode = template.encode
 
-    def noting(messages, **named):
+    def noting(*chat, **named):
         threads.append(threading.current_thread().name)
-        return encode(messages, **named)
+        return encode(*chat, **named)
 
     monkeypatch.setattr(template, "encode", noting)
     for length in (10, 20_000):

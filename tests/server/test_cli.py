@@ -97,7 +97,7 @@ def test_every_flag_gets_where_it_belongs(tmp_path):
         *("--max-body-size", "1MiB", "--max-n", "2", "--max-prompts", "3"),
         *("--max-choices", "4", "--max-stop", "5"),
         *("--relay", "on", "--relay-check", "100", "--cache-dir", "/somewhere/else"),
-        *("--log-level", "debug"),
+        *("--log-level", "debug", "--tool-call-parser", "mistral", "--reasoning-parser", "think"),
     )
     config = cli.engine_config(args, tmp_path)
     assert (config.backend, config.isa, config.weights) == ("cpu", "avx2", "int8")
@@ -110,11 +110,15 @@ def test_every_flag_gets_where_it_belongs(tmp_path):
     settings = cli.server_settings(args)
     assert (settings.max_body_bytes, settings.max_n, settings.max_prompts) == (1024**2, 2, 3)
     assert (settings.max_choices, settings.max_stop) == (4, 5)
+    assert (settings.tool_call_parser, settings.reasoning_parser) == ("mistral", "think")
 
 
 def test_every_limit_has_a_flag_that_is_read():
     named = {field.name for field in dataclasses.fields(ServerSettings)}
-    wanted = {name for name in named if name.startswith("max_")} | {"template_timeout"}
+    wanted = {name for name in named if name.startswith("max_")} | {
+        "grammar_timeout",
+        "template_timeout",
+    }
     assert sorted(limit.setting for limit in LIMITS) == sorted(wanted)
     values = {limit.setting: 1000 + i for i, limit in enumerate(LIMITS)}
     argv = [word for limit in LIMITS for word in (limit.flag, str(values[limit.setting]))]

@@ -311,7 +311,7 @@ async def test_chats_and_long_texts_go_to_a_thread(engine, tokenizer, ask, monke
         for path in ("/tokenize", "/apply-template"):
             await ask(path, messages=[USER | {"content": "a" * size}])
             if size > 100:
-                tool = {"type": "function", "function": {"name": "a" * size}}
+                tool = {"type": "function", "function": {"name": "a", "description": "a" * size}}
                 await ask(path, messages=[USER], tools=[tool])
         assert len(threads) >= 2
         # Long ones keep clear of the threads of the short ones.

@@ -1,0 +1,162 @@
+"""Grammars: which tokens may come next where the output has to follow one.
+
+A grammar is the text that ``llguidance.LLMatcher`` takes. It is compiled once, in a thread of its
+own; each sequence gets a copy of the result, its own place in the grammar:
+
+    text ──compile──> matcher ──copy──> Constraint of a sequence
+                                          fill     tokens that may come next, a bit each
+                                          advance  by the token that came
+
+Masks are filled between the forward pass and the choice of tokens: on a GPU the device computes
+meanwhile, and on a CPU the kernels have let go of the cores (both threads of a pair: measured in
+bench/README.md).
+
+The rules of llguidance, not ours: the end of the sequence may come where the grammar is complete,
+and nothing else may where it can't go on; special tokens are no text.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import stack_size
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+
+from headstart.engine.errors import RequestError
+
+KEPT = 128
+"""Compiled grammars that are kept for the next request with the same."""
+
+COMPILER_STACK = 64 << 20
+"""Bytes; rules that refer to each other in a long chain take some stack each."""
+
+Mask = npt.NDArray[np.int32]
+
+
+def limits() -> LLParserLimits:
+    """What compiling a grammar, and one step in it, may take: about 20 ms and 20 MB.
+
+    Beyond it the grammar is refused, or its sequence ends.
+    """
+    return LLParserLimits(
+        step_lexer_fuel=50_000,
+        step_max_items=20_000,
+        max_lexer_states=20_000,
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
+def load_vocabulary(folder: Path, vocab_size: int, eos_token_ids: Iterable[int]) -> LLTokenizer:
+    """What the model's tokens spell, from its ``tokenizer.json``. Raises RequestError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise RequestError(f"the model has no tokenizer to spell its answers: {path} is missing")
+    try:
+        return LLTokenizer(str(path), n_vocab=vocab_size, eos_token=list(eos_token_ids))
+    except Exception as error:  # the library raises what comes
+        raise RequestError(f"the model's tokenizer cannot spell its answers: {error}") from error
+
+
+def compiled(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
+    """The beginning of a grammar. Raises RequestError with what is wrong with it."""
+    matcher = LLMatcher(vocabulary, grammar, limits=limits(), log_level=0)
+    if matcher.is_error():
+        raise RequestError(reason(matcher))
+    return matcher
+
+
+def reason(matcher: LLMatcher) -> str:
+    """What its grammar is refused for, in one line."""
+    text = matcher.get_error().replace("<non-verbose/>", "")
+    return " ".join(text.split())[:500]
+
+
+class Constraint:
+    """A sequence's place in its grammar. ``matcher``: nobody else's."""
+
+    __slots__ = ("matcher",)
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+
+    def advance(self, token_id: int) -> None:
+        """Go on by the token that was chosen, one that may come."""
+        self.matcher.consume_token(token_id)
+
+
+class Masks(NamedTuple):
+    """``rows``: those of the step's rows that have a mask. ``bits``: int32 ``[len(rows),
+    ceil(vocab / 32)]``; bit ``i % 32`` of word ``i // 32`` says whether token i may come."""
+
+    rows: list[int]
+    bits: Mask
+
+
+class Grammars:
+    """The grammars of one model. Not thread-safe: one thread calls it."""
+
+    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        self._folder = folder
+        self._vocab_size = vocab_size
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._vocabulary: LLTokenizer | None = None  # read by the compiling thread
+        self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._compiler: ThreadPoolExecutor | None = None
+        self._executor: LLExecutor | None = None
+
+    def compile(self, grammar: str) -> Future[LLMatcher]:
+        """The compiled grammar, now or later; its exception is a RequestError."""
+        future = self._kept.get(grammar)
+        if future is None:
+            future = self._kept[grammar] = self._thread().submit(self._compile, grammar)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(grammar)
+        return future
+
+    def fill(self, constraints: Items[Constraint | None]) -> Masks | None:
+        """The masks of those rows that have a constraint; None if no row has.
+
+        A row whose grammar has become too much to go on with may have no token at all.
+        """
+        rows = [i for i, constraint in enumerate(constraints) if constraint is not None]
+        if not rows:
+            return None
+        matchers = [each.matcher for each in constraints if each is not None]
+        bits = np.zeros((len(rows), -(-self._vocab_size // 32)), dtype=np.int32)
+        self._fill(matchers, bits)
+        for i, matcher in enumerate(matchers):
+            if matcher.is_error():
+                bits[i] = 0
+        return Masks(rows, bits)
+
+    def _fill(self, matchers: list[LLMatcher], bits: Mask) -> None:
+        if len(matchers) == 1:
+            matchers[0].unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+            return
+        if self._executor is None:
+            self._executor = LLExecutor()
+        indexed = [(matcher, i) for i, matcher in enumerate(matchers)]
+        n, words = bits.shape
+        self._executor.unsafe_compute_mask_ptr(indexed, bits.ctypes.data, words * 4, n)
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        if self._vocabulary is None:
+            self._vocabulary = load_vocabulary(self._folder, self._vocab_size, self._eos_token_ids)
+        return compiled(self._vocabulary, grammar)
+
+    def _thread(self) -> ThreadPoolExecutor:
+        if self._compiler is None:
+            self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            before = stack_size(COMPILER_STACK)
+            self._compiler.submit(int).result()  # the thread starts now
+            stack_size(before)
+        return self._compiler

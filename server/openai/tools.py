@@ -1,0 +1,214 @@
+"""Tools in requests: what they may be, which of them have to be called, and calls in messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from pydantic import WithJsonSchema
+
+from headstart.server.answer_format import AnswerFormat
+from headstart.server.errors import APIError, bad_request
+from headstart.server.openai.fields import refuse_extras
+from headstart.server.settings import ServerSettings
+from headstart.server.templates import Tools
+from headstart.server.tool_formats.format import Function
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+ToolsField = Annotated[
+    Any,
+    WithJsonSchema({"type": "array", "items": {"type": "object"}}, mode="validation"),
+]
+ToolChoiceField = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "enum": ["none", "auto", "required"]},
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "function"},
+                        "function": {"type": "object", "properties": {"name": {"type": "string"}}},
+                    },
+                },
+            ]
+        },
+        mode="validation",
+    ),
+]
+ToolCallsField = ToolsField
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """What a chat may do with its tools.
+
+    ``tools``: as the template gets them. ``names``: whose calls are read, maybe nobody's.
+    ``forced``: functions of which one has to be called. ``parallel``: there may be several calls.
+    """
+
+    tools: Tools | None = None
+    names: Sequence[str] = ()
+    forced: Sequence[Function] = ()
+    parallel: bool = True
+
+
+def checked_functions(tools: Any, settings: ServerSettings) -> list[Function]:
+    """The functions of a request's tools, without fields that are null; raises APIError."""
+    if tools is None:
+        return []
+    if not isinstance(tools, list):
+        raise _invalid("tools", "must be a list of tools")
+    if len(tools) > settings.max_tools:
+        raise bad_request(
+            f"tools has {len(tools)} entries; at most {settings.max_tools} are allowed", "tools"
+        )
+    functions: list[Function] = []
+    names: set[str] = set()
+    for i, tool in enumerate(tools):
+        path = f"tools[{i}]"
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise _invalid(path, 'must be an object of type "function"')
+        if len(msgspec.json.encode(tool)) > settings.max_tool_bytes:
+            raise bad_request(f"{path} is larger than {settings.max_tool_bytes} bytes", path)
+        functions.append(_checked_function(tool.get("function"), f"{path}.function"))
+        name = functions[-1]["name"]
+        if name in names:
+            raise bad_request(f"{path}.function.name: {name!r} is given twice", path)
+        names.add(name)
+    return functions
+
+
+def _checked_function(function: Any, path: str) -> Function:
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise _invalid(path, "must be an object with a name")
+    if not NAME.fullmatch(function["name"]):
+        raise _invalid(f"{path}.name", "must have 1 to 64 characters of a-z, A-Z, 0-9, _ and -")
+    given = {key: value for key, value in function.items() if value is not None}
+    for key, kind, words in (
+        ("description", str, "a string"),
+        ("strict", bool, "true or false"),
+        ("parameters", dict, "a JSON schema"),
+    ):
+        if key in given and not isinstance(given[key], kind):
+            raise _invalid(f"{path}.{key}", f"must be {words}")
+    if given.get("parameters", {}).get("type", "object") != "object":
+        raise _invalid(f"{path}.parameters", 'must be a schema of type "object"')
+    return given
+
+
+def as_tools(functions: Sequence[Function]) -> Tools | None:
+    """Functions as templates take them; what asks for a grammar is none of the model's business."""
+    return [
+        {
+            "type": "function",
+            "function": {key: value for key, value in function.items() if key != "strict"},
+        }
+        for function in functions
+    ] or None
+
+
+def tool_use(
+    tools: Any, choice: Any, parallel: bool | None, answers: AnswerFormat, settings: ServerSettings
+) -> ToolUse:
+    """What ``tools``, ``tool_choice`` and ``parallel_tool_calls`` ask for; raises APIError."""
+    functions = checked_functions(tools, settings)
+    kind, only = _checked_choice(choice)
+    if not functions:
+        if kind == "required":
+            raise bad_request("tool_choice needs tools", "tool_choice")
+        return ToolUse()
+    if not answers.writes_tools:
+        raise _unsupported("the chat template of this model has no tools")
+    shown = as_tools(functions)
+    if kind == "none":
+        return ToolUse(shown)
+    if answers.calls is None:
+        raise _unsupported(
+            "this server does not read tool calls, or does not know how this model writes them: "
+            "see --tool-call-parser"
+        )
+    names = [function["name"] for function in functions]
+    if only is not None:
+        functions = [function for function in functions if function["name"] == only]
+        if not functions:
+            raise bad_request(f"tool_choice: there is no tool {only[:80]!r}", "tool_choice")
+    return ToolUse(
+        tools=shown,
+        names=names,
+        forced=functions if kind == "required" else (),
+        parallel=parallel is not False and only is None,
+    )
+
+
+def _checked_choice(choice: Any) -> tuple[str, str | None]:
+    """ "none", "auto" or "required", and the one function that is required."""
+    if choice is None:
+        return "auto", None
+    if isinstance(choice, str):
+        if choice not in ("none", "auto", "required"):
+            raise _invalid("tool_choice", 'must be "none", "auto", "required" or name a function')
+        return choice, None
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or choice.get("type") != "function":
+        raise _invalid(
+            "tool_choice", 'must be a string or {"type": "function", "function": {"name": ...}}'
+        )
+    return "required", name
+
+
+def checked_calls(calls: Any, path: str) -> list[dict[str, Any]]:
+    """The calls of an assistant's message as templates take them, arguments parsed; raises
+    APIError."""
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise _invalid(path, "must be a list of calls")
+    return [_checked_call(call, f"{path}[{i}]") for i, call in enumerate(calls)]
+
+
+def _checked_call(call: Any, path: str) -> dict[str, Any]:
+    if not isinstance(call, dict) or call.get("type", "function") != "function":
+        raise _invalid(path, 'must be an object of type "function"')
+    # Those who put streamed calls together keep their index.
+    known = ("id", "type", "function", "index")
+    refuse_extras({k: v for k, v in call.items() if k not in known}, {}, f"{path}.")
+    if not isinstance(call.get("id"), str):
+        raise _invalid(f"{path}.id", "must be a string")
+    function, path = call.get("function"), f"{path}.function"
+    if not isinstance(function, dict):
+        raise _invalid(path, "must be an object")
+    refuse_extras({k: v for k, v in function.items() if k not in ("name", "arguments")}, {}, path)
+    name, arguments = function.get("name"), function.get("arguments")
+    for key, value in (("name", name), ("arguments", arguments)):
+        if not isinstance(value, str):
+            raise _invalid(f"{path}.{key}", "must be a string")
+    return {
+        "id": call["id"],
+        "type": "function",
+        "function": {"name": name, "arguments": _parsed(str(arguments), f"{path}.arguments")},
+    }
+
+
+def _parsed(arguments: str, path: str) -> dict[str, Any]:
+    if not arguments.strip():
+        return {}
+    try:
+        return msgspec.json.decode(arguments, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        reason = str(error).split(" - ")[0]
+        raise _invalid(path, f"must be the JSON text of an object: {reason}") from error
+
+
+def _invalid(path: str, words: str) -> APIError:
+    return bad_request(f"{path} {words}", path, "invalid_value")
+
+
+def _unsupported(message: str) -> APIError:
+    return bad_request(message, "tools", "unsupported_parameter")

@@ -1,0 +1,417 @@
+"""Calls of tools amid text, in every format: read however it is cut, and forced by grammars."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+
+import llguidance
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headstart.server.answer import (
+    AnswerParser,
+    Text,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from headstart.server.settings import TOOL_CALL_PARSERS
+from headstart.server.tool_formats import FORMATS
+
+NAMES = ("look", "clock")
+HERMES = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'.format
+ROME = '{"city": "Rome"}'
+LOOK = {
+    "name": "look",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "integer"},
+            "from": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+        },
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+CLOCK = {"name": "clock"}
+
+
+def read(format, pieces):
+    """Text and calls, (name, arguments) or (name, arguments, "cut"), in order; parts joined."""
+    reader = FORMATS[format]({}).reader(NAMES)
+    parts = [part for piece in pieces for part in reader.push(piece)] + reader.finish()
+    return joined(parts)
+
+
+def joined(parts):
+    found = []
+    indices = count()
+    for part in parts:
+        match part:
+            case Text(text):
+                if found and isinstance(found[-1], str):
+                    found[-1] += text
+                else:
+                    found.append(text)
+            case ToolCallStart(index, _, name):
+                assert index == next(indices)
+                found.append([name, "", "cut"])
+            case ToolCallArguments(index, text):
+                found[-1][1] += text
+            case ToolCallEnd(_):
+                del found[-1][2]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "expected"),
+    [
+        ("hermes", "plain <b>text</b> {}", ["plain <b>text</b> {}"]),
+        ("hermes", " \n text \n", [" \n text \n"]),
+        ("hermes", HERMES("look", ROME), [["look", ROME]]),
+        (
+            "hermes",
+            f"I look.\n{HERMES('look', ROME)}\n{HERMES('any', '{}')}\nDone. ",
+            ["I look.", ["look", ROME], ["any", "{}"], "\nDone. "],
+        ),
+        (
+            "hermes",
+            '<tool_call>{"arguments": {"a": "}\\"<"}, "id": [1, {}], "name": "look"}</tool_call>',
+            [["look", '{"a": "}\\"<"}']],
+        ),
+        ("hermes", '<tool_call>{"name": "look"}</tool_call>', [["look", "{}"]]),
+        ("hermes", '<tool_call>{"name": "look", "arguments": null}</tool_call>', [["look", "{}"]]),
+        (
+            "hermes",
+            f'<tool_call>{{"name": "look", "arguments": {ROME}\n</tool_call>',
+            [["look", ROME]],
+        ),
+        ("hermes", "a <tool_call>nothing</tool_call>", ["a <tool_call>nothing</tool_call>"]),
+        ("hermes", '<tool_call>\n{"x": 1}\n</tool_call>', ['<tool_call>\n{"x": 1}\n</tool_call>']),
+        ("hermes", '<tool_call>{"name": "a b"}', ['<tool_call>{"name": "a b"}']),
+        ("hermes", f"<tool_call>no {HERMES('look', ROME)}", ["<tool_call>no", ["look", ROME]]),
+        ("hermes", f"<<tool_<tool{HERMES('look', ROME)}", ["<<tool_<tool", ["look", ROME]]),
+        ("hermes", '<tool_call>\n{"name": "lo', ['<tool_call>\n{"name": "lo']),
+        (
+            "hermes",
+            '<tool_call>{"name": "look", "arguments": {"city": "Ro',
+            [["look", '{"city": "Ro', "cut"]],
+        ),
+        ("hermes", '<tool_call>{"name": "look", "arguments": {}}\n</tool_', [["look", "{}"]]),
+        ("llama3_json", f'{{"name": "look", "parameters": {ROME}}}', [["look", ROME]]),
+        ("llama3_json", f'<|python_tag|>{{"name": "any", "parameters": {ROME}}}', [["any", ROME]]),
+        (
+            "llama3_json",
+            f' {{"type": "function", "name": "look", "parameters": {ROME}}}; '
+            '{"name": "clock", "parameters": {}};',
+            [["look", ROME], ["clock", "{}"]],
+        ),
+        ("llama3_json", '{"name": "Bob", "age": 4}', ['{"name": "Bob", "age": 4}']),
+        ("llama3_json", '{"name": "Bob", "parameters": {}}', ['{"name": "Bob", "parameters": {}}']),
+        ("llama3_json", '{"name": "look"}', ['{"name": "look"}']),
+        (
+            "llama3_json",
+            f'Say {{"name": "look", "parameters": {ROME}}}',
+            [f'Say {{"name": "look", "parameters": {ROME}}}'],
+        ),
+        ("llama3_json", "<|python_tag|>print(1)", ["<|python_tag|>print(1)"]),
+        (
+            "mistral",
+            f'[TOOL_CALLS] [{{"name": "look", "arguments": {ROME}}}, '
+            '{"name": "any", "arguments": {}}]',
+            [["look", ROME], ["any", "{}"]],
+        ),
+        (
+            "mistral",
+            f"[TOOL_CALLS]look{ROME}[TOOL_CALLS]clock{{}}",
+            [["look", ROME], ["clock", "{}"]],
+        ),
+        ("mistral", f"Hm.[TOOL_CALLS]look[ARGS]{ROME}", ["Hm.", ["look", ROME]]),
+        ("mistral", f"[TOOL_CALLS]look[CALL_ID]ab12[ARGS] {ROME}", [["look", ROME]]),
+        ("mistral", "[TOOL_CALLS] [1, 2] [x]", ["[TOOL_CALLS] [1, 2] [x]"]),
+        ("mistral", "[TOOL_[TOOL_CALLS]look(1)", ["[TOOL_[TOOL_CALLS]look(1)"]),
+        (
+            "mistral",
+            '[TOOL_CALLS] [{"name": "look", "arguments": {}}, {"name": ',
+            [["look", "{}"], ', {"name": '],
+        ),
+        (
+            "pythonic",
+            "[look(city='Rome', days=-2, from=True, x=[1.50, (None,)], y={'a': \"'\"},), clock()]",
+            [
+                [
+                    "look",
+                    '{"city": "Rome", "days": -2, "from": true, "x": [1.50, [null]], '
+                    '"y": {"a": "\'"}}',
+                ],
+                ["clock", "{}"],
+            ],
+        ),
+        ("pythonic", "<|python_start|>[any(n=0x1f)]<|python_end|>", [["any", '{"n": 31}']]),
+        ("pythonic", 'x = [look(city="Rome")]', ['x = [look(city="Rome")]']),
+        ("pythonic", "[1, 2, 3]", ["[1, 2, 3]"]),
+        ("pythonic", "[any(a=1)]", ["[any(a=1)]"]),
+        *(
+            ("pythonic", f"[look({bad})]", [f"[look({bad})]"])
+            for bad in (
+                "1",
+                "a=b",
+                "a=f()",
+                "a=1, a=2",
+                "**{}",
+                "a=1+1",
+                "a=b'x'",
+                "a=1e999j",
+                "a={1: 2}",
+                'a="\\ud800"',
+                "a=f'{x}'",
+                "a=" + "[" * 70 + "]" * 70,
+                "a=__import__('os')",
+                "a=",
+                "a=-True",
+            )
+        ),
+        ("pythonic", "[look(a=1), clock(b=c)] x", [["look", '{"a": 1}'], ", clock(b=c)] x"]),
+        ("pythonic", '[look(a="Ro', ['[look(a="Ro']),
+        ("pythonic", '[look(a="\\ud83d\\ude00é\\n")]', [["look", '{"a": "\U0001f600é\\n"}']]),
+    ],
+)
+def test_texts_and_calls(format, text, expected):
+    assert read(format, [text]) == expected
+    assert read(format, text) == expected
+
+
+PIECES = st.sampled_from(
+    (
+        *(mark for format in FORMATS.values() for mark in format.marks),
+        '{"name": "look", ',
+        '"name": "look", ',
+        '"arguments": {',
+        '"parameters": {',
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        "\\",
+        "look(",
+        "a='x'",
+        ")",
+        ",",
+        ";",
+        " ",
+        "\n",
+        "<",
+        "look",
+        "é",
+    )
+)
+
+
+@given(format=st.sampled_from(list(FORMATS)), pieces=st.lists(PIECES, max_size=14), data=st.data())
+@settings(deadline=None, max_examples=400)
+def test_cuts_change_nothing(format, pieces, data):
+    text = "".join(pieces)
+    places = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    cuts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+    whole = read(format, [text])
+    assert read(format, cuts) == whole
+    # What is no call is given back as it was.
+    if all(isinstance(part, str) for part in whole):
+        assert "".join(whole) == text
+
+
+def test_the_name_and_arguments_come_as_they_grow():
+    reader = FORMATS["hermes"]({}).reader(NAMES)
+    pieces = [
+        "a ",
+        "<tool",
+        '_call>{"name": "lo',
+        'ok"',
+        ', "arguments": ',
+        '{"city"',
+        ': "R',
+        '"}',
+        "}",
+    ]
+    found = [reader.push(piece) for piece in pieces]
+    assert [[type(part) for part in parts] for parts in found] == [
+        [Text],
+        [],
+        [],
+        [],
+        [],
+        [ToolCallStart, ToolCallArguments],
+        [ToolCallArguments],
+        [ToolCallArguments, ToolCallEnd],
+        [],
+    ]
+
+
+def test_ids_are_as_the_model_wants_them():
+    def ids(format, text):
+        parts = FORMATS[format]({}).reader(NAMES).push(text)
+        return [part.id for part in parts if isinstance(part, ToolCallStart)]
+
+    first, second = ids("hermes", HERMES("look", "{}") * 2)
+    assert first != second
+    assert first.startswith("call_")
+    assert len(first) == 29
+    [short] = ids("mistral", "[TOOL_CALLS]look{}")
+    assert len(short) == 9
+    assert short.isalnum()
+
+
+def test_an_answer_may_end_with_its_first_call():
+    text = f"Hm.{HERMES('look', ROME) * 2}"
+    parser = AnswerParser(None, FORMATS["hermes"]({}).reader(NAMES), only_first=True)
+    assert not parser.done
+    assert joined(parser.push(text)) == ["Hm.", ["look", ROME]]
+    assert parser.done
+    assert parser.calls_tools
+
+
+def test_reading_takes_time_in_proportion():
+    text = '<tool_call>{"a": "' * 20_000
+    assert read("hermes", [text]) == [text]
+    text = "[look(" * 20_000
+    assert read("pythonic", [text]) == [text]
+
+
+def test_the_flag_knows_every_format():
+    assert set(TOOL_CALL_PARSERS) == {"auto", "none", *FORMATS}
+
+
+# Grammars
+
+
+def build(marks):
+    """A byte-level tokenizer with ``marks`` as tokens of their own, and llguidance's of it."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({char: i for i, char in enumerate(alphabet)}, [])
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    added = [tokenizers.AddedToken(mark, special=True) for mark in ("<|end|>", *marks)]
+    backend.add_special_tokens(added)
+    end = backend.token_to_id("<|end|>")
+    ids = {mark: backend.token_to_id(mark) for mark in marks}
+    return backend, llguidance.LLTokenizer(backend.to_str(), eos_token=end), ids, end
+
+
+@pytest.fixture(scope="module")
+def vocabularies():
+    """By format: with its marks as tokens, and without."""
+    marks = {name: format.marks for name, format in FORMATS.items()}
+    with_marks = {name: build(found) for name, found in marks.items()}
+    return {False: dict.fromkeys(FORMATS, build(())), True: with_marks}
+
+
+def matcher_of(tokenizer, rules):
+    matcher = llguidance.LLMatcher(tokenizer, f"start: calls\n{rules}", log_level=0)
+    assert not matcher.is_error(), matcher.get_error()
+    return matcher
+
+
+def random_answer(vocabulary, rules, seed):
+    """Ids that the grammar lets through, chosen at random, those that end it first."""
+    backend, tokenizer, _, end = vocabulary
+    matcher, random = matcher_of(tokenizer, rules), np.random.default_rng(seed)
+    closing = {backend.token_to_id(char) for char in '}])"'}
+    ids = []
+    while not matcher.is_stopped():
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+        choices = [i for i in allowed if i == end or i in closing] if len(ids) > 60 else []
+        token = int(random.choice(choices or allowed))
+        assert matcher.consume_token(token)
+        if token != end:
+            ids.append(token)
+        assert len(ids) < 2000
+    assert not matcher.is_error(), matcher.get_error()
+    return backend.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_what_a_grammar_lets_through_are_calls(vocabularies, format, as_tokens, parallel):
+    vocabulary = vocabularies[as_tokens][format]
+    rules = FORMATS[format](vocabulary[2]).grammar([LOOK, CLOCK], parallel=parallel)
+    numbers = set()
+    for seed in range(12):
+        text = random_answer(vocabulary, rules, seed)
+        calls = read(format, [text])
+        assert all(isinstance(call, list) and len(call) == 2 for call in calls), (text, calls)
+        numbers.add(len(calls))
+        for name, written in calls:
+            arguments = json.loads(written)
+            if name == "clock":
+                assert arguments == {}
+            else:
+                assert name == "look"
+                assert isinstance(arguments["city"], str)
+                assert set(arguments) <= {"city", "days", "from"}
+                assert isinstance(arguments.get("days", 0), int)
+                assert arguments.get("from") in (None, True, False)
+    assert 0 not in numbers
+    if not parallel:
+        assert numbers == {1}
+
+
+TYPICAL = {
+    "hermes": (HERMES("look", ROME), f"{HERMES('look', ROME)}\n{HERMES('clock', '{}')}"),
+    "llama3_json": (
+        f'{{"name": "look", "parameters": {ROME}}}',
+        f'<|python_tag|>{{"name": "look", "parameters": {ROME}}}; '
+        '{"name": "clock", "parameters": {}}',
+    ),
+    "mistral": (
+        f'[TOOL_CALLS] [{{"name": "look", "arguments": {ROME}}}]',
+        f'[TOOL_CALLS][{{"name": "look", "arguments": {ROME}}}, '
+        '{"name": "clock", "arguments": {}}]',
+    ),
+    "pythonic": ('[look(city="Rome")]', '[look(city="Rome", from=null), clock()]'),
+}
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_grammars_let_through_what_models_write(vocabularies, format, as_tokens):
+    backend, tokenizer, ids, end = vocabularies[as_tokens][format]
+    one, several = TYPICAL[format]
+    if format == "mistral" and as_tokens:
+        one = f"[TOOL_CALLS]look[ARGS]{ROME}"
+        several = one + "[TOOL_CALLS]clock[ARGS]{}"
+
+    def takes(text, functions, parallel):
+        rules = FORMATS[format](ids).grammar(functions, parallel=parallel)
+        written = [*backend.encode(text, add_special_tokens=False).ids, end]
+        return matcher_of(tokenizer, rules).validate_tokens(written) == len(written)
+
+    assert takes(one, [LOOK, CLOCK], False)
+    assert takes(one, [LOOK], False)
+    assert not takes(one, [CLOCK], False)
+    assert not takes(several, [LOOK, CLOCK], False)
+    assert takes(several, [LOOK, CLOCK], True)
+    assert not takes("Rome", [LOOK, CLOCK], True)
+    assert not takes(one.replace('"Rome"', "3"), [LOOK], False)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_schemas_that_cannot_be_enforced(vocabularies, format):
+    """They are errors for strict functions, else what cannot be enforced is left out."""
+    _, tokenizer, ids, _ = vocabularies[False][format]
+    odd = {"type": "object", "properties": {"a": {"type": "string", "format": "no-such"}}}
+    for strict in (False, True):
+        rules = FORMATS[format](ids).grammar(
+            [{"name": "f", "parameters": odd, "strict": strict}], parallel=False
+        )
+        matcher = llguidance.LLMatcher(tokenizer, f"start: calls\n{rules}", log_level=0)
+        assert matcher.is_error() == strict
