@@ -228,6 +228,15 @@ def start_server(tmp_path: Path, quiet_environment: None) -> Iterator[StartServe
         yield start
 
 
+@pytest.fixture(scope="module")
+def shared_server_factory(
+    tmp_path_factory: pytest.TempPathFactory, quiet_environment: None
+) -> Iterator[StartServer]:
+    """``start_server`` for servers that are ended with the module."""
+    with _servers(tmp_path_factory.mktemp("servers")) as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
 def default_flags(smollm2: Path) -> list[str]:
     """The default model by its name, out of the user's cache, with a small KV pool."""
