@@ -36,6 +36,7 @@ from headstart.server.openai import (
 from headstart.server.openai.reply import WARNING_HEADER
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
+from headstart.server.template_sandbox import TemplateLimits
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
 
@@ -69,7 +70,7 @@ def create_app(
     when it never will be. ``app.state.runtime`` is the app's Runtime.
     """
     settings = settings or ServerSettings()
-    template = ChatTemplate(tokenizer) if tokenizer.chat_template is not None else None
+    template = _chat_template(tokenizer, settings)
     runtime = Runtime(
         engine=engine,
         tokenizer=tokenizer,
@@ -95,7 +96,8 @@ def create_app(
             start.cancel()
             await asyncio.gather(start, return_exceptions=True)
             await engine.stop()
-            runtime.threads.shutdown(wait=False, cancel_futures=True)
+            for threads in (runtime.threads, runtime.chat_threads):
+                threads.shutdown(wait=False, cancel_futures=True)
             await runtime.grammars.close()
 
     app = FastAPI(
@@ -124,6 +126,13 @@ def create_app(
         app.include_router(group.routes(runtime))
     _describe_bodies(app)
     return app
+
+
+def _chat_template(tokenizer: Tokenizer, settings: ServerSettings) -> ChatTemplate | None:
+    if tokenizer.chat_template is None:
+        return None
+    limits = TemplateLimits(settings.template_timeout, settings.max_template_chars)
+    return ChatTemplate(tokenizer, limits)
 
 
 async def _start(engine: EngineClient, on_failure: Callable[[HeadstartError], None] | None) -> None:

@@ -77,12 +77,14 @@ class StopStrings:
 class Delta:
     """What one engine output adds to an answer. ``logprobs`` beside ``offsets``, the characters
     of the answer before each of those tokens; both None when not asked for. ``parts``: those of the
-    text that are certain; None when it is text and nothing else."""
+    text that are certain; None when it is text and nothing else. ``token_ids``: those generated,
+    whether their text is already there or not."""
 
     text: str
     finish_reason: str | None
     logprobs: list[TokenLogprobs] | None = None
     offsets: list[int] | None = None
+    token_ids: Sequence[int] = ()
     parts: list[Part] | None = None
 
 
@@ -164,18 +166,18 @@ class TextAssembler:
             text += piece if i < unstoppable else stops.push(piece)
             if stops.hit:
                 self.num_tokens -= len(token_ids) - i - 1
-                return self._delta(text, "stop")
+                return self._delta(text, "stop", token_ids[: i + 1])
         if reason is not None:
             text += stops.push(self._detokenizer.flush())
             if not stops.hit:
                 text += stops.flush()
             else:
                 reason = "stop"
-        return self._delta(text, reason)
+        return self._delta(text, reason, token_ids)
 
-    def _delta(self, text: str, reason: str | None) -> Delta:
+    def _delta(self, text: str, reason: str | None, token_ids: Sequence[int]) -> Delta:
         if not self._logprobs:
-            return Delta(text, reason)
+            return Delta(text, reason, token_ids=token_ids)
         self._given += len(text)
         # Log-probabilities come with the text they belong to; tokens of a stop string have none.
         count = bisect_left(self._offsets, self._given)
@@ -183,4 +185,4 @@ class TextAssembler:
             count = len(self._offsets)
         logprobs, offsets = self._waiting[:count], self._offsets[:count]
         del self._waiting[:count], self._offsets[:count]
-        return Delta(text, reason, logprobs, offsets)
+        return Delta(text, reason, logprobs, offsets, token_ids)

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from headstart.engine.errors import RequestError
 from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from headstart.server.access_log import REQUEST_ID_PATTERN
 from headstart.server.errors import bad_request
+from headstart.server.openai.shown import Shown
 from headstart.server.settings import ServerSettings
 from headstart.server.stream import TextOptions
 from headstart.server.structure import (
@@ -33,14 +35,9 @@ DESCRIPTIVE = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 
 # Field -> the values, beside null, that ask for nothing.
 REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
-    "priority": (0,),
-    "request_id": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
@@ -48,20 +45,15 @@ REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
 }
 REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "audio": (),
+    "best_of": (1,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
     "prediction": (),
-    "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -70,7 +62,6 @@ REFUSED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
     "suffix": ("",),
 }
 REFUSED_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "continuous_usage_stats": (False,),
     "include_obfuscation": (False,),
 }
 REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
@@ -94,6 +85,7 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 StopField = Annotated[
@@ -159,6 +151,11 @@ class GenerationBody(Body):
     guided_choice: ChoiceField = None
     guided_grammar: str | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    priority: Annotated[int, Field(ge=-INT32_MAX - 1, le=INT32_MAX)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    request_id: Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN}$")] | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
 
     def check(self, refused: Mapping[str, tuple[Any, ...]], settings: ServerSettings) -> None:
         """Raise APIError for fields that are unknown or not supported, and limits passed."""
@@ -170,6 +167,11 @@ class GenerationBody(Body):
             )
             if not self.stream:
                 raise bad_request("stream_options needs stream: true", "stream_options")
+            if self.stream_options.continuous_usage_stats and not self.include_usage:
+                raise bad_request(
+                    "continuous_usage_stats needs include_usage: true",
+                    "stream_options.continuous_usage_stats",
+                )
         if self.prompt_logprobs is not None and self.stream:
             raise bad_request(
                 "prompt_logprobs are not available when stream=True", "prompt_logprobs"
@@ -185,6 +187,18 @@ class GenerationBody(Body):
     def scored(self) -> int | None:
         """How many of the likeliest tokens are wanted beside each of the prompt, if any are."""
         return self.prompt_logprobs
+
+    @property
+    def shown(self) -> Shown:
+        """What of the answer the client asked to see."""
+        options = self.stream_options
+        return Shown(
+            usage=self.include_usage,
+            continuous_usage=bool(options and options.continuous_usage_stats),
+            token_ids=bool(self.return_token_ids),
+            tokens_as_ids=bool(self.return_tokens_as_token_ids),
+            request_id=self.request_id,
+        )
 
     @property
     def salt(self) -> bytes:

@@ -26,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 from headstart.engine.messages import Output, ScoredToken, TokenLogprobs
 from headstart.server.access_log import note_usage
 from headstart.server.answer import AnswerParser, Part
+from headstart.server.deadline import Deadline
 from headstart.server.engine_client import Stream
 from headstart.server.errors import APIError, to_api_error, unavailable
 from headstart.server.metrics import ChoiceTimer
@@ -62,7 +63,7 @@ class Choice:
 
     index: int
     prompt: int
-    num_prompt_tokens: int
+    prompt_token_ids: Sequence[int]
     stream: Stream
     assembler: TextAssembler
     timer: ChoiceTimer
@@ -73,12 +74,22 @@ class Choice:
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     opened: bool = False
 
     @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def echoed(self) -> str:
+        """The text that goes in front."""
+        return self.echo.text if self.echo else ""
+
+    @property
     def text(self) -> str:
-        return (self.echo.text if self.echo else "") + "".join(self.texts)
+        return self.echoed + "".join(self.texts)
 
     def take(self, output: Output) -> Delta:
         """What an output adds to the answer; the scores of the prompt, which come with the first,
@@ -102,6 +113,7 @@ class Choice:
     def push(self, delta: Delta) -> None:
         """Keep a delta for an answer that is sent whole."""
         self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
         self.parts += delta.parts or ()
         if delta.logprobs and delta.offsets:
             self.logprobs += delta.logprobs
@@ -138,7 +150,10 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Format(Protocol):
-    """How an endpoint writes its answers down."""
+    """How an endpoint writes its answers down. ``every_token``: also those without text of their
+    own have an event."""
+
+    every_token: bool
 
     def opening(self, choice: Choice) -> bytes:
         """Events that come before the first text of a choice."""
@@ -156,7 +171,8 @@ class Format(Protocol):
 class Reply(Response):
     """Answers with ``choices``, whose streams it owns from now on.
 
-    ``warning``: ASCII, for a header of an answer that may not be what was hoped for.
+    ``warning``: ASCII, for a header of an answer that may not be what was hoped for. ``deadline``:
+    when it has to be complete; then it ends with a 504, or with an error event.
     """
 
     def __init__(
@@ -166,12 +182,14 @@ class Reply(Response):
         *,
         stream: bool,
         warning: str | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         super().__init__()
         self._more_headers = [(WARNING_HEADER, warning.encode("ascii"))] if warning else []
         self._choices = choices
         self._format = format
         self._stream = stream
+        self._deadline = deadline
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -179,9 +197,14 @@ class Reply(Response):
         gone = asyncio.create_task(hang_up(receive))
         error: BaseException | None = None
         try:
-            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            patience = None if self._deadline is None else self._deadline.left()
+            done, _ = await asyncio.wait(
+                (answer, gone), timeout=patience, return_when=asyncio.FIRST_COMPLETED
+            )
             if answer.done():
                 error = answer.exception()
+            elif not done and self._deadline is not None:
+                error = self._deadline.error()
         except asyncio.CancelledError:  # the time to drain is over
             error = unavailable("the server is shutting down")
         finally:
@@ -189,6 +212,7 @@ class Reply(Response):
             for task in (answer, gone):
                 task.cancel()
         if error is not None:
+            await asyncio.wait((answer, gone))  # nothing may be sent behind the error
             with contextlib.suppress(OSError):  # the client may be gone too
                 await self._fail(error, scope, receive, send)
 
@@ -256,12 +280,13 @@ class Reply(Response):
             reason = delta.finish_reason
             if reason is not None:
                 self._finish(choice, reason, output.finish_reason)
-            if delta.text or reason is not None or delta.logprobs or not choice.opened:
+            shown = format.every_token or delta.text or reason is not None or delta.logprobs
+            if shown or not choice.opened:
                 body = b""
                 if not choice.opened:
                     choice.opened = True
                     body = format.opening(choice)
-                if delta.text or reason is not None or delta.logprobs:
+                if shown:
                     body += format.event(choice, delta)
                 if body:
                     if not self._started:
