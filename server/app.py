@@ -27,6 +27,7 @@ from headstart.server.metrics import Metrics
 from headstart.server.openai import (
     adapters,
     chat,
+    chat_body,
     completions,
     embeddings,
     models,
@@ -43,7 +44,7 @@ from headstart.server.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 BODIES: dict[str, type[BaseModel]] = {
-    "/v1/chat/completions": chat.ChatBody,
+    "/v1/chat/completions": chat_body.ChatBody,
     "/v1/completions": completions.CompletionBody,
     "/v1/embeddings": embeddings.EmbeddingBody,
     "/v1/score": score.ScoreBody,

@@ -18,7 +18,7 @@ from headstart.server.openai.adapters import (
     LoadAdapterBody,
     UnloadAdapterBody,
 )
-from headstart.server.openai.chat import ChatBody, ChatMessage
+from headstart.server.openai.chat_body import ChatBody, ChatMessage
 from headstart.server.openai.completions import CompletionBody
 from headstart.server.openai.embeddings import REFUSED_IN_EMBEDDINGS, EmbeddingBody
 from headstart.server.openai.fields import (
