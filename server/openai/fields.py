@@ -31,13 +31,19 @@ from headstart.server.structure import (
 from headstart.server.tokenizer import Tokenizer
 
 # Accepted with any value: they describe the caller and change nothing in an answer.
-DESCRIPTIVE = ("metadata", "prompt_cache_key", "safety_identifier", "user")
+DESCRIPTIVE = ("metadata", "prompt_cache_key", "safety_identifier", "session_id", "user")
 
 # Field -> the values, beside null, that ask for nothing.
 REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
+    "ec_transfer_params": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "truncation_side": ("left",),
+    "watermarking": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
@@ -51,7 +57,12 @@ REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
     "chat_template": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "media_io_kwargs": (),
     "mm_processor_kwargs": (),
+    "moderation": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "thinking_token_budget": (),
     "modalities": (["text"],),
     "prediction": (),
     "verbosity": (),
