@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -14,12 +12,11 @@ from pydantic import FailFast, Field, WithJsonSchema
 
 from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.segments import Span, turn_spans
 from headstart.server.access_log import name_request
 from headstart.server.answer import Part, Reasoning, Text
-from headstart.server.answer_format import Reading
 from headstart.server.errors import bad_request
 from headstart.server.openai.chat_fields import ChatRendering
+from headstart.server.openai.chats import Chat, encode_chat, read_answer
 from headstart.server.openai.fields import (
     REFUSED_IN_CHAT,
     REFUSED_IN_MESSAGE,
@@ -32,7 +29,7 @@ from headstart.server.openai.fields import (
 )
 from headstart.server.openai.logprobs import chat_logprobs, prompt_logprobs
 from headstart.server.openai.parts import message_of, shown_delta
-from headstart.server.openai.reply import Choice, Echo, Format, Reply, Usage
+from headstart.server.openai.reply import DONE, Choice, Echo, Format, Reply, Usage
 from headstart.server.openai.segment_mask import (
     NOT_DECLARED,
     ChatMaskField,
@@ -51,14 +48,10 @@ from headstart.server.openai.tools import (
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.stream import Delta
-from headstart.server.structure import Structure
-from headstart.server.templates import Message, Tools
+from headstart.server.templates import Message
 from headstart.server.tokenizer import Tokenizer
 
 encode = msgspec.json.encode
-
-# The end of a prompt that may open the answer's thoughts.
-CONTEXT_IDS = 16
 
 ContentField = Annotated[
     Any,
@@ -188,14 +181,6 @@ def _check_results(messages: Sequence[Message]) -> None:
             raise bad_request(f"{path} is the id of no call before it", path)
 
 
-def chat_size(messages: Sequence[Message], tools: Tools | None) -> int:
-    """About how many characters there are to work on."""
-    size = sum(len(message["content"]) for message in messages)
-    size += sum(len(message.get("reasoning", "")) for message in messages)
-    others = [message["tool_calls"] for message in messages if "tool_calls" in message]
-    return size + sum(len(encode(value)) for value in (*others, tools) if value)
-
-
 def _content_text(content: Any, path: str) -> str:
     if isinstance(content, str):
         return content
@@ -319,10 +304,10 @@ class ChatFormat(Format):
             return parts
         return [part for part in parts if not isinstance(part, Reasoning)]
 
-    def usage_event(self, usage: Usage) -> bytes:
+    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         if not self._shown.usage:
-            return b""
-        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n"
+            return DONE
+        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n" + DONE
 
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         answers = [
@@ -351,29 +336,6 @@ class ChatFormat(Format):
         return encode(answer)
 
 
-def _structure(runtime: Runtime, use: ToolUse, asked: Structure | None) -> Structure | None:
-    """What the answer has to follow, thoughts apart: the calls it has to make, or what is asked."""
-    if not use.forced:
-        return asked
-    if asked is not None:
-        raise bad_request(f"tool_choice and {asked.path} cannot be combined", "tool_choice")
-    grammar = runtime.answers.calls_grammar(use.forced, parallel=use.parallel)
-    schemas = {function["name"]: function.get("parameters") for function in use.forced}
-    return Structure(grammar, "tools", schemas)
-
-
-def _read_as(
-    runtime: Runtime, use: ToolUse, structure: Structure | None, token_ids: Sequence[int]
-) -> tuple[Reading | None, Structure | None]:
-    """How the answer to a prompt is read, and what it has to follow, thoughts included."""
-    answers = runtime.answers
-    inside = answers.inside(runtime.tokenizer.decode_all(token_ids[-CONTEXT_IDS:]))
-    reading = answers.reading(use.names, inside=inside, only_first=not use.parallel)
-    if structure is None:
-        return reading, None
-    return reading, structure.replaced(answers.after_thoughts(structure.grammar, inside=inside))
-
-
 def routes(runtime: Runtime) -> APIRouter:
     router = APIRouter(tags=["chat"])
 
@@ -393,33 +355,23 @@ def routes(runtime: Runtime) -> APIRouter:
         template = runtime.require_chat_template()
         options = body.text_options(runtime.settings)
         ending, variables = body.ending(messages), body.variables(template, runtime.settings)
-        size = chat_size(messages, use.tools)
-        structure = _structure(runtime, use, body.structure(runtime.settings))
-        token_ids: Sequence[int]
-        segments: list[Span] = []
-        if mask == "turns":
-            if ending != "opened":
-                raise bad_request(
-                    "segment_mask turns needs the answer opened: it goes neither with "
-                    "continue_final_message nor with add_generation_prompt: false",
-                    "segment_mask",
-                )
-            token_ids, turns = await runtime.with_chat(
-                size, partial(template.encode_turns, messages, use.tools, variables=variables)
-            )
-            segments = turn_spans(turns)
-        else:
-            encode_chat = partial(
-                template.encode, messages, use.tools, ending=ending, variables=variables
-            )
-            token_ids = await runtime.with_chat(size, encode_chat)
+        chat = Chat(
+            messages,
+            use,
+            options,
+            mask,
+            asked=body.structure(runtime.settings),
+            ending=ending,
+            variables=variables,
+        )
+        chat.check()
+        token_ids, segments = await encode_chat(runtime, chat)
         wanted = body.max_completion_tokens or body.max_tokens
         token_ids = body.truncated(token_ids, wanted, model, spans=bool(segments))
-        reading, structure = _read_as(runtime, use, structure, token_ids)
-        if reading is not None:
-            options = replace(options, shown=reading.shown)
-        grammar = await runtime.checked(structure)
-        params = body.params(len(token_ids), model, runtime.settings, runtime.tokenizer, grammar)
+        reading = await read_answer(runtime, chat, token_ids)
+        params = body.params(
+            len(token_ids), model, runtime.settings, runtime.tokenizer, reading.grammar
+        )
         format = ChatFormat(
             served.name,
             runtime.tokenizer,
@@ -428,7 +380,6 @@ def routes(runtime: Runtime) -> APIRouter:
             reasoning=body.include_reasoning is not False,
             shown=body.shown,
         )
-        new_parser = reading.new_parser if reading is not None else None
         choices = start_choices(
             runtime,
             served,
@@ -437,13 +388,13 @@ def routes(runtime: Runtime) -> APIRouter:
                     token_ids,
                     params,
                     segments,
-                    context=token_ids[-8:] if ending == "continued" else (),
+                    context=chat.context(token_ids),
                     echo=Echo(messages[-1]["content"], token_ids) if body.echo else None,
-                    new_parser=new_parser,
+                    new_parser=reading.new_parser,
                 )
             ],
             n=body.n or 1,
-            options=options,
+            options=reading.options,
             salt=body.salt,
             priority=body.priority or 0,
         )
