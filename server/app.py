@@ -20,17 +20,18 @@ from headstart import __version__
 from headstart.engine.errors import HeadstartError
 from headstart.server.access_log import REQUEST_ID, AccessLog, request_id
 from headstart.server.answer_format import find_format
+from headstart.server.anthropic import messages
 from headstart.server.auth import Authorisation
 from headstart.server.engine_client import EngineClient
-from headstart.server.errors import APIError, to_api_error
+from headstart.server.errors import APIError, error_response, to_api_error
 from headstart.server.metrics import Metrics
 from headstart.server.openai import (
     adapters,
     chat,
-    chat_body,
     completions,
     embeddings,
     models,
+    responses,
     score,
     tokens,
 )
@@ -44,8 +45,11 @@ from headstart.server.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 BODIES: dict[str, type[BaseModel]] = {
-    "/v1/chat/completions": chat_body.ChatBody,
+    "/v1/chat/completions": chat.ChatBody,
     "/v1/completions": completions.CompletionBody,
+    "/v1/responses": responses.ResponsesBody,
+    "/v1/messages": messages.MessagesBody,
+    "/v1/messages/count_tokens": messages.CountTokensBody,
     "/v1/embeddings": embeddings.EmbeddingBody,
     "/v1/score": score.ScoreBody,
     "/v1/rerank": score.RerankBody,
@@ -116,14 +120,24 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("DELETE", "GET", "POST"),
             allow_headers=("*",),
             expose_headers=(REQUEST_ID, WARNING_HEADER.decode()),
         )
     app.add_middleware(AccessLog, line_format=settings.access_log_format)
     _add_error_handlers(app)
     app.include_router(_operations(runtime))
-    for group in (models, chat, completions, embeddings, score, adapters, tokens):
+    for group in (
+        models,
+        chat,
+        completions,
+        embeddings,
+        score,
+        adapters,
+        tokens,
+        responses,
+        messages,
+    ):
         app.include_router(group.routes(runtime))
     _describe_bodies(app)
     return app
@@ -203,11 +217,11 @@ def _operations(runtime: Runtime) -> APIRouter:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    async def known(_: Request, error: Exception) -> Response:
-        return to_api_error(error).response()
+    async def known(request: Request, error: Exception) -> Response:
+        return error_response(to_api_error(error), request.scope["path"])
 
     async def unknown(request: Request, error: Exception) -> Response:
-        response = to_api_error(error).response()
+        response = error_response(to_api_error(error), request.scope["path"])
         response.headers[REQUEST_ID] = request_id(request.scope)  # made outside the middleware
         return response
 
@@ -219,7 +233,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         elif error.status_code == 405:
             message = f"{request.method} is not allowed on {request.scope['path'][:200]!r}"
         headers = dict(error.headers) if error.headers else None
-        return APIError(error.status_code, message, headers=headers).response()
+        shown = APIError(error.status_code, message, headers=headers)
+        return error_response(shown, request.scope["path"])
 
     for kind in (APIError, HeadstartError, ValidationError):
         app.add_exception_handler(kind, known)

@@ -40,6 +40,8 @@ class ServerSettings:
     template_timeout:   how long it may take, seconds (400)
     max_tools:          tools in one request
     max_tool_bytes:     one of them as JSON
+    max_stored_responses: answers of /v1/responses kept; the least recently used go
+    max_stored_bytes:   these, as JSON, with their conversations
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
     pooling:            of prompts to vectors, where none is named; None: as the model declares
@@ -77,6 +79,8 @@ class ServerSettings:
     template_timeout: float = 5.0
     max_tools: int = 128
     max_tool_bytes: int = 64 * 1024
+    max_stored_responses: int = 1024
+    max_stored_bytes: int = 64 * MIB
     inline_chars: int = 8192
     segment_mask: str | None = None
     pooling: Pooling | None = None

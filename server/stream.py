@@ -22,14 +22,19 @@ class StopStrings:
     """Cuts a growing text at the stop string that is complete first (the longest, of those that
     end at the same place)."""
 
-    __slots__ = ("_held", "_include", "_stops", "hit")
+    __slots__ = ("_held", "_include", "_stops", "found")
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         """``include``: the stop string itself still belongs to the text."""
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
-        self.hit = False
+        self.found: str | None = None
+
+    @property
+    def hit(self) -> bool:
+        """Whether there was one: ``found``."""
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """The text that is certain now. Once ``hit``, nothing more comes."""
@@ -41,9 +46,9 @@ class StopStrings:
             cut = self._hold_from(text)
             self._held = text[cut:]
             return text[:cut]
-        self.hit = True
         self._held = ""
         end, start = found
+        self.found = text[start:end]
         return text[: end if self._include else start]
 
     def flush(self) -> str:
@@ -143,6 +148,11 @@ class TextAssembler:
         self._offsets: list[int] = []
         self.num_tokens = 0
         self.cached_tokens = 0
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that ended the text, if one did."""
+        return self._stops.found
 
     def push(self, output: Output) -> Delta:
         """The delta of one output. ``finish_reason`` "stop" for a stop string too: the stream has

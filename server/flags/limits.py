@@ -39,6 +39,8 @@ LIMITS = (
     Limit("--max-choice", "max_choice", "strings of one choice, in structured outputs"),
     Limit("--max-tools", "max_tools", "tools in one request"),
     Limit("--max-tool-size", "max_tool_bytes", "one of them as JSON", byte_size, "SIZE"),
+    Limit("--max-stored-responses", "max_stored_responses", "answers of /v1/responses kept"),
+    Limit("--max-stored-bytes", "max_stored_bytes", "these, as 64MiB", byte_size, "SIZE"),
     Limit("--max-segments", "max_segments", "spans of one segment_mask"),
     Limit("--max-contexts", "max_contexts", "ids in one /detokenize, in contexts of the model"),
     Limit(

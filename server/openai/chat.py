@@ -2,14 +2,338 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+import time
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
+import msgspec
+from fastapi import APIRouter, Request, Response
+from pydantic import FailFast, Field, WithJsonSchema
+
+from headstart.engine.messages import ModelInfo
+from headstart.engine.sampling_params import SamplingParams
 from headstart.server.access_log import name_request
-from headstart.server.openai.chat_body import ChatBody
-from headstart.server.openai.chat_format import ChatFormat
-from headstart.server.openai.chat_start import prepare_chat
-from headstart.server.openai.reply import Reply
+from headstart.server.answer import Part, Reasoning, Text
+from headstart.server.errors import bad_request
+from headstart.server.openai.chat_fields import ChatRendering
+from headstart.server.openai.chats import Chat, encode_chat, read_answer
+from headstart.server.openai.fields import (
+    REFUSED_IN_CHAT,
+    REFUSED_IN_MESSAGE,
+    Body,
+    GenerationBody,
+    LogprobCount,
+    Role,
+    fit_max_tokens,
+    refuse_extras,
+)
+from headstart.server.openai.logprobs import chat_logprobs, prompt_logprobs
+from headstart.server.openai.parts import message_of, shown_delta
+from headstart.server.openai.reply import DONE, Choice, Echo, Format, Reply, Usage
+from headstart.server.openai.segment_mask import (
+    NOT_DECLARED,
+    ChatMaskField,
+    chat_mask,
+)
+from headstart.server.openai.shown import Shown, TokenIdNames, TokenNames
+from headstart.server.openai.start import Prompt, start_choices
+from headstart.server.openai.tools import (
+    ToolCallsField,
+    ToolChoiceField,
+    ToolsField,
+    ToolUse,
+    checked_calls,
+    tool_use,
+)
 from headstart.server.runtime import Runtime
+from headstart.server.settings import ServerSettings
+from headstart.server.stream import Delta
+from headstart.server.templates import Message
+from headstart.server.tokenizer import Tokenizer
+
+encode = msgspec.json.encode
+
+ContentField = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+        mode="validation",
+    ),
+]
+
+
+class ChatMessage(Body):
+    """``content``: a string, or a list of ``{"type": "text", "text": ...}`` parts, joined by
+    newlines; null only beside ``tool_calls``. ``developer`` is what OpenAI calls ``system`` since
+    2024. ``reasoning``: vLLM's name for ``reasoning_content``."""
+
+    role: Role
+    content: ContentField = None
+    name: str | None = None
+    tool_calls: ToolCallsField = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    def plain(self, path: str) -> Message:
+        """The message as templates take it; raises APIError."""
+        refuse_extras(self.model_extra, REFUSED_IN_MESSAGE, f"{path}.")
+        calls = checked_calls(self.tool_calls, f"{path}.tool_calls")
+        content = self.content
+        if content is None:
+            if not calls:
+                raise bad_request(
+                    f"{path}.content is required", f"{path}.content", "missing_required_parameter"
+                )
+            content = ""
+        message: Message = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": _content_text(content, f"{path}.content"),
+        }
+        if self.name is not None:
+            message["name"] = self.name
+        reasoning = self.reasoning_content or self.reasoning
+        for role, field, value in (
+            ("assistant", "tool_calls", calls),
+            ("assistant", "reasoning_content", reasoning),
+            ("tool", "tool_call_id", self.tool_call_id),
+        ):
+            if value and self.role != role:
+                raise bad_request(f"{path}.{field} goes with the role {role!r}", f"{path}.{field}")
+            if value:
+                message[field] = value
+        if reasoning:
+            message["reasoning"] = reasoning  # templates know one name or the other
+        return message
+
+
+class ChatBody(ChatRendering, GenerationBody):
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: ToolsField = None
+    tool_choice: ToolChoiceField = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: LogprobCount | None = None
+    segment_mask: ChatMaskField = None
+    echo: bool | None = None
+
+    def check_chat(self, settings: ServerSettings) -> None:
+        """Raise APIError for what the types alone do not say."""
+        self.check(REFUSED_IN_CHAT, settings)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+        if self.echo and not self.continue_final_message:
+            raise bad_request("echo needs continue_final_message: true", "echo")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise bad_request(
+                f"max_completion_tokens is {both[1]} and max_tokens, its old name, {both[0]}",
+                "max_completion_tokens",
+            )
+
+    def tool_use(self, runtime: Runtime) -> ToolUse:
+        """What the answer may do with the tools; raises APIError."""
+        answers, settings = runtime.answers, runtime.settings
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls, answers, settings)
+
+    def params(
+        self,
+        num_prompt: int,
+        model: ModelInfo,
+        settings: ServerSettings,
+        tokenizer: Tokenizer,
+        grammar: str | None = None,
+    ) -> SamplingParams:
+        """The engine's view of the request."""
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        max_tokens = fit_max_tokens(
+            num_prompt, getattr(self, name), model, param=name, prompt_param="messages"
+        )
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer, grammar)
+
+
+def plain_messages(messages: Sequence[ChatMessage], settings: ServerSettings) -> list[Message]:
+    """The messages as templates take them; raises APIError, for too many of them, too."""
+    if len(messages) > settings.max_messages:
+        raise bad_request(
+            f"messages has {len(messages)} entries; at most {settings.max_messages} are allowed",
+            "messages",
+        )
+    plain = [message.plain(f"messages[{i}]") for i, message in enumerate(messages)]
+    _check_results(plain)
+    return plain
+
+
+def _check_results(messages: Sequence[Message]) -> None:
+    """Raise APIError for a tool's result that belongs to no call before it."""
+    called: set[str] = set()
+    for i, message in enumerate(messages):
+        called.update(call["id"] for call in message.get("tool_calls", ()))
+        if message["role"] != "tool":
+            continue
+        path = f"messages[{i}].tool_call_id"
+        if "tool_call_id" not in message:
+            raise bad_request(f"{path} is required", path, "missing_required_parameter")
+        if message["tool_call_id"] not in called:
+            raise bad_request(f"{path} is the id of no call before it", path)
+
+
+def _content_text(content: Any, path: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise bad_request(f"{path} must be a string or a list of parts", path)
+    texts: list[str] = []
+    for i, part in enumerate(content):
+        part_path = f"{path}[{i}]"
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise bad_request(f"{part_path} must be an object with a type", part_path)
+        if part["type"] != "text":
+            raise bad_request(
+                f"{part_path}: parts of type {part['type'][:40]!r} are not supported",
+                part_path,
+                "unsupported_parameter",
+            )
+        refuse_extras(
+            {key: value for key, value in part.items() if key not in ("type", "text")},
+            {},
+            f"{part_path}.",
+        )
+        if not isinstance(part.get("text"), str):
+            raise bad_request(f"{part_path}.text must be a string", f"{part_path}.text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class ChatFormat(Format):
+    """Bytes around text: everything but the text is encoded once per request.
+
+    ``reasoning``: thoughts are shown.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        prompt_logprobs: int | None,
+        reasoning: bool,
+        shown: Shown,
+    ) -> None:
+        """``prompt_logprobs``: how many of the likeliest tokens are shown, if any."""
+        self._head = {
+            "id": shown.answer_id("chatcmpl"),
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._prefix = b"data: " + encode(self._head)[:-1]
+        self._tokenizer = tokenizer
+        self._names: TokenNames = TokenIdNames() if shown.tokens_as_ids else tokenizer
+        self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
+        self._reasoning = reasoning
+        self._shown = shown
+        self.every_token = shown.token_ids
+        self._tail = (b'}],"usage":null}' if shown.usage else b"}]}") + b"\n\n"
+        self._plain_tail = b'},"logprobs":null,"finish_reason":null' + self._tail
+        self._choice_prefix: dict[int, bytes] = {}
+
+    def _start(self, choice: Choice) -> bytes:
+        prefix = self._choice_prefix.get(choice.index)
+        if prefix is None:
+            prefix = self._prefix + b',"choices":[{"index":%d,"delta":' % choice.index
+            self._choice_prefix[choice.index] = prefix
+        return prefix
+
+    def opening(self, choice: Choice) -> bytes:
+        start = self._start(choice) + b'{"role":"assistant","content":' + encode(choice.echoed)
+        if self._shown.plain:
+            return start + self._plain_tail
+        ids = b""
+        if self._shown.token_ids:
+            ids = b',"prompt_token_ids":' + encode(list(choice.prompt_token_ids))
+        none = b'},"logprobs":null,"finish_reason":null'
+        return start + none + self._shown.tail_of(choice, ids)
+
+    def event(self, choice: Choice, delta: Delta) -> bytes:
+        start = self._start(choice)
+        if delta.parts is not None:
+            return b"".join(self._part_events(choice, delta, delta.parts))
+        if delta.finish_reason is None and not self._logprobs and self._shown.plain:
+            return start + b'{"content":' + encode(delta.text) + self._plain_tail
+        shown = {"content": delta.text} if delta.text else {}
+        return self._event(choice, shown, delta, delta.finish_reason)
+
+    def _part_events(self, choice: Choice, delta: Delta, parts: Sequence[Part]) -> Iterator[bytes]:
+        """An event for each part; log-probabilities and token ids come with the first, the end with
+        the last."""
+        shown = [found for part in self._visible(parts) if (found := shown_delta(part))]
+        reason = delta.finish_reason
+        if not shown and (reason is not None or delta.logprobs or self.every_token):
+            shown = [{}]
+        for i, part in enumerate(shown):
+            end = reason if i == len(shown) - 1 else None
+            yield self._event(choice, part, delta if i == 0 else None, end)
+
+    def _event(
+        self, choice: Choice, shown: dict[str, Any], delta: Delta | None, reason: str | None
+    ) -> bytes:
+        """``delta``: whose log-probabilities and token ids are shown; None for none."""
+        tokens = delta.logprobs if delta is not None else None
+        logprobs = chat_logprobs(self._names, tokens or ()) if self._logprobs else None
+        return b"".join(
+            (
+                self._start(choice),
+                encode(shown),
+                b',"logprobs":',
+                encode(logprobs),
+                b',"finish_reason":',
+                encode(reason),
+                self._shown.ids_of(delta.token_ids if delta is not None else ()),
+                self._shown.tail_of(choice),
+            )
+        )
+
+    def _visible(self, parts: Sequence[Part]) -> Sequence[Part]:
+        if self._reasoning:
+            return parts
+        return [part for part in parts if not isinstance(part, Reasoning)]
+
+    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        if not self._shown.usage:
+            return DONE
+        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n" + DONE
+
+    def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        answers = [
+            {
+                "index": choice.index,
+                "message": message_of(
+                    [Text(choice.text)]
+                    if choice.parser is None
+                    else [Text(choice.echoed), *self._visible(choice.parts)]
+                ),
+                "logprobs": (
+                    chat_logprobs(self._names, choice.logprobs) if self._logprobs else None
+                ),
+                "finish_reason": choice.finish_reason,
+                **({"token_ids": choice.token_ids} if self._shown.token_ids else {}),
+            }
+            for choice in choices
+        ]
+        head = self._head | {"object": "chat.completion"}
+        if self._shown.token_ids:
+            head["prompt_token_ids"] = list(choices[0].prompt_token_ids)
+        answer = head | {"choices": answers, "usage": usage.json()}
+        if self._prompt_logprobs is not None:
+            scores, count = choices[0].scores, self._prompt_logprobs
+            answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, scores, count)
+        return encode(answer)
 
 
 def routes(runtime: Runtime) -> APIRouter:
@@ -22,21 +346,59 @@ def routes(runtime: Runtime) -> APIRouter:
         deadline = runtime.deadline(request, body.timeout)
         if body.request_id is not None:
             name_request(request.scope, body.request_id)
-        chat = await prepare_chat(runtime, body)
+        served = runtime.served(body.model)
+        body.check_chat(runtime.settings)
+        mask = chat_mask(body.segment_mask) or served.chat_mask
+        messages = plain_messages(body.messages, runtime.settings)
+        use = body.tool_use(runtime)
+        model = runtime.require_model()
+        template = runtime.require_chat_template()
+        options = body.text_options(runtime.settings)
+        ending, variables = body.ending(messages), body.variables(template, runtime.settings)
+        chat = Chat(
+            messages,
+            use,
+            options,
+            mask,
+            asked=body.structure(runtime.settings),
+            ending=ending,
+            variables=variables,
+        )
+        chat.check()
+        token_ids, segments = await encode_chat(runtime, chat)
+        wanted = body.max_completion_tokens or body.max_tokens
+        token_ids = body.truncated(token_ids, wanted, model, spans=bool(segments))
+        reading = await read_answer(runtime, chat, token_ids)
+        params = body.params(
+            len(token_ids), model, runtime.settings, runtime.tokenizer, reading.grammar
+        )
         format = ChatFormat(
-            chat.served.name,
+            served.name,
             runtime.tokenizer,
-            logprobs=chat.params.logprobs is not None,
+            logprobs=params.logprobs is not None,
             prompt_logprobs=body.prompt_logprobs,
             reasoning=body.include_reasoning is not False,
             shown=body.shown,
         )
-        return Reply(
-            chat.start(runtime),
-            format,
-            stream=bool(body.stream),
-            warning=chat.warning,
-            deadline=deadline,
+        choices = start_choices(
+            runtime,
+            served,
+            [
+                Prompt(
+                    token_ids,
+                    params,
+                    segments,
+                    context=chat.context(token_ids),
+                    echo=Echo(messages[-1]["content"], token_ids) if body.echo else None,
+                    new_parser=reading.new_parser,
+                )
+            ],
+            n=body.n or 1,
+            options=reading.options,
+            salt=body.salt,
+            priority=body.priority or 0,
         )
+        warning = NOT_DECLARED if mask == "turns" and not served.for_segments else None
+        return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)
 
     return router

@@ -29,7 +29,7 @@ from headstart.server.openai.logprobs import (
     text_offsets,
 )
 from headstart.server.openai.prompts import PromptField, check_vocabulary, given_prompts
-from headstart.server.openai.reply import Choice, Echo, Format, Reply, Usage
+from headstart.server.openai.reply import DONE, Choice, Echo, Format, Reply, Usage
 from headstart.server.openai.segment_mask import (
     NOT_DECLARED,
     CompletionMaskField,
@@ -227,10 +227,10 @@ class CompletionFormat(Format):
             "prompt_token_ids": list(choice.prompt_token_ids),
         }
 
-    def usage_event(self, usage: Usage) -> bytes:
+    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         if not self._shown.usage:
-            return b""
-        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n"
+            return DONE
+        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n" + DONE
 
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         answers = [

@@ -218,25 +218,7 @@ class GenerationBody(Body):
 
     def stops(self, settings: ServerSettings) -> tuple[str, ...]:
         """The stop strings; raises APIError."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        if stops is None:
-            return ()
-        if not isinstance(stops, list):
-            raise bad_request("stop must be a string or a list of strings", "stop")
-        if len(stops) > settings.max_stop:
-            raise bad_request(
-                f"stop has {len(stops)} strings; at most {settings.max_stop} are allowed", "stop"
-            )
-        for i, stop in enumerate(stops):
-            path = "stop" if isinstance(self.stop, str) else f"stop[{i}]"
-            if not isinstance(stop, str):
-                raise bad_request(f"{path} must be a string", path)
-            if not 1 <= len(stop) <= settings.max_stop_chars:
-                raise bad_request(
-                    f"{path} must have 1 to {settings.max_stop_chars} characters, not {len(stop)}",
-                    path,
-                )
-        return tuple(stops)
+        return checked_stops(self.stop, "stop", settings)
 
     def text_options(self, settings: ServerSettings) -> TextOptions:
         """How tokens become the answer's text; raises APIError."""
@@ -373,6 +355,29 @@ def truncated(token_ids: Sequence[int], most: int | None, room: int) -> Sequence
             "truncate_prompt_tokens must be -1 or at least 1", "truncate_prompt_tokens"
         )
     return token_ids if most is None else token_ids[-(room if most == -1 else most) :]
+
+
+def checked_stops(value: Any, name: str, settings: ServerSettings) -> tuple[str, ...]:
+    """The stop strings of the field ``name``; raises APIError."""
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list):
+        raise bad_request(f"{name} must be a string or a list of strings", name)
+    if len(stops) > settings.max_stop:
+        raise bad_request(
+            f"{name} has {len(stops)} strings; at most {settings.max_stop} are allowed", name
+        )
+    for i, stop in enumerate(stops):
+        path = name if isinstance(value, str) else f"{name}[{i}]"
+        if not isinstance(stop, str):
+            raise bad_request(f"{path} must be a string", path)
+        if not 1 <= len(stop) <= settings.max_stop_chars:
+            raise bad_request(
+                f"{path} must have 1 to {settings.max_stop_chars} characters, not {len(stop)}",
+                path,
+            )
+    return tuple(stops)
 
 
 def refuse_extras(

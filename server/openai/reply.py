@@ -25,10 +25,10 @@ from starlette.types import Receive, Scope, Send
 
 from headstart.engine.messages import Output, ScoredToken, TokenLogprobs
 from headstart.server.access_log import note_usage
-from headstart.server.answer import AnswerParser, Part
+from headstart.server.answer import AnswerParser, Part, Reasoning
 from headstart.server.deadline import Deadline
 from headstart.server.engine_client import Stream
-from headstart.server.errors import APIError, to_api_error, unavailable
+from headstart.server.errors import APIError, error_response, to_api_error, unavailable
 from headstart.server.metrics import ChoiceTimer
 from headstart.server.stream import Delta, TextAssembler
 
@@ -58,7 +58,8 @@ class Choice:
     """One choice of an answer on its way: an engine stream and the text so far.
 
     ``prompt`` is the index of its prompt; ``scores`` are those of the prompt's tokens, if wanted.
-    ``parser`` tells the ``parts`` of the text; None: it has none.
+    ``parser`` tells the ``parts`` of the text; None: it has none. ``answers``: it has had a part
+    that is no thought; ``thought_tokens`` are those before.
     """
 
     index: int
@@ -77,6 +78,8 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     opened: bool = False
+    answers: bool = False
+    thought_tokens: int = 0
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -109,6 +112,9 @@ class Choice:
         if parser.done or (parser.calls_tools and delta.finish_reason == "stop"):
             delta.finish_reason = "tool_calls"
         delta.parts = parts
+        self.answers = self.answers or not all(isinstance(part, Reasoning) for part in parts)
+        if not self.answers:
+            self.thought_tokens += len(delta.token_ids)
 
     def push(self, delta: Delta) -> None:
         """Keep a delta for an answer that is sent whole."""
@@ -161,8 +167,12 @@ class Format(Protocol):
     def event(self, choice: Choice, delta: Delta) -> bytes:
         """The events of one delta; empty when it has no part that is certain."""
 
-    def usage_event(self, usage: Usage) -> bytes:
-        """The event after all choices; empty when the client did not ask for it."""
+    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        """The events after all choices, which end the stream."""
+
+    def failure(self, error: APIError) -> bytes:
+        """The events that end a stream in which something went wrong."""
+        return b"data: " + error.body() + b"\n\n" + DONE
 
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """The whole answer as JSON."""
@@ -231,9 +241,9 @@ class Reply(Response):
         if shown.status == 500:
             logger.error("request failed", exc_info=error)
         if not self._started:
-            await shown.response()(scope, receive, send)
+            await error_response(shown, scope["path"])(scope, receive, send)
         elif self._stream:
-            event = b"data: " + shown.body() + b"\n\n" + DONE
+            event = self._format.failure(shown)
             await send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _whole(self, send: Send) -> None:
@@ -250,7 +260,7 @@ class Reply(Response):
 
     async def _stream_all(self, send: Send) -> None:
         await self._each_choice(self._stream_one, send)
-        last = self._format.usage_event(Usage.of(self._choices)) + DONE
+        last = self._format.ending(self._choices, Usage.of(self._choices))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _each_choice(self, work: Any, send: Send) -> None:

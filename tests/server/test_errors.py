@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headstart.server.app import create_app
-from headstart.server.openai.chat_body import ChatBody
+from headstart.server.openai.chat import ChatBody
 from headstart.server.openai.completions import CompletionBody
 from headstart.server.openai.fields import REFUSED_IN_CHAT
 from headstart.server.tokenizer import Tokenizer

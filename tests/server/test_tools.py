@@ -346,8 +346,8 @@ def function(**fields):
     ("fields", "param", "words"),
     [
         ({"tools": LOOK}, "tools", "a list of tools"),
-        ({"tools": [LOOK, 3]}, "tools[1]", "an object of type"),
-        ({"tools": [LOOK, LOOK]}, "tools[1]", "given twice"),
+        ({"tools": [LOOK, 3]}, "tools[1]", "an object"),
+        ({"tools": [LOOK, LOOK]}, "tools[1].function.name", "given twice"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function", "a name"),
         ({"tools": function(name="a b")}, "tools[0].function.name", "1 to 64 characters"),
         ({"tools": function(name="a" * 65)}, "tools[0].function.name", "1 to 64 characters"),
