@@ -113,7 +113,6 @@ class Sampler:
         self._vocab_size = vocab_size
         self._argmax = argmax
         self._eos_token_ids = tuple(eos_token_ids)
-        self._rooms: dict[str, Tensor] = {}
 
     def launch(
         self, logits: Tensor, entries: list[ScheduledSequence], masks: Masks | None = None
@@ -187,11 +186,7 @@ class Sampler:
         ``masked``: the masks of grammars, by row.
         """
         chosen = torch.tensor(rows, device=logits.device)
-        copy = self._room("copy", len(rows), self._vocab_size)
-        if logits.device.type == "cpu":
-            torch.index_select(logits, 0, chosen, out=copy)
-        else:
-            copy.copy_(logits.index_select(0, chosen))
+        copy = logits.index_select(0, chosen).cpu()
         for values, row in zip(copy.numpy(), rows, strict=True):
             seq = sequences[row]
             if seq.params.logit_bias:
@@ -204,8 +199,7 @@ class Sampler:
         places = [i for i, row in enumerate(rows) if row in masked]
         if places:
             bits = np.stack([masked[rows[i]] for i in places])
-            room = self._room("bans", len(places), 32 * bits.shape[1])
-            each = bans(bits, self._vocab_size, room)
+            each = bans(bits, self._vocab_size)
             # Added, not set: a NaN stays one.
             if len(places) == len(rows):
                 copy += each
@@ -213,20 +207,11 @@ class Sampler:
                 copy.index_add_(0, torch.tensor(places), each)
         return copy
 
-    def _room(self, name: str, rows: int, width: int) -> Tensor:
-        """Memory for float32 ``[rows, width]``, the same whenever ``name`` asks: fresh memory costs
-        a page fault every 4 KB."""
-        room = self._rooms.get(name)
-        if room is None or len(room) < rows * width:
-            room = self._rooms[name] = torch.empty(rows * width)
-        return room[: rows * width].view(rows, width)
-
     def _draw(self, logits: Tensor, sequences: list[Sequence]) -> list[int | None]:
         n, vocab = logits.shape
         best = logits.amax(-1, keepdim=True)
         # Padded to whole blocks with tokens of weight 0.
-        weights = self._room("weights", n, -(-vocab // _BLOCK) * _BLOCK)
-        weights[:, vocab:] = float("-inf")
+        weights = logits.new_full((n, -(-vocab // _BLOCK) * _BLOCK), float("-inf"))
         torch.sub(logits, best, out=weights[:, :vocab])
         weights.div_(torch.tensor([[seq.params.temperature] for seq in sequences])).exp_()
         finite = best.squeeze(1).isfinite().tolist()
@@ -292,15 +277,14 @@ def forbidden(seq: Sequence, num_output: int, eos_token_ids: tuple[int, ...]) ->
     return list(dict.fromkeys(ids))
 
 
-def bans(bits: Mask, vocab_size: int, out: Tensor) -> Tensor:
+def bans(bits: Mask, vocab_size: int) -> Tensor:
     """0 for tokens that may come, -inf for others: float32 ``[rows, vocab]``, to add to logits.
 
-    bits: int32 ``[rows, ceil(vocab / 32)]``, as in ``Masks``. out: where to write, float32 with 32
-    entries for each word of it.
+    bits: int32 ``[rows, ceil(vocab / 32)]``, as in ``Masks``.
     """
-    octets = torch.from_numpy(bits.view(np.uint8)).int().view(-1)
-    torch.index_select(_OCTET_BANS, 0, octets, out=out.view(-1, 8))  # unlike numpy's, threaded
-    return out.view(len(bits), -1)[:, :vocab_size]
+    octets = torch.from_numpy(bits.view(np.uint8)).int()
+    lowered = torch.nn.functional.embedding(octets, _OCTET_BANS)  # unlike numpy's take, threaded
+    return lowered.view(len(bits), -1)[:, :vocab_size]
 
 
 def checked_shape(logits: Tensor, n: int, vocab: int) -> None:
