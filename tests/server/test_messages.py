@@ -12,6 +12,7 @@ import pydantic
 import pytest
 import tokenizers
 
+from headstart.server.anthropic.messages import MessagesBody
 from headstart.server.app import create_app
 from headstart.server.keys import Keys
 from headstart.server.settings import ServerSettings
@@ -326,6 +327,16 @@ async def test_what_is_refused(ask, engine, fields, named):
     assert body["error"]["type"] == "invalid_request_error"
     assert named in body["error"]["message"]
     assert not engine.added
+
+
+ODD = (1, "x", [], {}, [1], [[]], [None], [{}], {"type": []}, {"type": {}}, {"format": 1})
+
+
+@pytest.mark.parametrize("field", sorted(MessagesBody.model_fields))
+async def test_odd_values_are_no_internal_errors(ask, build, field):
+    app = build()
+    for value in (*ODD, [{"type": []}], [{"role": "user", "content": [{"type": {}}]}]):
+        assert (await ask(app=app, **{field: value})).status_code < 500, value
 
 
 async def test_errors_have_anthropics_shape(ask, engine, build):

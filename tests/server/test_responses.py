@@ -15,6 +15,7 @@ import tokenizers
 from headstart.server.app import create_app
 from headstart.server.keys import Keys
 from headstart.server.openai.response_store import ResponseStore, StoredResponse
+from headstart.server.openai.responses import ResponsesBody
 from headstart.server.settings import ServerSettings
 from headstart.server.tokenizer import Tokenizer
 
@@ -299,6 +300,7 @@ def test_the_store_is_bounded():
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"input": []}, "input"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         (
@@ -327,6 +329,16 @@ async def test_what_is_refused(ask, engine, fields, param):
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
     assert not engine.added
+
+
+ODD = (1, "x", [], {}, [1], [[]], [None], [{}], {"type": []}, {"type": {}}, {"format": 1})
+
+
+@pytest.mark.parametrize("field", sorted(ResponsesBody.model_fields))
+async def test_odd_values_are_no_internal_errors(ask, build, field):
+    app = build()
+    for value in (*ODD, [{"type": []}], [{"role": "user", "content": [{"type": {}}]}]):
+        assert (await ask(app=app, **{field: value})).status_code < 500, value
 
 
 async def test_effort_goes_to_templates_that_read_it(ask, build, engine):
