@@ -22,19 +22,15 @@ class StopStrings:
     """Cuts a growing text at the stop string that is complete first (the longest, of those that
     end at the same place)."""
 
-    __slots__ = ("_held", "_include", "_stops", "found")
+    __slots__ = ("_held", "_include", "_stops", "found", "hit")
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         """``include``: the stop string itself still belongs to the text."""
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
+        self.hit = False
         self.found: str | None = None
-
-    @property
-    def hit(self) -> bool:
-        """Whether there was one: ``found``."""
-        return self.found is not None
 
     def push(self, text: str) -> str:
         """The text that is certain now. Once ``hit``, nothing more comes."""
@@ -48,7 +44,7 @@ class StopStrings:
             return text[:cut]
         self._held = ""
         end, start = found
-        self.found = text[start:end]
+        self.hit, self.found = True, text[start:end]
         return text[: end if self._include else start]
 
     def flush(self) -> str:

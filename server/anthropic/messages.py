@@ -132,7 +132,7 @@ class CountTokensBody(Body):
             functions.append(({to: tool[key] for key, to in names.items() if key in tool}, path))
         choice = {"type": "auto"} if self.tool_choice is None else self.tool_choice
         kind = choice.get("type") if isinstance(choice, dict) else None
-        if not isinstance(choice, dict) or kind not in _CHOICES:
+        if not isinstance(choice, dict) or not isinstance(kind, str) or kind not in _CHOICES:
             raise bad_request("tool_choice.type must be auto, any, tool or none", "tool_choice")
         known = ("type", "disable_parallel_tool_use", *(("name",) if kind == "tool" else ()))
         refuse_extras({k: v for k, v in choice.items() if k not in known}, {}, "tool_choice.")

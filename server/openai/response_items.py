@@ -40,6 +40,8 @@ def add_input(conversation: Conversation, value: Any, settings: ServerSettings) 
         )
     for i, item in enumerate(value):
         _add_item(conversation, item, f"input[{i}]")
+    if not conversation.messages:
+        raise bad_request("input has no message", "input")
 
 
 def _add_item(conversation: Conversation, item: Any, path: str) -> None:
