@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -66,7 +67,8 @@ def create_app(
     """An ASGI app that starts the engine when it starts, and stops it when it stops.
 
     The app answers at once; /health is 503 until the engine is ready. ``on_start_failure`` is told
-    when it never will be. ``app.state.runtime`` is the app's Runtime.
+    when it never will be. ``app.state.runtime`` is the app's Runtime, ``app.state.post_paths`` what
+    takes a POST.
     """
     settings = settings or ServerSettings()
     template = ChatTemplate(tokenizer) if tokenizer.chat_template is not None else None
@@ -120,10 +122,20 @@ def create_app(
     app.add_middleware(AccessLog, line_format=settings.access_log_format)
     _add_error_handlers(app)
     app.include_router(_operations(runtime))
-    for group in (models, chat, completions, embeddings, score, adapters, tokens):
-        app.include_router(group.routes(runtime))
+    groups = [
+        group.routes(runtime)
+        for group in (models, chat, completions, embeddings, score, adapters, tokens)
+    ]
+    for router in groups:
+        app.include_router(router)
+    app.state.post_paths = _post_paths(groups)
     _describe_bodies(app)
     return app
+
+
+def _post_paths(routers: Sequence[APIRouter]) -> frozenset[str]:
+    routes = [route for router in routers for route in router.routes]
+    return frozenset(r.path for r in routes if isinstance(r, APIRoute) and "POST" in r.methods)
 
 
 async def _start(engine: EngineClient, on_failure: Callable[[HeadstartError], None] | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from headstart.engine.config import EngineConfig, default_home
@@ -42,42 +43,6 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
     http.add_argument("--host", default="127.0.0.1", help="address to listen on")
     http.add_argument("--port", type=port_number, default=8000, help="0 picks a free one")
     http.add_argument(
-        "--served-model-name",
-        nargs="+",
-        metavar="NAME",
-        help="names clients may use; answers carry the first (default: from MODEL)",
-        default=argparse.SUPPRESS,
-    )
-    http.add_argument(
-        "--max-body-size",
-        type=byte_size,
-        default=limits.max_body_bytes,
-        help="largest request body, bytes or 8MiB",
-    )
-    http.add_argument("--max-n", type=positive, default=limits.max_n, help="largest n")
-    http.add_argument(
-        "--max-prompts",
-        type=positive,
-        default=limits.max_prompts,
-        help="most prompts in one request",
-    )
-    http.add_argument(
-        "--max-choices",
-        type=positive,
-        default=limits.max_choices,
-        help="most choices in one request, prompts times n",
-    )
-    http.add_argument(
-        "--max-stop", type=positive, default=limits.max_stop, help="most stop strings"
-    )
-    http.add_argument(
-        "--pooling",
-        choices=POOLINGS,
-        help="which hidden state is the vector of a prompt: its last token's, the mean of all, its "
-        "first token's (default: what the model's sentence-transformers settings say, else last)",
-        default=argparse.SUPPRESS,
-    )
-    http.add_argument(
         "--shutdown-timeout",
         type=positive,
         default=30,
@@ -109,6 +74,52 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
         default=limits.body_timeout,
         metavar="SECONDS",
         help="how long a request may take to send its body",
+    )
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What the model is called, and what its vectors are."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names clients may use; answers carry the first (default: from MODEL)",
+        default=argparse.SUPPRESS,
+    )
+    group.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="which hidden state is the vector of a prompt: its last token's, the mean of all, its "
+        "first token's (default: what the model's sentence-transformers settings say, else last)",
+        default=argparse.SUPPRESS,
+    )
+
+
+def add_limit_flags(parser: argparse.ArgumentParser) -> None:
+    limits = ServerSettings()
+    group = parser.add_argument_group("limits: the most that one request may ask for")
+    group.add_argument(
+        "--max-body-size",
+        type=byte_size,
+        default=limits.max_body_bytes,
+        help="largest request body, bytes or 8MiB",
+    )
+    group.add_argument("--max-n", type=positive, default=limits.max_n, help="largest n")
+    group.add_argument(
+        "--max-prompts",
+        type=positive,
+        default=limits.max_prompts,
+        help="most prompts in one request",
+    )
+    group.add_argument(
+        "--max-choices",
+        type=positive,
+        default=limits.max_choices,
+        help="most choices in one request, prompts times n",
+    )
+    group.add_argument(
+        "--max-stop", type=positive, default=limits.max_stop, help="most stop strings"
     )
 
 
@@ -279,7 +290,10 @@ def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-loras", type=positive, default=32, metavar="N", help="adapters loaded at a time"
     )
-    group.add_argument(
+
+
+def add_lora_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--lora-dir",
         type=existing_folder,
         metavar="DIR",
@@ -426,6 +440,20 @@ def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
 
 def server_settings(args: argparse.Namespace) -> ServerSettings:
     """The server's share of the flags."""
+    return replace(
+        answer_settings(args),
+        lora_dir=getattr(args, "lora_dir", None),
+        body_timeout=args.body_timeout,
+        keys=Keys.of(
+            api=_keys(args, "api", API_KEY_VARIABLE), admin=_keys(args, "admin", ADMIN_KEY_VARIABLE)
+        ),
+        allowed_origins=tuple(getattr(args, "allowed_origins", ())),
+        access_log_format=args.access_log_format,
+    )
+
+
+def answer_settings(args: argparse.Namespace) -> ServerSettings:
+    """What decides answers, however requests come in: limits, masks, formats."""
     return ServerSettings(
         max_body_bytes=args.max_body_size,
         max_n=args.max_n,
@@ -434,15 +462,8 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
         max_stop=args.max_stop,
         segment_mask=getattr(args, "segment_mask", None),
         pooling=getattr(args, "pooling", None),
-        lora_dir=getattr(args, "lora_dir", None),
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
-        body_timeout=args.body_timeout,
-        keys=Keys.of(
-            api=_keys(args, "api", API_KEY_VARIABLE), admin=_keys(args, "admin", ADMIN_KEY_VARIABLE)
-        ),
-        allowed_origins=tuple(getattr(args, "allowed_origins", ())),
-        access_log_format=args.access_log_format,
     )
 
 
