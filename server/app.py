@@ -135,7 +135,8 @@ def create_app(
 
 def _post_paths(routers: Sequence[APIRouter]) -> frozenset[str]:
     routes = [route for router in routers for route in router.routes]
-    return frozenset(r.path for r in routes if isinstance(r, APIRoute) and "POST" in r.methods)
+    found = [route for route in routes if isinstance(route, APIRoute)]
+    return frozenset(route.path for route in found if "POST" in (route.methods or ()))
 
 
 async def _start(engine: EngineClient, on_failure: Callable[[HeadstartError], None] | None) -> None:

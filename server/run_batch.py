@@ -256,7 +256,7 @@ class BatchInput:
         self._seen.add(custom_id)
         if line.method != "POST":
             raise BadLine(f"method has to be 'POST', not {line.method!r:.80}", custom_id)
-        if line.url not in self._urls:
+        if not isinstance(line.url, str) or line.url not in self._urls:
             known = ", ".join(sorted(self._urls))
             raise BadLine(f"url {line.url!r:.80} is none of {known}", custom_id)
         if body.stream not in (None, False):
@@ -315,6 +315,9 @@ class Batch:
             response = await self._client.post(
                 request.url, content=request.body, headers={"content-type": "application/json"}
             )
+            # The app answers a request that is cancelled with a 503, and goes on.
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise asyncio.CancelledError
             if response.status_code != 503 or tries_again == MAX_TRIES_AGAIN:
                 return response
             tries_again += 1
