@@ -161,6 +161,7 @@ class Engine:
             hidden_size=model.hidden_size,
             page_size=backend.page_size,
             num_pages=num_pages,
+            max_running=loaded.max_running,
             eos_token_ids=list(model.eos_token_ids),
             backend=loaded.device,
             weights=loaded.weights,

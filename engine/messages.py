@@ -164,6 +164,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     weights: str
     version: str
+    max_running: int = 64  # sequences computed in one step
     segment_mask: str | None = None  # what its config declares
     pooling: Pooling | None = None
     adapters: list[AdapterInfo] = []  # loaded at start-up

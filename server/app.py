@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -72,7 +73,8 @@ def create_app(
     """An ASGI app that starts the engine when it starts, and stops it when it stops.
 
     The app answers at once; /health is 503 until the engine is ready. ``on_start_failure`` is told
-    when it never will be. ``app.state.runtime`` is the app's Runtime.
+    when it never will be. ``app.state.runtime`` is the app's Runtime, ``app.state.post_paths`` what
+    takes a POST.
     """
     settings = settings or ServerSettings()
     template = _chat_template(tokenizer, settings)
@@ -127,18 +129,23 @@ def create_app(
     app.add_middleware(AccessLog, line_format=settings.access_log_format)
     _add_error_handlers(app)
     app.include_router(_operations(runtime))
-    for group in (
-        models,
-        chat,
-        completions,
-        embeddings,
-        score,
-        adapters,
-        tokens,
-        responses,
-        messages,
-    ):
-        app.include_router(group.routes(runtime))
+    groups = [
+        group.routes(runtime)
+        for group in (
+            models,
+            chat,
+            completions,
+            embeddings,
+            score,
+            adapters,
+            tokens,
+            responses,
+            messages,
+        )
+    ]
+    for router in groups:
+        app.include_router(router)
+    app.state.post_paths = _post_paths(groups)
     _describe_bodies(app)
     return app
 
@@ -148,6 +155,12 @@ def _chat_template(tokenizer: Tokenizer, settings: ServerSettings) -> ChatTempla
         return None
     limits = TemplateLimits(settings.template_timeout, settings.max_template_chars)
     return ChatTemplate(tokenizer, limits)
+
+
+def _post_paths(routers: Sequence[APIRouter]) -> frozenset[str]:
+    routes = [route for router in routers for route in router.routes]
+    found = [route for route in routes if isinstance(route, APIRoute)]
+    return frozenset(route.path for route in found if "POST" in (route.methods or ()))
 
 
 async def _start(engine: EngineClient, on_failure: Callable[[HeadstartError], None] | None) -> None:

@@ -1,4 +1,4 @@
-"""The ``headstart`` command: serve a model, pull one, plan a batch, be a rank of a chain.
+"""The ``headstart`` command: serve a model, answer a file, pull, plan, be a rank of a chain.
 
 Errors that a user can act on are one line on stderr and exit status 1; wrong usage exits 2.
 """
@@ -6,12 +6,14 @@ Errors that a user can act on are one line on stderr and exit status 1; wrong us
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -20,18 +22,19 @@ from headstart.engine.errors import ConfigError, HeadstartError
 from headstart.engine.runahead.placement import Placement
 from headstart.server.flag_values import host_port, positive
 from headstart.server.flags.access import add_access_flags, certificate
-from headstart.server.flags.adapters import adapters, add_adapter_flags
+from headstart.server.flags.adapters import adapters, add_adapter_flags, add_lora_dir
 from headstart.server.flags.answers import add_answer_flags
 from headstart.server.flags.engine import add_cache_dir, add_engine_flags, add_parallel_flags
-from headstart.server.flags.http import add_http_flags, model_names
+from headstart.server.flags.http import add_http_flags
 from headstart.server.flags.limits import add_limit_flags
+from headstart.server.flags.model import add_model_flags, model_names
 from headstart.server.flags.runahead import (
     SECRET_VARIABLE,
     add_runahead_flags,
     add_runahead_rank_flags,
     runahead_secret,
 )
-from headstart.server.flags.settings import engine_config, server_settings
+from headstart.server.flags.settings import answer_settings, engine_config, server_settings
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +66,47 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("model", metavar="MODEL", help="name, hub id, or path of a model")
     add_cache_dir(serve)
     add_http_flags(serve)
+    add_model_flags(serve)
     add_limit_flags(serve)
     add_access_flags(serve)
     add_engine_flags(serve)
     add_adapter_flags(serve)
+    add_lora_dir(serve)
     add_answer_flags(serve)
     add_parallel_flags(serve)
     add_runahead_flags(serve)
+
+    batch = commands.add_parser(
+        "run-batch",
+        help="answer the requests of a file",
+        description="Answers each line of INPUT, a request in OpenAI's batch format, with a line "
+        "of OUTPUT, in the order in which they end. Exit status 1 if any line failed.",
+        formatter_class=formatter,
+    )
+    batch.set_defaults(run=run_batch, refuse=batch.error)
+    batch.add_argument("input", metavar="INPUT", type=Path, help="a JSON object per line")
+    batch.add_argument("output", metavar="OUTPUT", type=Path, help="file to write")
+    batch.add_argument("--model", default="smollm2-135m", help="as MODEL of serve")
+    batch.add_argument(
+        "--concurrency",
+        type=positive,
+        metavar="N",
+        help="lines at a time (default: as many as --max-running)",
+        default=argparse.SUPPRESS,
+    )
+    batch.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an OUTPUT that exists: what it has is not asked again",
+    )
+    add_cache_dir(batch)
+    add_model_flags(batch)
+    add_limit_flags(batch)
+    add_engine_flags(batch)
+    add_adapter_flags(batch)
+    add_answer_flags(batch)
+    add_parallel_flags(batch)
+    add_runahead_flags(batch)
 
     plan = commands.add_parser(
         "plan",
@@ -209,6 +246,52 @@ def run_serve(args: argparse.Namespace) -> int:
     if failures:
         raise failures[0]
     return 0
+
+
+def run_batch(args: argparse.Namespace) -> int:
+    """``headstart run-batch``."""
+    adapters(args)
+    if args.runahead is None:
+        raise ConfigError("--runahead env is for servers; name a number of processes")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level="WARNING", format="%(levelname)s: %(message)s", stream=sys.stderr)
+    from headstart.engine.client import EngineClient
+    from headstart.engine.models.store import resolve
+    from headstart.server import run_batch as batch
+    from headstart.server.app import create_app
+    from headstart.server.batch_progress import Progress
+    from headstart.server.tokenizer import Tokenizer
+
+    output = batch.BatchOutput(args.output, resume=args.resume)
+    folder = resolve(args.model, args.cache_dir, ProgressLines())
+    failures: list[HeadstartError] = []
+
+    async def run() -> batch.Tally:
+        app = create_app(
+            EngineClient(engine_config(args, folder)),
+            Tokenizer.from_folder(folder),
+            model_names=model_names(args),
+            settings=answer_settings(args),
+            on_start_failure=failures.append,
+        )
+        return await batch.run_batch(
+            app,
+            failures,
+            args.input,
+            output,
+            concurrency=getattr(args, "concurrency", None),
+            progress=Progress(sys.stderr),
+        )
+
+    try:
+        tally = asyncio.run(run())
+    except asyncio.CancelledError:
+        print(f"headstart: stopped; --resume goes on with {args.output}", file=sys.stderr)
+        return 130
+    finally:
+        output.close()
+    print(f"headstart: {tally}", file=sys.stderr)
+    return tally.status
 
 
 def run_rank(args: argparse.Namespace, placement: Placement | None = None) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from headstart.server.flag_values import existing_folder, named_folder, positive
-from headstart.server.flags.http import model_names
+from headstart.server.flags.model import model_names
 
 
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,10 @@ def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-loras", type=positive, default=32, metavar="N", help="adapters loaded at a time"
     )
-    group.add_argument(
+
+
+def add_lora_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--lora-dir",
         type=existing_folder,
         metavar="DIR",

@@ -1,9 +1,8 @@
-"""Where the server listens, what it is called, what it logs, and how long it waits."""
+"""Where the server listens, what it logs, and how long it waits."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from headstart.server.flag_values import port_number, positive, seconds
 from headstart.server.settings import ServerSettings
@@ -14,13 +13,6 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="address to listen on")
     http.add_argument("--port", type=port_number, default=8000, help="0 picks a free one")
-    http.add_argument(
-        "--served-model-name",
-        nargs="+",
-        metavar="NAME",
-        help="names clients may use; answers carry the first (default: from MODEL)",
-        default=argparse.SUPPRESS,
-    )
     http.add_argument(
         "--shutdown-timeout",
         type=positive,
@@ -68,12 +60,3 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
         help="the most that an answer may take, and that requests may ask for (default: no limit)",
         default=argparse.SUPPRESS,
     )
-
-
-def model_names(args: argparse.Namespace) -> list[str]:
-    """What the model is called: as asked for, or by the last part of a path."""
-    given: list[str] | None = getattr(args, "served_model_name", None)
-    if given:
-        return given
-    path = Path(args.model)
-    return [path.resolve().name if path.exists() else args.model]

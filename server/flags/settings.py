@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from headstart.engine.config import EngineConfig
@@ -48,16 +49,23 @@ def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
 
 def server_settings(args: argparse.Namespace) -> ServerSettings:
     """The server's share of the flags."""
-    return ServerSettings(
-        **limits(args),
-        segment_mask=getattr(args, "segment_mask", None),
-        pooling=getattr(args, "pooling", None),
+    return replace(
+        answer_settings(args),
         lora_dir=getattr(args, "lora_dir", None),
-        tool_call_parser=args.tool_call_parser,
-        reasoning_parser=args.reasoning_parser,
         body_timeout=args.body_timeout,
         request_timeout=getattr(args, "request_timeout", None),
         keys=access_keys(args),
         allowed_origins=tuple(getattr(args, "allowed_origins", ())),
         access_log_format=args.access_log_format,
+    )
+
+
+def answer_settings(args: argparse.Namespace) -> ServerSettings:
+    """What decides answers, however requests come in: limits, masks, formats."""
+    return ServerSettings(
+        **limits(args),
+        segment_mask=getattr(args, "segment_mask", None),
+        pooling=getattr(args, "pooling", None),
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
     )

@@ -1,0 +1,197 @@
+"""LangChain, LiteLLM and more of the official client, against the real server and model."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import struct
+
+import pytest
+from pydantic import BaseModel
+
+# Before the import: LiteLLM would fetch a table of prices.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+os.environ["LANGCHAIN_TRACING_V2"] = os.environ["LANGSMITH_TRACING"] = "false"
+import litellm
+from langchain_openai import ChatOpenAI
+
+MODEL = "smollm2-135m"
+QUESTION = "What is the capital of France?"
+PARIS = [{"role": "user", "content": QUESTION}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+FORCED = {"type": "function", "function": {"name": "get_weather"}}
+
+litellm.telemetry = False
+
+
+class City(BaseModel):
+    capital: bool
+    country: str
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def chat(server):
+    return ChatOpenAI(
+        model=MODEL,
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        temperature=0,
+        max_tokens=60,
+        max_retries=0,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def lite(server):
+    def ask(**fields):
+        fields = {"max_tokens": 60, "messages": PARIS} | fields
+        return litellm.completion(
+            model=f"openai/{MODEL}",
+            api_base=f"{server.url}/v1",
+            api_key="none",
+            temperature=0,
+            num_retries=0,
+            **fields,
+        )
+
+    return ask
+
+
+def test_langchain_chats(chat):
+    answer = chat.invoke(QUESTION)
+    assert "Paris" in answer.content
+    assert answer.usage_metadata["input_tokens"] > 5
+    chunks = list(chat.stream(QUESTION))
+    assert len(chunks) > 3
+    assert "".join(chunk.content for chunk in chunks) == answer.content
+
+
+def test_langchain_calls_a_tool(chat):
+    answer = chat.bind_tools([WEATHER], tool_choice="get_weather").invoke("Weather in Paris?")
+    (call,) = answer.tool_calls
+    assert call["name"] == "get_weather"
+    assert isinstance(call["args"]["city"], str)
+
+
+def test_langchain_reads_structured_output(chat):
+    found = chat.with_structured_output(City, method="json_schema").invoke(QUESTION)
+    assert isinstance(found, City)
+
+
+def test_litellm_chats(lite):
+    answer = lite()
+    assert "Paris" in answer.choices[0].message.content
+    chunks = list(lite(stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == answer.choices[0].message.content
+
+
+def test_litellm_calls_a_tool(lite):
+    answer = lite(tools=[WEATHER], tool_choice=FORCED)
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "get_weather"
+    assert set(json.loads(call.function.arguments)) == {"city"}
+
+
+def test_litellm_reads_structured_output(lite):
+    schema = City.model_json_schema() | {"additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+    City.model_validate_json(lite(response_format=wanted).choices[0].message.content)
+
+
+def test_parse(client):
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=PARIS, response_format=City, temperature=0, max_tokens=60
+    )
+    assert isinstance(answer.choices[0].message.parsed, City)
+
+
+def test_required_tools_as_deltas(client):
+    request = {"model": MODEL, "messages": PARIS, "temperature": 0, "max_tokens": 60}
+    tools = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
+    whole = client.chat.completions.create(**request, **tools).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    (call,) = whole.message.tool_calls
+    names, arguments, reasons = [], "", []
+    for chunk in client.chat.completions.create(**request, **tools, stream=True):
+        (choice,) = chunk.choices
+        reasons.append(choice.finish_reason)
+        for part in choice.delta.tool_calls or ():
+            assert part.index == 0
+            if part.function.name:
+                names.append(part.function.name)
+            arguments += part.function.arguments or ""
+    assert names == ["get_weather"]
+    assert arguments == call.function.arguments
+    assert reasons[-1] == "tool_calls"
+    assert set(reasons[:-1]) == {None}
+
+
+def test_embeddings(client):
+    texts = ["The cat sat.", "A cat was sitting.", "Interest rates rose."]
+    answer = client.embeddings.create(model=MODEL, input=texts, encoding_format="float")
+    rows = [entry.embedding for entry in answer.data]
+    assert [entry.index for entry in answer.data] == [0, 1, 2]
+    assert all(math.isclose(sum(x * x for x in row), 1, rel_tol=1e-4) for row in rows)
+    encoded = client.embeddings.create(model=MODEL, input=texts, encoding_format="base64")
+    for entry, row in zip(encoded.data, rows, strict=True):
+        raw = base64.b64decode(entry.embedding)
+        assert struct.unpack(f"<{len(raw) // 4}f", raw) == pytest.approx(row, abs=1e-6)
+    # The client's default is base64, which it decodes.
+    assert client.embeddings.create(model=MODEL, input=texts[0]).data[0].embedding == pytest.approx(
+        rows[0], abs=1e-6
+    )
+
+
+def test_seeds_and_logprobs(client):
+    request = {"model": MODEL, "messages": PARIS, "max_tokens": 8, "logprobs": True}
+    first, second, other = (
+        client.chat.completions.create(**request, temperature=1.5, seed=seed) for seed in (3, 3, 4)
+    )
+    assert first.choices[0].message.content == second.choices[0].message.content
+    assert first.choices[0].message.content != other.choices[0].message.content
+    assert first.choices[0].logprobs.content[0].logprob <= 0
+
+
+def test_logprobs_of_the_prompt(client):
+    request = {"model": MODEL, "prompt": "One two three four", "max_tokens": 1, "temperature": 0}
+    echoed = client.completions.create(**request, echo=True, logprobs=1).choices[0]
+    assert echoed.text.startswith("One two three four")
+    assert echoed.logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in echoed.logprobs.token_logprobs[1:])
+    shown = client.completions.create(**request, extra_body={"prompt_logprobs": 1}).choices[0]
+    assert shown.prompt_logprobs[0] is None
+    assert len(shown.prompt_logprobs) == len(echoed.logprobs.tokens) - 1
+
+
+def test_usage_at_the_end_of_a_stream(client):
+    *_, last = client.chat.completions.create(
+        model=MODEL,
+        messages=PARIS,
+        max_tokens=5,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    assert last.choices == []
+    assert last.usage.completion_tokens == 5
