@@ -68,6 +68,12 @@ InputField = Annotated[
         mode="validation",
     ),
 ]
+ToolChoiceField = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}, mode="validation"
+    ),
+]
 Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
 
 
@@ -82,7 +88,7 @@ class ResponsesBody(Body):
     input: InputField
     instructions: str | None = None
     tools: ToolsField = None
-    tool_choice: InputField = None
+    tool_choice: ToolChoiceField = None
     parallel_tool_calls: bool | None = None
     text: ObjectField = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -135,6 +141,8 @@ class ResponsesBody(Body):
             functions.append(({key: tool[key] for key in known[1:] if key in tool}, path))
         choice = self.tool_choice
         if isinstance(choice, dict):  # the name is a level higher than in chats
+            extras = {k: v for k, v in choice.items() if k not in ("type", "name")}
+            refuse_extras(extras, {}, "tool_choice.")
             choice = {"type": choice.get("type"), "function": {"name": choice.get("name")}}
         kind, only = checked_choice(choice)
         return use_of(

@@ -241,7 +241,7 @@ async def test_bad_requests(post, path, body, param, words):
         ({"messages": [USER] * 4097}, "messages", "at most 4096"),
         ({"add_generation_prompt": 0}, "add_generation_prompt", "boolean"),
         ({"tools": TOOL}, "tools", "a list of tools"),
-        ({"tools": [TOOL, 3]}, "tools[1]", "an object of type"),
+        ({"tools": [TOOL, 3]}, "tools[1]", "an object"),
         ({"tools": [{"type": "code"}]}, "tools[0]", "an object of type"),
         ({"tools": [{"type": "function"}]}, "tools[0].function", "a name"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function", "a name"),
