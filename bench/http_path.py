@@ -102,6 +102,7 @@ class SteadyEngine:
         salt: bytes = b"",
         segments: Sequence[Span] = (),
         adapter: str | None = None,
+        priority: int = 0,
     ) -> SteadyStream:
         assert isinstance(params, SamplingParams)
         stream = SteadyStream(params.max_tokens, self._token_ids)

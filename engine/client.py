@@ -154,13 +154,14 @@ class EngineClient:
         salt: bytes = b"",
         segments: Sequence[Span] = (),
         adapter: str | None = None,
+        priority: int = 0,
     ) -> Stream:
         """Start a request. Raises EngineDeadError when the engine is not ready."""
         self._require_ready()
         request_id = next(self._ids)
         stream = self._streams[request_id] = Stream(self, request_id)
         tokens = array("i", token_ids).tobytes()
-        self._send(Add(request_id, tokens, params, salt, list(segments), adapter))
+        self._send(Add(request_id, tokens, params, salt, list(segments), adapter, priority))
         return stream
 
     def abort(self, request_id: int) -> None:
@@ -322,6 +323,7 @@ class EngineClient:
             assert self._process is not None
             await self._process.wait()
             self.ready = False
+            self.stats = Stats()  # nothing runs, and totals begin again
             receive.cancel()
             cause = _cause(self._process.returncode)
             logger.error("the engine process ended%s; starting it again", cause)

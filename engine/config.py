@@ -29,6 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     relay_check:         compare with plain attention on every so many steps that share; 0: never
     async_scheduling:    plan a step while the one before is computed: "on", "off", or "auto" where
                          the backend computes beside the host
+    scheduling_policy:   "fcfs", by arrival, or "priority", which requests may then have
     adapters:            LoRA adapters to load at start-up: name -> folder
     max_adapters:        adapters loaded at a time
     tensor_parallel:     processes of this machine that hold the model together
@@ -57,6 +58,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     relay: str = "auto"
     relay_check: int = 0
     async_scheduling: str = "auto"
+    scheduling_policy: str = "fcfs"
     adapters: dict[str, str] = {}
     max_adapters: int = 32
     tensor_parallel: int = 1

@@ -68,6 +68,9 @@ WAIT_SECONDS = 0.002
 ASYNC_MODES = ("auto", "on", "off")
 """auto: where the backend computes beside the host."""
 
+POLICIES = ("fcfs", "priority")
+"""By arrival, or by the priority of requests and then by arrival."""
+
 
 class Launched(NamedTuple):
     """A step that is being computed."""
@@ -91,6 +94,10 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         if config.relay not in MODES:
             raise ConfigError(f"--relay must be {', '.join(MODES)}; got {config.relay}")
+        if config.scheduling_policy not in POLICIES:
+            raise ConfigError(
+                f"--scheduling-policy must be {', '.join(POLICIES)}; got {config.scheduling_policy}"
+            )
         if config.async_scheduling not in ASYNC_MODES:
             raise ConfigError(
                 f"--async-scheduling must be {', '.join(ASYNC_MODES)}; got "
@@ -102,6 +109,7 @@ class Engine:
         model, backend, folder = loaded.config, loaded.backend, loaded.folder
         max_model_len, shape = loaded.max_model_len, loaded.runner.decoder.shape
         num_pages = loaded.runner.num_pages
+        self._policy = config.scheduling_policy
         self._runner = loaded.runner
         self._page_size = backend.page_size
         self._page_bytes = backend.kv_bytes_per_page(shape, model.num_layers)
@@ -217,13 +225,21 @@ class Engine:
         salt: bytes = b"",
         segments: Iterable[Span] = (),
         adapter: str | None = None,
+        priority: int = 0,
     ) -> None:
         """Queue a request. Raises RequestError if it can never run. One whose grammar proves to be
         wrong, or that can't run for its length, after that is among ``take_refused``.
 
         ``salt``: KV is shared only among requests of equal salt. ``segments``: spans of the prompt
-        whose tokens see each other whole. ``adapter``: the name of a loaded one.
+        whose tokens see each other whole. ``adapter``: the name of a loaded one. ``priority``:
+        lower ones come first; 0 unless the scheduling policy says so.
         """
+        if priority and self._policy != "priority":
+            raise RequestError(
+                f"priority is {priority}, and this server goes by arrival "
+                "(--scheduling-policy fcfs)",
+                "priority",
+            )
         reading: Reading | None = None
         if isinstance(params, PoolingParams):
             reading = Pooled(params.pooling, len(token_ids))
@@ -245,6 +261,7 @@ class Engine:
             segments=mask,
             adapter=chosen,
             reading=reading,
+            priority=priority,
         )
         if params.grammar is None:
             self._scheduler.add(seq)

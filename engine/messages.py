@@ -14,7 +14,8 @@ class Add(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Start a request. ``token_ids``: the prompt as little-endian int32. ``id`` is the client's.
 
     ``salt``: KV is shared only among requests of equal salt. ``segments``: see segments.py.
-    ``adapter``: the name of a loaded one, or None for the model itself.
+    ``adapter``: the name of a loaded one, or None for the model itself. ``priority``: lower ones
+    come first.
     """
 
     id: int
@@ -23,6 +24,7 @@ class Add(msgspec.Struct, tag=True, array_like=True, frozen=True):
     salt: bytes = b""
     segments: list[tuple[int, int]] = []
     adapter: str | None = None
+    priority: int = 0
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):

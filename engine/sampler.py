@@ -185,7 +185,8 @@ class Sampler:
 
         ``masked``: the masks of grammars, by row.
         """
-        copy = logits.index_select(0, torch.tensor(rows, device=logits.device)).cpu()
+        chosen = torch.tensor(rows, device=logits.device)
+        copy = logits.index_select(0, chosen).cpu()
         for values, row in zip(copy.numpy(), rows, strict=True):
             seq = sequences[row]
             if seq.params.logit_bias:
@@ -197,7 +198,8 @@ class Sampler:
                 _restrict(values, seq, self._eos_token_ids)
         places = [i for i, row in enumerate(rows) if row in masked]
         if places:
-            each = bans(np.stack([masked[rows[i]] for i in places]), self._vocab_size)
+            bits = np.stack([masked[rows[i]] for i in places])
+            each = bans(bits, self._vocab_size)
             # Added, not set: a NaN stays one.
             if len(places) == len(rows):
                 copy += each
@@ -281,7 +283,7 @@ def bans(bits: Mask, vocab_size: int) -> Tensor:
     bits: int32 ``[rows, ceil(vocab / 32)]``, as in ``Masks``.
     """
     octets = torch.from_numpy(bits.view(np.uint8)).int()
-    lowered = torch.nn.functional.embedding(octets, _OCTET_BANS)  # threaded, unlike numpy's take
+    lowered = torch.nn.functional.embedding(octets, _OCTET_BANS)  # unlike numpy's take, threaded
     return lowered.view(len(bits), -1)[:, :vocab_size]
 
 

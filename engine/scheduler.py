@@ -4,16 +4,18 @@ There is no prefill phase and no decode phase, only sequences whose ``num_comput
 catch up with their tokens under one token budget a step:
 
     1. running sequences with one pending token (they decode), so that decoding never starves
-    2. running sequences with more: a chunk of their prompt each, oldest first
-    3. waiting sequences, first come first served, while budget, running slots and pages last
+    2. running sequences with more: a chunk of their prompt each, in order
+    3. waiting sequences, in order, while budget, running slots and pages last
+
+The order is that of priority, lower ones first, and among equals of arrival.
 
     add ──> WAITING ──admit──> RUNNING ──commit──> FINISHED
                ^                  │
                └── preempt: pages and lock given up, tokens kept; full pages stay in the cache
 
 Pages. A sequence takes pages for the chunk at hand only; the cache gives up what nobody uses when
-the pool is short. If that is not enough, the running sequence that arrived last is preempted, so
-the one that arrived first always advances, and with it everything finishes. A waiting sequence is
+the pool is short. If that is not enough, the last of the running sequences is preempted, so the
+first one always advances, and with it everything finishes. A waiting sequence is
 admitted only if all its tokens would fit beside those of the running ones and a page to grow for
 each, or if nothing runs: admission does not lead straight to preemption.
 
@@ -62,7 +64,7 @@ from headstart.engine.kv_pool import AccountingError, PagePool
 from headstart.engine.radix_cache import Match, Node, RadixCache
 from headstart.engine.sequence import FinishReason, Sequence, Status
 
-_by_arrival = attrgetter("arrival")
+_by_rank = attrgetter("priority", "arrival")
 
 
 class ScheduledSequence(NamedTuple):
@@ -195,7 +197,7 @@ class Scheduler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._prefix_caching = prefix_caching
         self._runs_ahead = runs_ahead
-        # Both in order of arrival.
+        # Both in order.
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._by_id: dict[int, Sequence] = {}
@@ -245,7 +247,7 @@ class Scheduler:
         seq.arrival = self._num_arrived
         self._num_arrived += 1
         seq.status = Status.WAITING
-        self._waiting.append(seq)
+        insort(self._waiting, seq, key=_by_rank)
 
     def abort(self, ids: Iterable[int]) -> list[Sequence]:
         """End these sequences now and free what they hold; unknown ids are ignored.
@@ -402,7 +404,7 @@ class Scheduler:
         self._pool.retain(seq.pages)
         start = seq.num_computed_tokens = len(seq.pages) * self._page_size
         seq.status = Status.RUNNING
-        insort(self._running, seq, key=_by_arrival)
+        insort(self._running, seq, key=_by_rank)
         if not seq.num_preemptions:
             self.prompt_tokens += seq.num_prompt_tokens
             self._count_cached(seq, start)
@@ -509,7 +511,7 @@ class Scheduler:
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1
         seq.status = Status.WAITING
-        insort(self._waiting, seq, key=_by_arrival)
+        insort(self._waiting, seq, key=_by_rank)
         step.preempted += 1
 
     def _leave(self, seq: Sequence) -> None:
@@ -645,8 +647,8 @@ class Scheduler:
         if len(queued) != len(self._by_id) or {s.id for s in queued} != self._by_id.keys():
             raise AccountingError("scheduler: the queues and the index by id differ")
         for queue in (self._waiting, self._running):
-            if sorted(queue, key=_by_arrival) != queue:
-                raise AccountingError("scheduler: a queue is not in order of arrival")
+            if sorted(queue, key=_by_rank) != queue:
+                raise AccountingError("scheduler: a queue is not in order")
         owners.update(self._cache.check(locks))
         self._pool.check(owners)
 

@@ -47,7 +47,8 @@ class Sequence:
     ``seed`` is that of the params, or a random one drawn here: a sequence that is preempted and
     computed again keeps its draws. ``constraint`` is there if the params have a grammar, once that
     is compiled. ``reading`` is what is wanted of the prompt itself, if anything. ``arrival`` is the
-    scheduler's, in order of ``add``.
+    scheduler's, in order of ``add``; among sequences of the lowest ``priority`` the first to arrive
+    comes first.
     """
 
     id: int
@@ -57,6 +58,7 @@ class Sequence:
     namespace: bytes = b""
     segments: Segments = CAUSAL
     adapter: Adapter | None = None
+    priority: int = 0
     constraint: Constraint | None = None
     reading: Reading | None = None
     status: Status = Status.WAITING

@@ -137,6 +137,7 @@ class Service:
                 salt=message.salt,
                 segments=message.segments,
                 adapter=message.adapter,
+                priority=message.priority,
             )
         except RequestError as error:
             self._send(Rejected(message.id, str(error), error.param))

@@ -22,6 +22,7 @@ logger = logging.getLogger("headstart.access")
 # Asked every few seconds by machines: logged at debug level.
 QUIET_PATHS = frozenset({"/health", "/live", "/load", "/metrics", "/ready"})
 REQUEST_ID = "x-request-id"
+REQUEST_ID_PATTERN = "[A-Za-z0-9._-]{1,128}"
 _USAGE = "headstart.usage"
 _ID = "headstart.request_id"
 
@@ -32,14 +33,23 @@ def note_usage(scope: Scope, prompt_tokens: int, completion_tokens: int) -> None
 
 
 def request_id(scope: Scope) -> str:
-    """The client's ``x-request-id`` if it is short and harmless, else a new one; always the same
-    for a request."""
+    """The client's ``x-request-id`` if it is short and harmless, else a new one; the same for a
+    request, until it is named."""
     if _ID not in scope:
-        sent = next((value for name, value in scope["headers"] if name == REQUEST_ID.encode()), b"")
-        harmless = re.fullmatch(rb"[A-Za-z0-9._-]{1,128}", sent)
-        scope[_ID] = sent.decode() if harmless else uuid.uuid4().hex
+        scope[_ID] = _sent_id(scope) or uuid.uuid4().hex
     known: str = scope[_ID]
     return known
+
+
+def name_request(scope: Scope, name: str) -> None:
+    """Let a request be called ``name``, from its body, unless its head has named it."""
+    if _sent_id(scope) is None:
+        scope[_ID] = name
+
+
+def _sent_id(scope: Scope) -> str | None:
+    sent = next((value for name, value in scope["headers"] if name == REQUEST_ID.encode()), b"")
+    return sent.decode() if re.fullmatch(REQUEST_ID_PATTERN.encode(), sent) else None
 
 
 def log_bare_lines(stream: TextIO) -> None:
@@ -66,13 +76,12 @@ class AccessLog:
             return
         start = time.perf_counter()
         status = 499
-        own_id = request_id(scope)
 
         async def noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = own_id
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id(scope)
             await send(message)
 
         try:

@@ -31,6 +31,21 @@ ERROR_BODY: Schema = {
     "additionalProperties": False,
 }
 
+MESSAGES_ERROR = "#/components/schemas/MessagesError"
+MESSAGES_ERROR_BODY: Schema = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            "required": ["type", "message"],
+        },
+    },
+    "required": ["type", "error"],
+}
+"""Of /v1/messages, in Anthropic's shape."""
+
 STATUSES = {
     400: "The request cannot be served as asked; `param` names the field at fault",
     401: "A key is needed, and none of the server's was sent",
@@ -70,6 +85,9 @@ ANSWERS: dict[str, Schema] = {
     "/v1/models/{name}": _object(id=_TEXT, object=_TEXT, owned_by=_TEXT),
     "/v1/load_lora_adapter": _object(id=_TEXT, object=_TEXT, parent=_TEXT, rank=_COUNT),
     "/v1/unload_lora_adapter": _object(id=_TEXT, deleted={"type": "boolean"}),
+    "/v1/responses": _object(id=_TEXT, object=_TEXT, model=_TEXT, output=_LIST),
+    "/v1/messages": _object(id=_TEXT, type=_TEXT, role=_TEXT, content=_LIST, model=_TEXT),
+    "/v1/messages/count_tokens": _object(input_tokens=_COUNT),
     "/tokenize": _object(
         count=_COUNT, max_model_len=_COUNT, tokens={"type": "array", "items": _COUNT}
     ),
@@ -80,7 +98,7 @@ ANSWERS: dict[str, Schema] = {
     "/ready": _STATUS,
     "/load": _object(running=_COUNT, waiting=_COUNT, kv_used={"type": "number"}),
 }
-STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
+STREAMED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 PLAIN_TEXT = frozenset({"/metrics"})
 
 
@@ -103,14 +121,15 @@ def _described(document: Schema, bodies: Mapping[str, type[BaseModel]]) -> Schem
     )
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas.update(definitions.get("$defs", {}))
-    schemas["Error"] = ERROR_BODY
+    schemas |= {"Error": ERROR_BODY, "MessagesError": MESSAGES_ERROR_BODY}
     for path, operations in document["paths"].items():
+        error = MESSAGES_ERROR if path.startswith("/v1/messages") else ERROR
         for method, operation in operations.items():
             statuses = STATUSES if method == "post" else GET_STATUSES
             operation["responses"] = {"200": _answer(path)} | {
                 str(status): {
                     "description": STATUSES[status],
-                    "content": {"application/json": {"schema": {"$ref": ERROR}}},
+                    "content": {"application/json": {"schema": {"$ref": error}}},
                 }
                 for status in statuses
             }

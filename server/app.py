@@ -19,10 +19,11 @@ from headstart import __version__
 from headstart.engine.errors import HeadstartError
 from headstart.server.access_log import REQUEST_ID, AccessLog, request_id
 from headstart.server.answer_format import find_format
+from headstart.server.anthropic import messages
 from headstart.server.api_document import describe
 from headstart.server.auth import Authorisation
 from headstart.server.engine_client import EngineClient
-from headstart.server.errors import APIError, to_api_error
+from headstart.server.errors import APIError, error_response, to_api_error
 from headstart.server.metrics import Metrics
 from headstart.server.openai import (
     adapters,
@@ -30,12 +31,14 @@ from headstart.server.openai import (
     completions,
     embeddings,
     models,
+    responses,
     score,
     tokens,
 )
 from headstart.server.openai.reply import WARNING_HEADER
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
+from headstart.server.template_sandbox import TemplateLimits
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
 
@@ -44,6 +47,9 @@ logger = logging.getLogger(__name__)
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": chat.ChatBody,
     "/v1/completions": completions.CompletionBody,
+    "/v1/responses": responses.ResponsesBody,
+    "/v1/messages": messages.MessagesBody,
+    "/v1/messages/count_tokens": messages.CountTokensBody,
     "/v1/embeddings": embeddings.EmbeddingBody,
     "/v1/score": score.ScoreBody,
     "/v1/rerank": score.RerankBody,
@@ -70,7 +76,7 @@ def create_app(
     takes a POST.
     """
     settings = settings or ServerSettings()
-    template = ChatTemplate(tokenizer) if tokenizer.chat_template is not None else None
+    template = _chat_template(tokenizer, settings)
     runtime = Runtime(
         engine=engine,
         tokenizer=tokenizer,
@@ -96,7 +102,8 @@ def create_app(
             start.cancel()
             await asyncio.gather(start, return_exceptions=True)
             await engine.stop()
-            runtime.threads.shutdown(wait=False, cancel_futures=True)
+            for threads in (runtime.threads, runtime.chat_threads):
+                threads.shutdown(wait=False, cancel_futures=True)
             await runtime.grammars.close()
 
     app = FastAPI(
@@ -114,17 +121,25 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("DELETE", "GET", "POST"),
             allow_headers=("*",),
             expose_headers=(REQUEST_ID, WARNING_HEADER.decode()),
         )
     app.add_middleware(AccessLog, line_format=settings.access_log_format)
     _add_error_handlers(app)
     app.include_router(_operations(runtime))
-    groups = [
-        group.routes(runtime)
-        for group in (models, chat, completions, embeddings, score, adapters, tokens)
-    ]
+    modules = (
+        models,
+        chat,
+        completions,
+        embeddings,
+        score,
+        adapters,
+        tokens,
+        responses,
+        messages,
+    )
+    groups = [module.routes(runtime) for module in modules]
     for router in groups:
         app.include_router(router)
     app.state.post_paths = _post_paths(groups)
@@ -136,6 +151,13 @@ def _post_paths(routers: Sequence[APIRouter]) -> frozenset[str]:
     routes = [route for router in routers for route in router.routes]
     found = [route for route in routes if isinstance(route, APIRoute)]
     return frozenset(route.path for route in found if "POST" in (route.methods or ()))
+
+
+def _chat_template(tokenizer: Tokenizer, settings: ServerSettings) -> ChatTemplate | None:
+    if tokenizer.chat_template is None:
+        return None
+    limits = TemplateLimits(settings.template_timeout, settings.max_template_chars)
+    return ChatTemplate(tokenizer, limits)
 
 
 async def _start(engine: EngineClient, on_failure: Callable[[HeadstartError], None] | None) -> None:
@@ -205,11 +227,11 @@ def _operations(runtime: Runtime) -> APIRouter:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    async def known(_: Request, error: Exception) -> Response:
-        return to_api_error(error).response()
+    async def known(request: Request, error: Exception) -> Response:
+        return error_response(to_api_error(error), request.scope["path"])
 
     async def unknown(request: Request, error: Exception) -> Response:
-        response = to_api_error(error).response()
+        response = error_response(to_api_error(error), request.scope["path"])
         response.headers[REQUEST_ID] = request_id(request.scope)  # made outside the middleware
         return response
 
@@ -221,7 +243,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         elif error.status_code == 405:
             message = f"{request.method} is not allowed on {request.scope['path'][:200]!r}"
         headers = dict(error.headers) if error.headers else None
-        return APIError(error.status_code, message, headers=headers).response()
+        shown = APIError(error.status_code, message, headers=headers)
+        return error_response(shown, request.scope["path"])
 
     for kind in (APIError, HeadstartError, ValidationError):
         app.add_exception_handler(kind, known)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from headstart.server.errors import APIError
+from headstart.server.errors import APIError, error_response
 from headstart.server.keys import Keys
 
 OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
@@ -32,7 +32,7 @@ class Authorisation:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (refusal := self._refusal(scope)) is not None:
-            await refusal.response()(scope, receive, send)
+            await error_response(refusal, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -42,7 +42,7 @@ class Authorisation:
         for_admins = bool(self._keys.admin) and path.rstrip("\n") in ADMIN_PATHS
         if path in OPEN_PATHS or not (for_admins or self._keys.api):
             return None
-        key = _sent_key(scope)
+        key = sent_key(scope)
         owner = self._keys.owner(key)
         if owner == "admin" or (owner == "api" and not for_admins):
             return None
@@ -63,7 +63,7 @@ class Authorisation:
         )
 
 
-def _sent_key(scope: Scope) -> str:
+def sent_key(scope: Scope) -> str:
     """The Bearer token, else ``x-api-key``, else nothing."""
     sent: dict[str, str] = {}
     for name, value in scope["headers"]:

@@ -21,28 +21,19 @@ from headstart import __version__
 from headstart.engine.errors import ConfigError, HeadstartError
 from headstart.engine.runahead.placement import Placement
 from headstart.server.flag_values import host_port, positive
-from headstart.server.flags import (
+from headstart.server.flags.access import add_access_flags, certificate
+from headstart.server.flags.adapters import adapters, add_adapter_flags, add_lora_dir
+from headstart.server.flags.answers import add_answer_flags
+from headstart.server.flags.engine import add_cache_dir, add_engine_flags, add_parallel_flags
+from headstart.server.flags.http import add_http_flags, add_model_flags, model_names
+from headstart.server.flags.limits import add_limit_flags
+from headstart.server.flags.runahead import (
     SECRET_VARIABLE,
-    adapters,
-    add_access_flags,
-    add_adapter_flags,
-    add_answer_flags,
-    add_cache_dir,
-    add_engine_flags,
-    add_http_flags,
-    add_limit_flags,
-    add_lora_dir,
-    add_model_flags,
-    add_parallel_flags,
     add_runahead_flags,
     add_runahead_rank_flags,
-    answer_settings,
-    certificate,
-    engine_config,
-    model_names,
     runahead_secret,
-    server_settings,
 )
+from headstart.server.flags.settings import answer_settings, engine_config, server_settings
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +239,7 @@ def run_serve(args: argparse.Namespace) -> int:
             failures,
             drain_seconds=args.shutdown_timeout,
             keep_alive_seconds=args.keep_alive_timeout,
+            head_seconds=args.head_timeout,
             certificate=tls,
         )
     if failures:

@@ -55,11 +55,13 @@ class EngineClient(Protocol):
         salt: bytes = b"",
         segments: Sequence[Span] = (),
         adapter: str | None = None,
+        priority: int = 0,
     ) -> Stream:
         """Start a request; raises EngineDeadError when the engine is not ready.
 
         ``segments``: spans of ``token_ids`` whose tokens see each other whole. ``adapter``: the
-        name of a loaded LoRA adapter. With PoolingParams the one Output has a vector.
+        name of a loaded LoRA adapter. ``priority``: lower ones come first. With PoolingParams the
+        one Output has a vector.
         """
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:

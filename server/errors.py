@@ -1,5 +1,6 @@
 """Errors as the OpenAI API shows them: ``{"error": {"message", "type", "param", "code"}}``.
 
+Below /v1/messages they are Anthropic's: ``{"type": "error", "error": {"type", "message"}}``.
 Everything that goes wrong reaches the client through ``to_api_error``, so that a status and a
 body are chosen in one place.
 """
@@ -14,6 +15,17 @@ from starlette.responses import Response
 
 from headstart.engine.errors import EngineDeadError, HeadstartError, RequestError
 
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 INTERNAL_MESSAGE = "internal error; the server's log says more"
 
 
@@ -58,9 +70,21 @@ class APIError(Exception):
             }
         )
 
-    def response(self) -> Response:
-        """The error as a response that has not started yet."""
-        return Response(self.body(), self.status, self.headers, media_type="application/json")
+    def anthropic_body(self) -> bytes:
+        """The error as JSON, as Anthropic's API has it."""
+        kind = _ANTHROPIC_TYPES.get(self.status)
+        if kind is None:
+            kind = "invalid_request_error" if self.status < 500 else "api_error"
+        return msgspec.json.encode(
+            {"type": "error", "error": {"type": kind, "message": self.message}}
+        )
+
+
+def error_response(error: APIError, path: str) -> Response:
+    """The error as a response that has not started yet, in the words of the API at ``path``."""
+    anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+    body = error.anthropic_body() if anthropic else error.body()
+    return Response(body, error.status, error.headers, media_type="application/json")
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:

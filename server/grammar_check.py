@@ -146,7 +146,7 @@ class GrammarChecker:
 def main() -> None:
     """Answer questions until standard input ends."""
     # Imported here: the server needs none of it.
-    from headstart.engine.grammar import Constraint, Grammars, compiled, load_vocabulary
+    from headstart.engine.grammar import MANY, Constraint, Grammars, compiled, load_vocabulary
 
     os.nice(5)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -163,9 +163,8 @@ def main() -> None:
         question = msgspec.json.decode(line, type=Question)
         try:
             first = compiled(vocabulary, question.grammar)
-            # Two: then they are filled by the threads that will do it in the engine.
-            constraints = [Constraint(first.deep_copy()) for _ in range(2)]
-            masks = grammars.fill(constraints)
+            # As many as make the engine use threads, whose stacks are smaller.
+            masks = grammars.fill([Constraint(first.deep_copy()) for _ in range(MANY)])
             if masks is None or not masks.bits.any():
                 raise RequestError("nothing can follow it")
         except RequestError as error:

@@ -29,14 +29,14 @@ class Keys:
     @classmethod
     def of(cls, api: Sequence[str] = (), admin: Sequence[str] = ()) -> Keys:
         """Raises ConfigError for a key that is both, which would make its users admins."""
-        keys = cls(tuple(map(_digest, api)), tuple(map(_digest, admin)))
+        keys = cls(tuple(map(key_digest, api)), tuple(map(key_digest, admin)))
         if set(keys.api) & set(keys.admin):
             raise ConfigError("an API key and an admin key are the same")
         return keys
 
     def owner(self, key: str) -> Literal["api", "admin"] | None:
         """What ``key`` is; compares it with all keys, so that the time taken tells nothing."""
-        digest = _digest(key)
+        digest = key_digest(key)
         admin = [hmac.compare_digest(digest, known) for known in self.admin]
         api = [hmac.compare_digest(digest, known) for known in self.api]
         if any(admin):
@@ -73,5 +73,6 @@ def read_keys(flag: str, given: Sequence[str], file: Path | None, variable: str)
     return keys
 
 
-def _digest(key: str) -> bytes:
+def key_digest(key: str) -> bytes:
+    """SHA-256 of a key, 32 bytes."""
     return hashlib.sha256(key.encode()).digest()

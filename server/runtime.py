@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from headstart.engine.errors import RequestError
 from headstart.engine.messages import ModelInfo
 from headstart.server.answer_format import AnswerFormat
+from headstart.server.deadline import Deadline
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, bad_request, unavailable
 from headstart.server.grammar_check import GrammarChecker
@@ -24,6 +26,8 @@ from headstart.server.structure import Structure
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
 
+TIMEOUT_HEADER = "x-request-timeout"
+
 T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)
 
@@ -31,6 +35,24 @@ B = TypeVar("B", bound=BaseModel)
 def _text_threads() -> ThreadPoolExecutor:
     # Two, so that one huge prompt does not hold up the other long ones; the engine needs the cores.
     return ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
+
+
+def _seconds(header: str) -> float:
+    """The time in a header; raises a 400."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise bad_request(
+            f"{TIMEOUT_HEADER}: {header[:40]!r} is not a number of seconds above 0", TIMEOUT_HEADER
+        )
+    return seconds
+
+
+def _chat_threads() -> ThreadPoolExecutor:
+    # More than one, so that a template that has to be stopped does not hold up all chats.
+    return ThreadPoolExecutor(max_workers=4, thread_name_prefix="chat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +87,7 @@ class Runtime:
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     threads: ThreadPoolExecutor = field(default_factory=_text_threads)
+    chat_threads: ThreadPoolExecutor = field(default_factory=_chat_threads)
     grammars: GrammarChecker = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +146,15 @@ class Runtime:
             )
         return self.chat_template
 
+    def deadline(self, request: Request, timeout: float | None) -> Deadline | None:
+        """When the answer has to be complete: the shortest time that the body's ``timeout``, the
+        header or the server's limit allow; None without any of them."""
+        given = [timeout, self.settings.request_timeout]
+        if (header := request.headers.get(TIMEOUT_HEADER)) is not None:
+            given.append(_seconds(header))
+        seconds = min((time for time in given if time is not None), default=None)
+        return None if seconds is None else Deadline(seconds)
+
     async def checked(self, structure: Structure | None) -> str | None:
         """The grammar of what an answer has to follow, once it is known that it can be followed;
         a 400 that says why not."""
@@ -142,6 +174,12 @@ class Runtime:
         if size <= self.settings.inline_chars:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    async def with_chat(self, size: int, work: Callable[[], T]) -> T:
+        """Run ``work`` that renders ``size`` characters of a chat, in a thread: how long a template
+        takes nobody knows."""
+        threads = self.chat_threads if size <= self.settings.inline_chars else self.threads
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
     async def parse(self, request: Request, body_type: type[B]) -> B:
         """Read and validate a JSON body; raises APIError and ValidationError."""

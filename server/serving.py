@@ -15,15 +15,61 @@ import logging
 import signal
 import socket
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from headstart.engine.errors import HeadstartError
 from headstart.server.runtime import Runtime
 from headstart.server.tls import Certificate
 
 logger = logging.getLogger(__name__)
+
+
+class ServingConfig(uvicorn.Config):
+    """uvicorn's settings; ``head_seconds``: within which a request has to send its head."""
+
+    def __init__(self, app: FastAPI, *, head_seconds: float, **settings: Any) -> None:
+        super().__init__(app, http=HeadLimitedProtocol, **settings)
+        self.head_seconds = head_seconds
+
+
+class HeadLimitedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, with a limit that it lacks: of the time from a connection, or from the
+    first byte behind an answer, to the end of a request's head. Then the connection is closed."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # While an answer is under way its end, and then the keep-alive timer, see to the rest.
+        answered = self.cycle is None or self.cycle.response_complete
+        if answered and not self.transport.is_closing():
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._forget_head()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            assert isinstance(self.config, ServingConfig)
+            self._head_timer = self.loop.call_later(self.config.head_seconds, self.transport.close)
+
+    def _forget_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
 
 class DrainingServer(uvicorn.Server):
@@ -70,13 +116,14 @@ def serve(
     *,
     drain_seconds: int,
     keep_alive_seconds: int = 5,
+    head_seconds: float = 20.0,
     certificate: Certificate | None = None,
 ) -> None:
     """Serve until a signal, or until something is in ``failures``."""
-    config = uvicorn.Config(
+    config = ServingConfig(
         app,
+        head_seconds=head_seconds,
         loop="uvloop",
-        http="httptools",
         ws="none",
         lifespan="on",
         log_config=None,

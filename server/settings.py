@@ -34,8 +34,14 @@ class ServerSettings:
     grammar_timeout:    until a schema or grammar is compiled, seconds
     max_segments:       spans of one ``segment_mask``
     max_contexts:       ids in one /detokenize, in contexts of the model
+    max_documents:      entries of ``documents``
+    max_template_kwarg_chars: length of one value of ``chat_template_kwargs``
+    max_template_chars: what a chat template makes of one chat, characters (400)
+    template_timeout:   how long it may take, seconds (400)
     max_tools:          tools in one request
     max_tool_bytes:     one of them as JSON
+    max_stored_responses: answers of /v1/responses kept; the least recently used go
+    max_stored_bytes:   these, as JSON, with their conversations
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
     pooling:            of prompts to vectors, where none is named; None: as the model declares
@@ -43,6 +49,7 @@ class ServerSettings:
     tool_call_parser:   how calls of tools are written, one of TOOL_CALL_PARSERS
     reasoning_parser:   how thoughts are, one of REASONING_PARSERS
     body_timeout:       until a body is complete, seconds (408)
+    request_timeout:    until an answer is complete, seconds (504); None: as long as it takes
     keys:               who may ask what; none: everybody may everything
     allowed_origins:    web pages that may ask from a browser (CORS); "*" is all
     access_log_format:  "text" or "json"
@@ -66,8 +73,14 @@ class ServerSettings:
     grammar_timeout: float = 5.0
     max_segments: int = 4096
     max_contexts: int = 4
+    max_documents: int = 256
+    max_template_kwarg_chars: int = 4096
+    max_template_chars: int = 4 * MIB
+    template_timeout: float = 5.0
     max_tools: int = 128
     max_tool_bytes: int = 64 * 1024
+    max_stored_responses: int = 1024
+    max_stored_bytes: int = 64 * MIB
     inline_chars: int = 8192
     segment_mask: str | None = None
     pooling: Pooling | None = None
@@ -75,6 +88,7 @@ class ServerSettings:
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     body_timeout: float = 60.0
+    request_timeout: float | None = None
     keys: Keys = field(default_factory=Keys)
     allowed_origins: tuple[str, ...] = ()
     access_log_format: str = "text"

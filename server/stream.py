@@ -22,7 +22,7 @@ class StopStrings:
     """Cuts a growing text at the stop string that is complete first (the longest, of those that
     end at the same place)."""
 
-    __slots__ = ("_held", "_include", "_stops", "hit")
+    __slots__ = ("_held", "_include", "_stops", "found", "hit")
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         """``include``: the stop string itself still belongs to the text."""
@@ -30,6 +30,7 @@ class StopStrings:
         self._include = include
         self._held = ""
         self.hit = False
+        self.found: str | None = None
 
     def push(self, text: str) -> str:
         """The text that is certain now. Once ``hit``, nothing more comes."""
@@ -41,9 +42,9 @@ class StopStrings:
             cut = self._hold_from(text)
             self._held = text[cut:]
             return text[:cut]
-        self.hit = True
         self._held = ""
         end, start = found
+        self.hit, self.found = True, text[start:end]
         return text[: end if self._include else start]
 
     def flush(self) -> str:
@@ -77,12 +78,14 @@ class StopStrings:
 class Delta:
     """What one engine output adds to an answer. ``logprobs`` beside ``offsets``, the characters
     of the answer before each of those tokens; both None when not asked for. ``parts``: those of the
-    text that are certain; None when it is text and nothing else."""
+    text that are certain; None when it is text and nothing else. ``token_ids``: those generated,
+    whether their text is already there or not."""
 
     text: str
     finish_reason: str | None
     logprobs: list[TokenLogprobs] | None = None
     offsets: list[int] | None = None
+    token_ids: Sequence[int] = ()
     parts: list[Part] | None = None
 
 
@@ -142,6 +145,11 @@ class TextAssembler:
         self.num_tokens = 0
         self.cached_tokens = 0
 
+    @property
+    def stop_string(self) -> str | None:
+        """The one that ended the text, if one did."""
+        return self._stops.found
+
     def push(self, output: Output) -> Delta:
         """The delta of one output. ``finish_reason`` "stop" for a stop string too: the stream has
         to be aborted then, and nothing may be pushed any more."""
@@ -164,18 +172,18 @@ class TextAssembler:
             text += piece if i < unstoppable else stops.push(piece)
             if stops.hit:
                 self.num_tokens -= len(token_ids) - i - 1
-                return self._delta(text, "stop")
+                return self._delta(text, "stop", token_ids[: i + 1])
         if reason is not None:
             text += stops.push(self._detokenizer.flush())
             if not stops.hit:
                 text += stops.flush()
             else:
                 reason = "stop"
-        return self._delta(text, reason)
+        return self._delta(text, reason, token_ids)
 
-    def _delta(self, text: str, reason: str | None) -> Delta:
+    def _delta(self, text: str, reason: str | None, token_ids: Sequence[int]) -> Delta:
         if not self._logprobs:
-            return Delta(text, reason)
+            return Delta(text, reason, token_ids=token_ids)
         self._given += len(text)
         # Log-probabilities come with the text they belong to; tokens of a stop string have none.
         count = bisect_left(self._offsets, self._given)
@@ -183,4 +191,4 @@ class TextAssembler:
             count = len(self._offsets)
         logprobs, offsets = self._waiting[:count], self._offsets[:count]
         del self._waiting[:count], self._offsets[:count]
-        return Delta(text, reason, logprobs, offsets)
+        return Delta(text, reason, logprobs, offsets, token_ids)

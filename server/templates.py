@@ -1,45 +1,67 @@
 """Chat messages to token ids, through the model's own chat template.
 
-Templates come with models, so they run in transformers' sandbox (jinja2, immutable, no torch).
+Templates come with models, so they run in a sandbox with limits (template_sandbox.py).
 Special tokens written inside message text stay plain text: only the template can make them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.segments import Turn
+from headstart.server.template_sandbox import LimitedTemplate, TemplateLimitError, TemplateLimits
 from headstart.server.tokenizer import Tokenizer, private_characters
 from headstart.server.turn_marks import NUM_SIGNS, Message, Signs, Tools
 from headstart.server.turns import TextTurn, find_turns, refusal
 
-__all__ = ["ChatTemplate", "Message", "Tools"]
+__all__ = ["ChatTemplate", "Ending", "Message", "Tools"]
+
+Ending = Literal["opened", "closed", "continued"]
+"""What a rendered chat ends with: the header of the assistant's answer; the last message and what
+ends it; the text of the last message, for the answer to go on from there."""
+
+_OWN = ("messages", "tools", "documents", "add_generation_prompt")
+_NONE: Mapping[str, Any] = {}
 
 
 class ChatTemplate:
-    """A model's chat template; raises ModelError when it cannot be compiled."""
+    """A model's chat template; raises ModelError when it cannot be compiled.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    ``variables`` of the methods: what else the template reads, ``documents`` included. All of them
+    raise RequestError with the template's own words when it refuses the chat, or when it passes
+    ``limits``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limits: TemplateLimits | None = None) -> None:
         if tokenizer.chat_template is None:
             raise ModelError("the model has no chat template")
         self._tokenizer = tokenizer
-        self._template = tokenizer.chat_template
+        self._source = tokenizer.chat_template
         try:
-            self._render([{"role": "user", "content": ""}], None)
+            self._template = LimitedTemplate(self._source, limits or TemplateLimits())
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the model's chat template is broken: {error}") from error
-        except Exception:
-            pass  # a template may refuse this chat and serve others
+
+    @property
+    def variables(self) -> list[str]:
+        """What the template reads that a request may set, by name."""
+        own = {*_OWN, *self._tokenizer.special_tokens}
+        return sorted(
+            name for name in self._template.variables - own if not name.endswith("_token")
+        )
+
+    @property
+    def reads_documents(self) -> bool:
+        return "documents" in self._template.variables
 
     @property
     def text(self) -> str:
         """The template itself."""
-        return self._template
+        return self._source
 
     def writes_tools(self) -> bool:
         """Whether tools are written into chats; True, too, for a template that refuses to say."""
@@ -49,51 +71,67 @@ class ChatTemplate:
         user = {"role": "user", "content": "x"}
         for messages in ([user], [{"role": "system", "content": "x"}, user]):
             try:
-                rendered = self._render(messages, [{"type": "function", "function": function}])
+                with self._template.running():
+                    tools = [{"type": "function", "function": function}]
+                    special = self._tokenizer.special_tokens
+                    rendered = self._render(messages, tools, special, answer=True)
             except Exception:  # whatever a template may do with a chat it does not expect
                 continue
             return name in rendered
         return True
 
     def encode(
-        self, messages: Sequence[Message], tools: Tools | None = None, *, answer: bool = True
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        *,
+        ending: Ending = "opened",
+        variables: Mapping[str, Any] = _NONE,
     ) -> list[int]:
-        """Ids of the chat, up to where the assistant's answer begins, its header included.
-
-        Without ``answer`` there is no such header. Raises RequestError with the template's own
-        words when it refuses the messages.
-        """
-        messages, tools, hidden = self._hide(messages, tools)
-        rendered = self._render_chat(messages, tools, answer=answer)
+        """Ids of the chat."""
+        with self._template.running():
+            rendered, hidden = self._rendered(messages, tools, ending, variables)
         return self._tokenizer.encode_rendered(rendered, hidden)
 
     def render(
-        self, messages: Sequence[Message], tools: Tools | None = None, *, answer: bool = True
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        *,
+        ending: Ending = "opened",
+        variables: Mapping[str, Any] = _NONE,
     ) -> str:
-        """The text that ``encode`` encodes; raises as it does.
+        """The text that ``encode`` encodes.
 
         Special tokens that were written inside messages look like the template's own here.
         """
-        messages, tools, hidden = self._hide(messages, tools)
-        rendered = self._render_chat(messages, tools, answer=answer)
+        with self._template.running():
+            rendered, hidden = self._rendered(messages, tools, ending, variables)
         return self._tokenizer.show_control(rendered, hidden)
 
     def encode_turns(
-        self, messages: Sequence[Message], tools: Tools | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        *,
+        variables: Mapping[str, Any] = _NONE,
     ) -> tuple[list[int], list[Turn]]:
-        """The same ids, and the turns among them.
+        """The ids with the answer opened, and the turns among them.
 
         Raises RequestError also when the template does not let turns be told apart.
         """
-        messages, tools, hidden = self._hide(messages, tools)
-        rendered = self._render_chat(messages, tools)
-        try:
-            found = self._find_turns(messages, tools, rendered)
-        except RequestError:
-            if (again := self._render_chat(messages, tools)) == rendered:
+        messages, tools, variables, hidden = self._hide(messages, tools, variables)
+        with self._template.running():
+            rendered = self._render_chat(messages, tools, variables)
+            try:
+                found = self._find_turns(messages, tools, variables, rendered)
+            except TemplateLimitError:
                 raise
-            rendered = again  # a clock in the template went on
-            found = self._find_turns(messages, tools, rendered)
+            except RequestError:
+                if (again := self._render_chat(messages, tools, variables)) == rendered:
+                    raise
+                rendered = again  # a clock in the template went on
+                found = self._find_turns(messages, tools, variables, rendered)
         cuts = [cut for turn in found for cut in (turn.start, turn.end)]
         token_ids, places = self._tokenizer.encode_cut(rendered, hidden, cuts)
         turns: list[Turn] = []
@@ -103,35 +141,79 @@ class ChatTemplate:
             turns.append(Turn(turn.role, start, end))
         return token_ids, turns
 
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        ending: Ending,
+        variables: Mapping[str, Any],
+    ) -> tuple[str, dict[str, str]]:
+        """The chat, and the placeholders in it."""
+        messages, tools, variables, hidden = self._hide(messages, tools, variables)
+        if ending == "continued":
+            return self._render_continued(messages, tools, variables), hidden
+        rendered = self._render_chat(messages, tools, variables, answer=ending == "opened")
+        return rendered, hidden
+
+    def _render_continued(
+        self, messages: Sequence[Message], tools: Tools | None, variables: Mapping[str, Any]
+    ) -> str:
+        """The chat up to the end of the last message's text, as transformers finds it.
+
+        A template that strips texts leaves no space behind the sign; what it would have stripped
+        of the text without a sign is stripped here, then.
+        """
+        *before, last = messages
+        [sign] = private_characters([self._source, *_texts([messages, tools, variables])], 1)
+        signed = last | {"content": f"{last['content']}{sign} "}
+        rendered = self._render_chat([*before, signed], tools, variables, answer=False)
+        text, found, rest = rendered.partition(sign)
+        if not found or sign in rest:
+            raise RequestError(
+                "the model's chat template does not write the last message once and to its end, "
+                "so it cannot be continued",
+                "continue_final_message",
+            )
+        return text if rest.startswith(" ") else text.rstrip()
+
     def _find_turns(
-        self, messages: Sequence[Message], tools: Tools | None, rendered: str
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        variables: Mapping[str, Any],
+        rendered: str,
     ) -> list[TextTurn]:
-        texts = [self._template, *_texts(messages), *_texts(tools)]
+        texts = [self._source, *_texts(variables), *_texts(messages), *_texts(tools)]
         signs = Signs.of(private_characters(texts, NUM_SIGNS))
         special = self._tokenizer.special_tokens
         bos = {"bos_token": signs.bos} if "bos_token" in special else {}
 
         def render(messages: Sequence[Message], tools: Tools | None, answer: bool) -> str | None:
             try:
-                return self._render(messages, tools, answer=answer, special_tokens=special | bos)
+                named = {**special, **bos, **variables}
+                return self._render(messages, tools, named, answer=answer)
+            except TemplateLimitError:
+                raise
             except Exception:  # a template may refuse the small chats it is asked about
                 return None
 
         return find_turns(render, signs, messages, tools, rendered, special)
 
     def _hide(
-        self, messages: Sequence[Message], tools: Tools | None
-    ) -> tuple[Sequence[Message], Tools | None, dict[str, str]]:
+        self, messages: Sequence[Message], tools: Tools | None, variables: Mapping[str, Any]
+    ) -> tuple[Sequence[Message], Tools | None, Mapping[str, Any], dict[str, str]]:
         """The chat with placeholders for the special tokens written in it, and these."""
-        hidden = self._tokenizer.placeholders([*_texts(messages), *_texts(tools)])
+        texts = [*_texts(messages), *_texts(tools), *_texts(variables)]
+        hidden = self._tokenizer.placeholders(texts)
         if hidden:
             messages, tools = self._hidden(messages, hidden), self._hidden(tools, hidden)
-        return messages, tools or None, hidden
+            variables = self._hidden(variables, hidden)
+        return messages, tools or None, variables, hidden
 
     def _hidden(self, value: Any, placeholders: dict[str, str]) -> Any:
         if isinstance(value, str):
             return self._tokenizer.hide_control(value, placeholders)
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {
                 self._hidden(key, placeholders): self._hidden(item, placeholders)
                 for key, item in value.items()
@@ -141,11 +223,19 @@ class ChatTemplate:
         return value
 
     def _render_chat(
-        self, messages: Sequence[Message], tools: Tools | None, *, answer: bool = True
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        variables: Mapping[str, Any],
+        *,
+        answer: bool = True,
     ) -> str:
         """The chat, its answer opened or not; RequestError when the template refuses it."""
+        named = {**self._tokenizer.special_tokens, **variables}
         try:
-            return self._render(messages, tools, answer=answer)
+            return self._render(messages, tools, named, answer=answer)
+        except RequestError:
+            raise
         except jinja2.TemplateError as error:
             reason = str(error)
         except Exception as error:  # whatever a template may do with a chat it does not expect
@@ -156,18 +246,28 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         tools: Tools | None,
+        variables: Mapping[str, Any],
         *,
-        answer: bool = True,
-        special_tokens: dict[str, str] | None = None,
+        answer: bool,
     ) -> str:
-        rendered, _ = render_jinja_template(
-            conversations=[list(messages)],
-            tools=None if tools is None else list(tools),
-            chat_template=self._template,
-            add_generation_prompt=answer,
-            **(self._tokenizer.special_tokens if special_tokens is None else special_tokens),
+        return self._template.render(
+            {
+                "documents": None,
+                **variables,
+                "messages": [_with_reasoning(message) for message in messages],
+                "tools": None if tools is None else list(tools),
+                "add_generation_prompt": answer,
+            }
         )
-        return rendered[0]  # type: ignore[no-any-return]
+
+
+def _with_reasoning(message: Message) -> Message:
+    """Reasoning under each name that templates read it by, as transformers gives it to them."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((message[name] for name in names if message.get(name) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _texts(value: Any) -> list[str]:
@@ -178,7 +278,7 @@ def _texts(value: Any) -> list[str]:
         match waiting.pop():
             case str(text):
                 texts.append(text)
-            case dict() as fields:
+            case Mapping() as fields:
                 waiting += fields
                 waiting += fields.values()
             case list() | tuple() as items:

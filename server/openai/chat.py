@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -15,10 +12,11 @@ from pydantic import FailFast, Field, WithJsonSchema
 
 from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.segments import Span, turn_spans
+from headstart.server.access_log import name_request
 from headstart.server.answer import Part, Reasoning, Text
-from headstart.server.answer_format import Reading
 from headstart.server.errors import bad_request
+from headstart.server.openai.chat_fields import ChatRendering
+from headstart.server.openai.chats import Chat, encode_chat, read_answer
 from headstart.server.openai.fields import (
     REFUSED_IN_CHAT,
     REFUSED_IN_MESSAGE,
@@ -31,12 +29,13 @@ from headstart.server.openai.fields import (
 )
 from headstart.server.openai.logprobs import chat_logprobs, prompt_logprobs
 from headstart.server.openai.parts import message_of, shown_delta
-from headstart.server.openai.reply import Choice, Format, Reply, Usage
+from headstart.server.openai.reply import DONE, Choice, Echo, Format, Reply, Usage
 from headstart.server.openai.segment_mask import (
     NOT_DECLARED,
     ChatMaskField,
     chat_mask,
 )
+from headstart.server.openai.shown import Shown, TokenIdNames, TokenNames
 from headstart.server.openai.start import Prompt, start_choices
 from headstart.server.openai.tools import (
     ToolCallsField,
@@ -49,14 +48,10 @@ from headstart.server.openai.tools import (
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.stream import Delta
-from headstart.server.structure import Structure
-from headstart.server.templates import Message, Tools
+from headstart.server.templates import Message
 from headstart.server.tokenizer import Tokenizer
 
 encode = msgspec.json.encode
-
-# The end of a prompt that may open the answer's thoughts.
-CONTEXT_IDS = 16
 
 ContentField = Annotated[
     Any,
@@ -112,7 +107,7 @@ class ChatMessage(Body):
         return message
 
 
-class ChatBody(GenerationBody):
+class ChatBody(ChatRendering, GenerationBody):
     messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: ToolsField = None
@@ -122,12 +117,15 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
     segment_mask: ChatMaskField = None
+    echo: bool | None = None
 
     def check_chat(self, settings: ServerSettings) -> None:
         """Raise APIError for what the types alone do not say."""
         self.check(REFUSED_IN_CHAT, settings)
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+        if self.echo and not self.continue_final_message:
+            raise bad_request("echo needs continue_final_message: true", "echo")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise bad_request(
@@ -183,14 +181,6 @@ def _check_results(messages: Sequence[Message]) -> None:
             raise bad_request(f"{path} is the id of no call before it", path)
 
 
-def chat_size(messages: Sequence[Message], tools: Tools | None) -> int:
-    """About how many characters there are to work on."""
-    size = sum(len(message["content"]) for message in messages)
-    size += sum(len(message.get("reasoning", "")) for message in messages)
-    others = [message["tool_calls"] for message in messages if "tool_calls" in message]
-    return size + sum(len(encode(value)) for value in (*others, tools) if value)
-
-
 def _content_text(content: Any, path: str) -> str:
     if isinstance(content, str):
         return content
@@ -231,23 +221,25 @@ class ChatFormat(Format):
         *,
         logprobs: bool,
         prompt_logprobs: int | None,
-        include_usage: bool,
         reasoning: bool,
+        shown: Shown,
     ) -> None:
         """``prompt_logprobs``: how many of the likeliest tokens are shown, if any."""
         self._head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "id": shown.answer_id("chatcmpl"),
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": model,
         }
         self._prefix = b"data: " + encode(self._head)[:-1]
         self._tokenizer = tokenizer
+        self._names: TokenNames = TokenIdNames() if shown.tokens_as_ids else tokenizer
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs
-        self._include_usage = include_usage
         self._reasoning = reasoning
-        self._tail = (b'}],"usage":null}' if include_usage else b"}]}") + b"\n\n"
+        self._shown = shown
+        self.every_token = shown.token_ids
+        self._tail = (b'}],"usage":null}' if shown.usage else b"}]}") + b"\n\n"
         self._plain_tail = b'},"logprobs":null,"finish_reason":null' + self._tail
         self._choice_prefix: dict[int, bytes] = {}
 
@@ -259,42 +251,51 @@ class ChatFormat(Format):
         return prefix
 
     def opening(self, choice: Choice) -> bytes:
-        return self._start(choice) + b'{"role":"assistant","content":""' + self._plain_tail
+        start = self._start(choice) + b'{"role":"assistant","content":' + encode(choice.echoed)
+        if self._shown.plain:
+            return start + self._plain_tail
+        ids = b""
+        if self._shown.token_ids:
+            ids = b',"prompt_token_ids":' + encode(list(choice.prompt_token_ids))
+        none = b'},"logprobs":null,"finish_reason":null'
+        return start + none + self._shown.tail_of(choice, ids)
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         start = self._start(choice)
         if delta.parts is not None:
-            return b"".join(self._part_events(start, delta, delta.parts))
-        if delta.finish_reason is None and not self._logprobs:
+            return b"".join(self._part_events(choice, delta, delta.parts))
+        if delta.finish_reason is None and not self._logprobs and self._shown.plain:
             return start + b'{"content":' + encode(delta.text) + self._plain_tail
         shown = {"content": delta.text} if delta.text else {}
-        return self._event(start, shown, delta, delta.finish_reason)
+        return self._event(choice, shown, delta, delta.finish_reason)
 
-    def _part_events(self, start: bytes, delta: Delta, parts: Sequence[Part]) -> Iterator[bytes]:
-        """An event for each part; log-probabilities come with the first, the end with the last."""
+    def _part_events(self, choice: Choice, delta: Delta, parts: Sequence[Part]) -> Iterator[bytes]:
+        """An event for each part; log-probabilities and token ids come with the first, the end with
+        the last."""
         shown = [found for part in self._visible(parts) if (found := shown_delta(part))]
         reason = delta.finish_reason
-        if not shown and (reason is not None or delta.logprobs):
+        if not shown and (reason is not None or delta.logprobs or self.every_token):
             shown = [{}]
         for i, part in enumerate(shown):
             end = reason if i == len(shown) - 1 else None
-            yield self._event(start, part, delta if i == 0 else None, end)
+            yield self._event(choice, part, delta if i == 0 else None, end)
 
     def _event(
-        self, start: bytes, shown: dict[str, Any], delta: Delta | None, reason: str | None
+        self, choice: Choice, shown: dict[str, Any], delta: Delta | None, reason: str | None
     ) -> bytes:
-        """``delta``: whose log-probabilities are shown; None for none."""
+        """``delta``: whose log-probabilities and token ids are shown; None for none."""
         tokens = delta.logprobs if delta is not None else None
-        logprobs = chat_logprobs(self._tokenizer, tokens or ()) if self._logprobs else None
+        logprobs = chat_logprobs(self._names, tokens or ()) if self._logprobs else None
         return b"".join(
             (
-                start,
+                self._start(choice),
                 encode(shown),
                 b',"logprobs":',
                 encode(logprobs),
                 b',"finish_reason":',
                 encode(reason),
-                self._tail,
+                self._shown.ids_of(delta.token_ids if delta is not None else ()),
+                self._shown.tail_of(choice),
             )
         )
 
@@ -303,54 +304,36 @@ class ChatFormat(Format):
             return parts
         return [part for part in parts if not isinstance(part, Reasoning)]
 
-    def usage_event(self, usage: Usage) -> bytes:
-        if not self._include_usage:
-            return b""
-        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n"
+    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        if not self._shown.usage:
+            return DONE
+        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n" + DONE
 
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         answers = [
             {
                 "index": choice.index,
                 "message": message_of(
-                    [Text(choice.text)] if choice.parser is None else self._visible(choice.parts)
+                    [Text(choice.text)]
+                    if choice.parser is None
+                    else [Text(choice.echoed), *self._visible(choice.parts)]
                 ),
                 "logprobs": (
-                    chat_logprobs(self._tokenizer, choice.logprobs) if self._logprobs else None
+                    chat_logprobs(self._names, choice.logprobs) if self._logprobs else None
                 ),
                 "finish_reason": choice.finish_reason,
+                **({"token_ids": choice.token_ids} if self._shown.token_ids else {}),
             }
             for choice in choices
         ]
         head = self._head | {"object": "chat.completion"}
+        if self._shown.token_ids:
+            head["prompt_token_ids"] = list(choices[0].prompt_token_ids)
         answer = head | {"choices": answers, "usage": usage.json()}
         if self._prompt_logprobs is not None:
             scores, count = choices[0].scores, self._prompt_logprobs
             answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, scores, count)
         return encode(answer)
-
-
-def _structure(runtime: Runtime, use: ToolUse, asked: Structure | None) -> Structure | None:
-    """What the answer has to follow, thoughts apart: the calls it has to make, or what is asked."""
-    if not use.forced:
-        return asked
-    if asked is not None:
-        raise bad_request(f"tool_choice and {asked.path} cannot be combined", "tool_choice")
-    grammar = runtime.answers.calls_grammar(use.forced, parallel=use.parallel)
-    schemas = {function["name"]: function.get("parameters") for function in use.forced}
-    return Structure(grammar, "tools", schemas)
-
-
-def _read_as(
-    runtime: Runtime, use: ToolUse, structure: Structure | None, token_ids: Sequence[int]
-) -> tuple[Reading | None, Structure | None]:
-    """How the answer to a prompt is read, and what it has to follow, thoughts included."""
-    answers = runtime.answers
-    inside = answers.inside(runtime.tokenizer.decode_all(token_ids[-CONTEXT_IDS:]))
-    reading = answers.reading(use.names, inside=inside, only_first=not use.parallel)
-    if structure is None:
-        return reading, None
-    return reading, structure.replaced(answers.after_thoughts(structure.grammar, inside=inside))
 
 
 def routes(runtime: Runtime) -> APIRouter:
@@ -360,6 +343,9 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_chat_completion(request: Request) -> Reply:
         """Answer a chat; streamed with ``stream: true``."""
         body = await runtime.parse(request, ChatBody)
+        deadline = runtime.deadline(request, body.timeout)
+        if body.request_id is not None:
+            name_request(request.scope, body.request_id)
         served = runtime.served(body.model)
         body.check_chat(runtime.settings)
         mask = chat_mask(body.segment_mask) or served.chat_mask
@@ -368,42 +354,51 @@ def routes(runtime: Runtime) -> APIRouter:
         model = runtime.require_model()
         template = runtime.require_chat_template()
         options = body.text_options(runtime.settings)
-        size = chat_size(messages, use.tools)
-        structure = _structure(runtime, use, body.structure(runtime.settings))
-        token_ids: Sequence[int]
-        segments: list[Span] = []
-        if mask == "turns":
-            token_ids, turns = await runtime.with_text(
-                size, partial(template.encode_turns, messages, use.tools)
-            )
-            segments = turn_spans(turns)
-        else:
-            token_ids = await runtime.with_text(size, partial(template.encode, messages, use.tools))
+        ending, variables = body.ending(messages), body.variables(template, runtime.settings)
+        chat = Chat(
+            messages,
+            use,
+            options,
+            mask,
+            asked=body.structure(runtime.settings),
+            ending=ending,
+            variables=variables,
+        )
+        chat.check()
+        token_ids, segments = await encode_chat(runtime, chat)
         wanted = body.max_completion_tokens or body.max_tokens
         token_ids = body.truncated(token_ids, wanted, model, spans=bool(segments))
-        reading, structure = _read_as(runtime, use, structure, token_ids)
-        if reading is not None:
-            options = replace(options, shown=reading.shown)
-        grammar = await runtime.checked(structure)
-        params = body.params(len(token_ids), model, runtime.settings, runtime.tokenizer, grammar)
+        reading = await read_answer(runtime, chat, token_ids)
+        params = body.params(
+            len(token_ids), model, runtime.settings, runtime.tokenizer, reading.grammar
+        )
         format = ChatFormat(
             served.name,
             runtime.tokenizer,
             logprobs=params.logprobs is not None,
             prompt_logprobs=body.prompt_logprobs,
-            include_usage=body.include_usage,
             reasoning=body.include_reasoning is not False,
+            shown=body.shown,
         )
-        new_parser = reading.new_parser if reading is not None else None
         choices = start_choices(
             runtime,
             served,
-            [Prompt(token_ids, params, segments, new_parser=new_parser)],
+            [
+                Prompt(
+                    token_ids,
+                    params,
+                    segments,
+                    context=chat.context(token_ids),
+                    echo=Echo(messages[-1]["content"], token_ids) if body.echo else None,
+                    new_parser=reading.new_parser,
+                )
+            ],
             n=body.n or 1,
-            options=options,
+            options=reading.options,
             salt=body.salt,
+            priority=body.priority or 0,
         )
         warning = NOT_DECLARED if mask == "turns" and not served.for_segments else None
-        return Reply(choices, format, stream=bool(body.stream), warning=warning)
+        return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)
 
     return router

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import time
-import uuid
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ from pydantic import Field
 
 from headstart.engine.messages import ModelInfo, TokenLogprobs
 from headstart.engine.sampling_params import SamplingParams
+from headstart.server.access_log import name_request
 from headstart.server.errors import bad_request
 from headstart.server.openai.fields import (
     REFUSED_IN_COMPLETIONS,
@@ -28,13 +29,14 @@ from headstart.server.openai.logprobs import (
     text_offsets,
 )
 from headstart.server.openai.prompts import PromptField, check_vocabulary, given_prompts
-from headstart.server.openai.reply import Choice, Echo, Format, Reply, Usage
+from headstart.server.openai.reply import DONE, Choice, Echo, Format, Reply, Usage
 from headstart.server.openai.segment_mask import (
     NOT_DECLARED,
     CompletionMaskField,
     Spans,
     completion_spans,
 )
+from headstart.server.openai.shown import Shown, TokenIdNames, TokenNames
 from headstart.server.openai.start import Prompt, start_choices
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -54,6 +56,12 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool | None = None
     logprobs: LogprobCount | None = None
     segment_mask: CompletionMaskField = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of each prompt, the ``n`` best of which are answered."""
+        return self.best_of or self.n or 1
 
     @property
     def wanted_tokens(self) -> int:
@@ -64,6 +72,8 @@ class CompletionBody(GenerationBody):
         self.check(REFUSED_IN_COMPLETIONS, settings)
         if self.max_tokens == 0 and not self.echo:
             raise bad_request("max_tokens must be at least 1 without echo: true", "max_tokens")
+        if self.best_of is not None:
+            self._check_best_of(self.best_of, settings)
         if self.add_special_tokens is False and self.segment_mask is not None:
             raise bad_request(
                 "add_special_tokens: false and segment_mask cannot be combined",
@@ -74,6 +84,15 @@ class CompletionBody(GenerationBody):
     def scored(self) -> int | None:
         counts = (self.prompt_logprobs, self.logprobs if self.echo else None)
         return max((count for count in counts if count is not None), default=None)
+
+    def _check_best_of(self, best_of: int, settings: ServerSettings) -> None:
+        n = self.n or 1
+        if best_of < n:
+            raise bad_request(f"best_of is {best_of}, and n is {n}", "best_of")
+        if best_of > settings.max_n:
+            raise bad_request(f"best_of must be at most {settings.max_n}, got {best_of}", "best_of")
+        if best_of > n and self.stream:
+            raise bad_request("best_of above n cannot be streamed", "best_of")
 
     def params(
         self,
@@ -90,7 +109,10 @@ class CompletionBody(GenerationBody):
         max_tokens = fit_max_tokens(
             num_prompt, max_tokens, model, param="max_tokens", prompt_param="prompt"
         )
-        return self.sampling_params(max_tokens, self.logprobs, model, settings, tokenizer, grammar)
+        logprobs = self.logprobs
+        if logprobs is None and self.num_choices > (self.n or 1):
+            logprobs = 0  # the best are chosen by them
+        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer, grammar)
 
 
 class CompletionFormat(Format):
@@ -103,21 +125,25 @@ class CompletionFormat(Format):
         *,
         logprobs: int | None,
         prompt_logprobs: int | None,
-        include_usage: bool,
+        shown: Shown,
+        n: int,
     ) -> None:
         """``logprobs``, ``prompt_logprobs``: how many of the likeliest tokens are shown, if any."""
         self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": shown.answer_id("cmpl"),
             "object": "text_completion",
             "created": int(time.time()),
             "model": model,
         }
         self._prefix = b"data: " + encode(self._head)[:-1]
         self._tokenizer = tokenizer
+        self._names: TokenNames = TokenIdNames() if shown.tokens_as_ids else tokenizer
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs
-        self._include_usage = include_usage
-        self._tail = (b'}],"usage":null}' if include_usage else b"}]}") + b"\n\n"
+        self._shown = shown
+        self._n = n
+        self.every_token = shown.token_ids
+        self._tail = (b'}],"usage":null}' if shown.usage else b"}]}") + b"\n\n"
         self._plain_tail = b',"logprobs":null,"finish_reason":null' + self._tail
         self._choice_prefix: dict[int, bytes] = {}
 
@@ -129,18 +155,29 @@ class CompletionFormat(Format):
         return prefix
 
     def opening(self, choice: Choice) -> bytes:
-        echo = choice.echo
-        if echo is None or (not echo.text and self._logprobs is None):
+        echo, shown = choice.echo, self._shown
+        scored = echo if self._logprobs is not None else None
+        if not (choice.echoed or scored or shown.token_ids):
             return b""
-        start = self._start(choice) + encode(echo.text)
-        if self._logprobs is None:
-            return start + self._plain_tail
-        logprobs = echoed_logprobs(self._tokenizer, echo, choice.scores, self._logprobs)
-        return start + b',"logprobs":' + encode(logprobs) + b',"finish_reason":null' + self._tail
+        logprobs = self._of_echo(choice, scored) if scored else None
+        ids = b""
+        if shown.token_ids:
+            ids = b',"token_ids":[],"prompt_token_ids":' + encode(list(choice.prompt_token_ids))
+        return b"".join(
+            (
+                self._start(choice),
+                encode(choice.echoed),
+                b',"logprobs":',
+                encode(logprobs),
+                b',"finish_reason":null',
+                ids,
+                shown.tail_of(choice),
+            )
+        )
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         text = self._start(choice) + encode(delta.text)
-        if delta.finish_reason is None and self._logprobs is None:
+        if delta.finish_reason is None and self._logprobs is None and self._shown.plain:
             return text + self._plain_tail
         logprobs = None
         if self._logprobs is not None:
@@ -152,15 +189,19 @@ class CompletionFormat(Format):
                 encode(logprobs),
                 b',"finish_reason":',
                 encode(delta.finish_reason),
-                self._tail,
+                self._shown.ids_of(delta.token_ids),
+                self._shown.tail_of(choice),
             )
         )
 
     def _of_answer(
         self, choice: Choice, tokens: Sequence[TokenLogprobs], offsets: Sequence[int]
     ) -> dict[str, list[Any]]:
-        before = len(choice.echo.text) if choice.echo else 0
-        return completion_logprobs(self._tokenizer, tokens, [before + place for place in offsets])
+        before = len(choice.echoed)
+        return completion_logprobs(self._names, tokens, [before + place for place in offsets])
+
+    def _of_echo(self, choice: Choice, echo: Echo) -> dict[str, list[Any]]:
+        return echoed_logprobs(self._names, echo, choice.scores, self._logprobs or 0)
 
     def _of_all(self, choice: Choice) -> dict[str, list[Any]] | None:
         """Those of the prompt, if it is in the text, and of the answer."""
@@ -169,7 +210,7 @@ class CompletionFormat(Format):
         answer = self._of_answer(choice, choice.logprobs, choice.offsets)
         if choice.echo is None:
             return answer
-        prompt = echoed_logprobs(self._tokenizer, choice.echo, choice.scores, self._logprobs)
+        prompt = self._of_echo(choice, choice.echo)
         return {name: prompt[name] + values for name, values in answer.items()}
 
     def _of_prompt(self, choice: Choice) -> dict[str, Any]:
@@ -178,23 +219,50 @@ class CompletionFormat(Format):
         scores = prompt_logprobs(self._tokenizer, choice.scores, self._prompt_logprobs)
         return {"prompt_logprobs": scores}
 
-    def usage_event(self, usage: Usage) -> bytes:
-        if not self._include_usage:
-            return b""
-        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n"
+    def _ids_of(self, choice: Choice) -> dict[str, Any]:
+        if not self._shown.token_ids:
+            return {}
+        return {
+            "token_ids": choice.token_ids,
+            "prompt_token_ids": list(choice.prompt_token_ids),
+        }
+
+    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        if not self._shown.usage:
+            return DONE
+        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n" + DONE
 
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         answers = [
             {
-                "index": choice.index,
+                "index": index,
                 "text": choice.text,
                 "logprobs": self._of_all(choice),
                 "finish_reason": choice.finish_reason,
+                **self._ids_of(choice),
             }
             | self._of_prompt(choice)
-            for choice in choices
+            for index, choice in enumerate(best_choices(choices, self._n))
         ]
         return encode(self._head | {"choices": answers, "usage": usage.json()})
+
+
+def best_choices(choices: Sequence[Choice], n: int) -> list[Choice]:
+    """The ``n`` choices of each prompt whose tokens are the most likely on average, best first; as
+    they are when there are no more."""
+    by_prompt: dict[int, list[Choice]] = {}
+    for choice in choices:
+        by_prompt.setdefault(choice.prompt, []).append(choice)
+    best: list[Choice] = []
+    for found in by_prompt.values():
+        best += sorted(found, key=_likelihood, reverse=True)[:n] if len(found) > n else found
+    return best
+
+
+def _likelihood(choice: Choice) -> float:
+    """Mean log-probability of the tokens of the text; an empty one is the least likely."""
+    tokens = choice.logprobs
+    return sum(token.logprob for token in tokens) / len(tokens) if tokens else -math.inf
 
 
 async def _checked_prompts(
@@ -203,7 +271,7 @@ async def _checked_prompts(
     """Tokenise and check every prompt before any is started."""
     checked: list[Prompt] = []
     tokenizer = runtime.tokenizer
-    prompts = given_prompts(body.prompt, "prompt", runtime.settings, n=body.n or 1)
+    prompts = given_prompts(body.prompt, "prompt", runtime.settings, n=body.num_choices)
     grammar = await runtime.checked(body.structure(runtime.settings))
     if spans is not None:
         spans.check_prompts([prompt for _, prompt in prompts])
@@ -257,6 +325,9 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_completion(request: Request) -> Reply:
         """Continue one or more prompts; streamed with ``stream: true``."""
         body = await runtime.parse(request, CompletionBody)
+        deadline = runtime.deadline(request, body.timeout)
+        if body.request_id is not None:
+            name_request(request.scope, body.request_id)
         served = runtime.served(body.model)
         body.check_completion(runtime.settings)
         spans = completion_spans(body.segment_mask, runtime.settings)
@@ -268,12 +339,19 @@ def routes(runtime: Runtime) -> APIRouter:
             runtime.tokenizer,
             logprobs=body.logprobs,
             prompt_logprobs=body.prompt_logprobs,
-            include_usage=body.include_usage,
+            shown=body.shown,
+            n=body.n or 1,
         )
         choices = start_choices(
-            runtime, served, prompts, n=body.n or 1, options=options, salt=body.salt
+            runtime,
+            served,
+            prompts,
+            n=body.num_choices,
+            options=options,
+            salt=body.salt,
+            priority=body.priority or 0,
         )
         warning = NOT_DECLARED if spans and not served.for_segments else None
-        return Reply(choices, format, stream=bool(body.stream), warning=warning)
+        return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)
 
     return router

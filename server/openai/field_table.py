@@ -12,6 +12,13 @@ from typing import Any
 
 import msgspec
 
+from headstart.server.anthropic.messages import (
+    DESCRIPTIVE_IN_MESSAGES,
+    REFUSED_IN_COUNT,
+    REFUSED_IN_MESSAGES,
+    CountTokensBody,
+    MessagesBody,
+)
 from headstart.server.openai.adapters import (
     REFUSED_IN_LOAD,
     REFUSED_IN_UNLOAD,
@@ -31,6 +38,12 @@ from headstart.server.openai.fields import (
     StreamOptions,
 )
 from headstart.server.openai.pooling import REFUSED_IN_POOLING
+from headstart.server.openai.responses import (
+    REFUSED_IN_REASONING,
+    REFUSED_IN_RESPONSES,
+    ReasoningBody,
+    ResponsesBody,
+)
 from headstart.server.openai.score import REFUSED_IN_RERANK, RerankBody, ScoreBody
 from headstart.server.openai.tokens import (
     REFUSED_IN_TOKENIZE,
@@ -43,6 +56,15 @@ SECTIONS: tuple[tuple[str, type[Body], Mapping[str, tuple[Any, ...]], tuple[str,
     ("/v1/chat/completions", ChatBody, REFUSED_IN_CHAT, DESCRIPTIVE),
     ("messages[]", ChatMessage, REFUSED_IN_MESSAGE, ()),
     ("/v1/completions", CompletionBody, REFUSED_IN_COMPLETIONS, DESCRIPTIVE),
+    ("/v1/responses", ResponsesBody, REFUSED_IN_RESPONSES, ()),
+    ("reasoning", ReasoningBody, REFUSED_IN_REASONING, ()),
+    ("/v1/messages", MessagesBody, REFUSED_IN_MESSAGES, DESCRIPTIVE_IN_MESSAGES),
+    (
+        "/v1/messages/count_tokens",
+        CountTokensBody,
+        REFUSED_IN_COUNT,
+        DESCRIPTIVE_IN_MESSAGES,
+    ),
     ("stream_options", StreamOptions, REFUSED_IN_STREAM_OPTIONS, ()),
     ("/v1/embeddings", EmbeddingBody, REFUSED_IN_EMBEDDINGS, DESCRIPTIVE),
     ("/v1/score", ScoreBody, REFUSED_IN_POOLING, DESCRIPTIVE),

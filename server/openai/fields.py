@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from headstart.engine.errors import RequestError
 from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from headstart.server.access_log import REQUEST_ID_PATTERN
 from headstart.server.errors import bad_request
+from headstart.server.openai.shown import Shown
 from headstart.server.settings import ServerSettings
 from headstart.server.stream import TextOptions
 from headstart.server.structure import (
@@ -29,18 +31,19 @@ from headstart.server.structure import (
 from headstart.server.tokenizer import Tokenizer
 
 # Accepted with any value: they describe the caller and change nothing in an answer.
-DESCRIPTIVE = ("metadata", "prompt_cache_key", "safety_identifier", "user")
+DESCRIPTIVE = ("metadata", "prompt_cache_key", "safety_identifier", "session_id", "user")
 
 # Field -> the values, beside null, that ask for nothing.
 REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
+    "ec_transfer_params": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
-    "priority": (0,),
-    "request_id": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "truncation_side": ("left",),
+    "watermarking": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
@@ -48,20 +51,20 @@ REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
 }
 REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "audio": (),
+    "best_of": (1,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "media_io_kwargs": (),
     "mm_processor_kwargs": (),
+    "moderation": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "thinking_token_budget": (),
     "modalities": (["text"],),
     "prediction": (),
-    "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -70,7 +73,6 @@ REFUSED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
     "suffix": ("",),
 }
 REFUSED_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "continuous_usage_stats": (False,),
     "include_obfuscation": (False,),
 }
 REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
@@ -94,6 +96,7 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 StopField = Annotated[
@@ -159,6 +162,11 @@ class GenerationBody(Body):
     guided_choice: ChoiceField = None
     guided_grammar: str | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    priority: Annotated[int, Field(ge=-INT32_MAX - 1, le=INT32_MAX)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    request_id: Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN}$")] | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
 
     def check(self, refused: Mapping[str, tuple[Any, ...]], settings: ServerSettings) -> None:
         """Raise APIError for fields that are unknown or not supported, and limits passed."""
@@ -170,6 +178,11 @@ class GenerationBody(Body):
             )
             if not self.stream:
                 raise bad_request("stream_options needs stream: true", "stream_options")
+            if self.stream_options.continuous_usage_stats and not self.include_usage:
+                raise bad_request(
+                    "continuous_usage_stats needs include_usage: true",
+                    "stream_options.continuous_usage_stats",
+                )
         if self.prompt_logprobs is not None and self.stream:
             raise bad_request(
                 "prompt_logprobs are not available when stream=True", "prompt_logprobs"
@@ -187,31 +200,25 @@ class GenerationBody(Body):
         return self.prompt_logprobs
 
     @property
+    def shown(self) -> Shown:
+        """What of the answer the client asked to see."""
+        options = self.stream_options
+        return Shown(
+            usage=self.include_usage,
+            continuous_usage=bool(options and options.continuous_usage_stats),
+            token_ids=bool(self.return_token_ids),
+            tokens_as_ids=bool(self.return_tokens_as_token_ids),
+            request_id=self.request_id,
+        )
+
+    @property
     def salt(self) -> bytes:
         """What this request keeps its KV apart by; KV is shared only within it."""
         return self.cache_salt.encode() if self.cache_salt else b""
 
     def stops(self, settings: ServerSettings) -> tuple[str, ...]:
         """The stop strings; raises APIError."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        if stops is None:
-            return ()
-        if not isinstance(stops, list):
-            raise bad_request("stop must be a string or a list of strings", "stop")
-        if len(stops) > settings.max_stop:
-            raise bad_request(
-                f"stop has {len(stops)} strings; at most {settings.max_stop} are allowed", "stop"
-            )
-        for i, stop in enumerate(stops):
-            path = "stop" if isinstance(self.stop, str) else f"stop[{i}]"
-            if not isinstance(stop, str):
-                raise bad_request(f"{path} must be a string", path)
-            if not 1 <= len(stop) <= settings.max_stop_chars:
-                raise bad_request(
-                    f"{path} must have 1 to {settings.max_stop_chars} characters, not {len(stop)}",
-                    path,
-                )
-        return tuple(stops)
+        return checked_stops(self.stop, "stop", settings)
 
     def text_options(self, settings: ServerSettings) -> TextOptions:
         """How tokens become the answer's text; raises APIError."""
@@ -348,6 +355,29 @@ def truncated(token_ids: Sequence[int], most: int | None, room: int) -> Sequence
             "truncate_prompt_tokens must be -1 or at least 1", "truncate_prompt_tokens"
         )
     return token_ids if most is None else token_ids[-(room if most == -1 else most) :]
+
+
+def checked_stops(value: Any, name: str, settings: ServerSettings) -> tuple[str, ...]:
+    """The stop strings of the field ``name``; raises APIError."""
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list):
+        raise bad_request(f"{name} must be a string or a list of strings", name)
+    if len(stops) > settings.max_stop:
+        raise bad_request(
+            f"{name} has {len(stops)} strings; at most {settings.max_stop} are allowed", name
+        )
+    for i, stop in enumerate(stops):
+        path = name if isinstance(value, str) else f"{name}[{i}]"
+        if not isinstance(stop, str):
+            raise bad_request(f"{path} must be a string", path)
+        if not 1 <= len(stop) <= settings.max_stop_chars:
+            raise bad_request(
+                f"{path} must have 1 to {settings.max_stop_chars} characters, not {len(stop)}",
+                path,
+            )
+    return tuple(stops)
 
 
 def refuse_extras(

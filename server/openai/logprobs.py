@@ -10,13 +10,14 @@ import msgspec
 from headstart.engine.messages import ScoredToken, TokenLogprobs
 from headstart.server.detokenizer import Detokenizer
 from headstart.server.openai.reply import Echo
+from headstart.server.openai.shown import TokenNames
 from headstart.server.tokenizer import Tokenizer
 
 # JSON has no infinity; a token that a filter has ruled out gets this instead, as vLLM has it.
 MIN_LOGPROB = -9999.0
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: TokenNames, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
     """``{"content": [{token, logprob, bytes, top_logprobs}], "refusal": null}``."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs]) -> dict
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs], offsets: Sequence[int]
+    tokenizer: TokenNames, tokens: Sequence[TokenLogprobs], offsets: Sequence[int]
 ) -> dict[str, list[Any]]:
     """``{"text_offset", "tokens", "token_logprobs", "top_logprobs"}``, lists of equal length.
 
@@ -60,7 +61,7 @@ def completion_logprobs(
 
 
 def echoed_logprobs(
-    tokenizer: Tokenizer, echo: Echo, scores: Sequence[ScoredToken], count: int
+    tokenizer: TokenNames, echo: Echo, scores: Sequence[ScoredToken], count: int
 ) -> dict[str, list[Any]]:
     """The same of a prompt, with the ``count`` likeliest tokens; its first token has none."""
     found = completion_logprobs(tokenizer, [_cut(score, count) for score in scores], ())
@@ -110,7 +111,7 @@ def _cut(score: ScoredToken, count: int) -> ScoredToken:
     return msgspec.structs.replace(score, top=score.top[:count])
 
 
-def _text(tokenizer: Tokenizer, token_id: int) -> str:
+def _text(tokenizer: TokenNames, token_id: int) -> str:
     data = tokenizer.token_bytes(token_id)
     try:
         return data.decode()

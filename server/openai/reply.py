@@ -25,9 +25,10 @@ from starlette.types import Receive, Scope, Send
 
 from headstart.engine.messages import Output, ScoredToken, TokenLogprobs
 from headstart.server.access_log import note_usage
-from headstart.server.answer import AnswerParser, Part
+from headstart.server.answer import AnswerParser, Part, Reasoning
+from headstart.server.deadline import Deadline
 from headstart.server.engine_client import Stream
-from headstart.server.errors import APIError, to_api_error, unavailable
+from headstart.server.errors import APIError, error_response, to_api_error, unavailable
 from headstart.server.metrics import ChoiceTimer
 from headstart.server.stream import Delta, TextAssembler
 
@@ -57,12 +58,13 @@ class Choice:
     """One choice of an answer on its way: an engine stream and the text so far.
 
     ``prompt`` is the index of its prompt; ``scores`` are those of the prompt's tokens, if wanted.
-    ``parser`` tells the ``parts`` of the text; None: it has none.
+    ``parser`` tells the ``parts`` of the text; None: it has none. ``answers``: it has had a part
+    that is no thought; ``thought_tokens`` are those before.
     """
 
     index: int
     prompt: int
-    num_prompt_tokens: int
+    prompt_token_ids: Sequence[int]
     stream: Stream
     assembler: TextAssembler
     timer: ChoiceTimer
@@ -73,12 +75,24 @@ class Choice:
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     opened: bool = False
+    answers: bool = False
+    thought_tokens: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def echoed(self) -> str:
+        """The text that goes in front."""
+        return self.echo.text if self.echo else ""
 
     @property
     def text(self) -> str:
-        return (self.echo.text if self.echo else "") + "".join(self.texts)
+        return self.echoed + "".join(self.texts)
 
     def take(self, output: Output) -> Delta:
         """What an output adds to the answer; the scores of the prompt, which come with the first,
@@ -98,10 +112,14 @@ class Choice:
         if parser.done or (parser.calls_tools and delta.finish_reason == "stop"):
             delta.finish_reason = "tool_calls"
         delta.parts = parts
+        self.answers = self.answers or not all(isinstance(part, Reasoning) for part in parts)
+        if not self.answers:
+            self.thought_tokens += len(delta.token_ids)
 
     def push(self, delta: Delta) -> None:
         """Keep a delta for an answer that is sent whole."""
         self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
         self.parts += delta.parts or ()
         if delta.logprobs and delta.offsets:
             self.logprobs += delta.logprobs
@@ -138,7 +156,10 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Format(Protocol):
-    """How an endpoint writes its answers down."""
+    """How an endpoint writes its answers down. ``every_token``: also those without text of their
+    own have an event."""
+
+    every_token: bool
 
     def opening(self, choice: Choice) -> bytes:
         """Events that come before the first text of a choice."""
@@ -146,8 +167,12 @@ class Format(Protocol):
     def event(self, choice: Choice, delta: Delta) -> bytes:
         """The events of one delta; empty when it has no part that is certain."""
 
-    def usage_event(self, usage: Usage) -> bytes:
-        """The event after all choices; empty when the client did not ask for it."""
+    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        """The events after all choices, which end the stream."""
+
+    def failure(self, error: APIError) -> bytes:
+        """The events that end a stream in which something went wrong."""
+        return b"data: " + error.body() + b"\n\n" + DONE
 
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """The whole answer as JSON."""
@@ -156,7 +181,8 @@ class Format(Protocol):
 class Reply(Response):
     """Answers with ``choices``, whose streams it owns from now on.
 
-    ``warning``: ASCII, for a header of an answer that may not be what was hoped for.
+    ``warning``: ASCII, for a header of an answer that may not be what was hoped for. ``deadline``:
+    when it has to be complete; then it ends with a 504, or with an error event.
     """
 
     def __init__(
@@ -166,12 +192,14 @@ class Reply(Response):
         *,
         stream: bool,
         warning: str | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         super().__init__()
         self._more_headers = [(WARNING_HEADER, warning.encode("ascii"))] if warning else []
         self._choices = choices
         self._format = format
         self._stream = stream
+        self._deadline = deadline
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -179,9 +207,14 @@ class Reply(Response):
         gone = asyncio.create_task(hang_up(receive))
         error: BaseException | None = None
         try:
-            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            patience = None if self._deadline is None else self._deadline.left()
+            done, _ = await asyncio.wait(
+                (answer, gone), timeout=patience, return_when=asyncio.FIRST_COMPLETED
+            )
             if answer.done():
                 error = answer.exception()
+            elif not done and self._deadline is not None:
+                error = self._deadline.error()
         except asyncio.CancelledError:  # the time to drain is over
             error = unavailable("the server is shutting down")
         finally:
@@ -189,6 +222,7 @@ class Reply(Response):
             for task in (answer, gone):
                 task.cancel()
         if error is not None:
+            await asyncio.wait((answer, gone))  # nothing may be sent behind the error
             with contextlib.suppress(OSError):  # the client may be gone too
                 await self._fail(error, scope, receive, send)
 
@@ -207,9 +241,9 @@ class Reply(Response):
         if shown.status == 500:
             logger.error("request failed", exc_info=error)
         if not self._started:
-            await shown.response()(scope, receive, send)
+            await error_response(shown, scope["path"])(scope, receive, send)
         elif self._stream:
-            event = b"data: " + shown.body() + b"\n\n" + DONE
+            event = self._format.failure(shown)
             await send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _whole(self, send: Send) -> None:
@@ -226,7 +260,7 @@ class Reply(Response):
 
     async def _stream_all(self, send: Send) -> None:
         await self._each_choice(self._stream_one, send)
-        last = self._format.usage_event(Usage.of(self._choices)) + DONE
+        last = self._format.ending(self._choices, Usage.of(self._choices))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _each_choice(self, work: Any, send: Send) -> None:
@@ -256,12 +290,13 @@ class Reply(Response):
             reason = delta.finish_reason
             if reason is not None:
                 self._finish(choice, reason, output.finish_reason)
-            if delta.text or reason is not None or delta.logprobs or not choice.opened:
+            shown = format.every_token or delta.text or reason is not None or delta.logprobs
+            if shown or not choice.opened:
                 body = b""
                 if not choice.opened:
                     choice.opened = True
                     body = format.opening(choice)
-                if delta.text or reason is not None or delta.logprobs:
+                if shown:
                     body += format.event(choice, delta)
                 if body:
                     if not self._started:

@@ -38,6 +38,7 @@ def start_choices(
     n: int,
     options: TextOptions,
     salt: bytes,
+    priority: int = 0,
 ) -> list[Choice]:
     """``n`` choices of each prompt, seeds counting up from the request's.
 
@@ -61,13 +62,14 @@ def start_choices(
                     Choice(
                         index=i * n + j,
                         prompt=i,
-                        num_prompt_tokens=len(prompt.token_ids),
+                        prompt_token_ids=prompt.token_ids,
                         stream=runtime.engine.add(
                             prompt.token_ids,
                             params,
                             salt=salt,
                             segments=prompt.segments,
                             adapter=served.adapter,
+                            priority=priority,
                         ),
                         assembler=assembler,
                         timer=ChoiceTimer(metrics),

@@ -17,32 +17,32 @@ from pydantic import FailFast, Field
 
 from headstart.engine.messages import ModelInfo
 from headstart.server.errors import bad_request
-from headstart.server.openai.chat import ChatMessage, chat_size, plain_messages
+from headstart.server.openai.chat import ChatMessage, plain_messages
+from headstart.server.openai.chat_fields import ChatRendering
+from headstart.server.openai.chats import chat_size
 from headstart.server.openai.fields import Body, TokenIdsField, is_token_id, refuse_extras
 from headstart.server.openai.tools import ToolsField, as_tools, checked_functions
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
-from headstart.server.templates import ChatTemplate, Message, Tools
+from headstart.server.templates import ChatTemplate, Ending, Message, Tools
 from headstart.server.tokenizer import Tokenizer
 
 encode = msgspec.json.encode
 
 REFUSED_IN_TOKENIZE: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "mm_processor_kwargs": (),
 }
 
 
-class TokenizeBody(Body):
-    """``prompt``, maybe with ``add_special_tokens``, or ``messages``, maybe with the two below."""
+class TokenizeBody(ChatRendering):
+    """``prompt``, maybe with ``add_special_tokens``, or ``messages``, maybe with ``tools`` and what
+    says how they are rendered."""
 
     model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool | None = None
     messages: Annotated[list[ChatMessage] | None, FailFast(), Field(min_length=1)] = None
-    add_generation_prompt: bool | None = None
     tools: ToolsField = None
     return_token_strs: bool | None = None
 
@@ -61,7 +61,7 @@ class TokenizeBody(Body):
                 "add_special_tokens",
             )
         if self.messages is None:
-            for name in ("add_generation_prompt", "tools"):
+            for name in (*ChatRendering.model_fields, "tools"):
                 if getattr(self, name) is not None:
                     raise bad_request(f"{name} goes with messages, not with prompt", name)
 
@@ -93,21 +93,21 @@ class DetokenizeBody(Body):
         return ids
 
 
-class ApplyTemplateBody(Body):
+class ApplyTemplateBody(ChatRendering):
     model: str | None = None
     messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
-    add_generation_prompt: bool | None = None
     tools: ToolsField = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A checked chat and its template. ``answer``: the assistant's answer is opened."""
+    """A checked chat and its template; ``variables``: what else the template gets."""
 
     template: ChatTemplate
     messages: list[Message]
     tools: Tools | None
-    answer: bool
+    ending: Ending
+    variables: dict[str, Any]
 
     @property
     def size(self) -> int:
@@ -115,21 +115,26 @@ class Chat:
         return chat_size(self.messages, self.tools)
 
     def text(self) -> str:
-        return self.template.render(self.messages, self.tools, answer=self.answer)
+        return self.template.render(
+            self.messages, self.tools, ending=self.ending, variables=self.variables
+        )
 
     def token_ids(self) -> list[int]:
-        return self.template.encode(self.messages, self.tools, answer=self.answer)
+        return self.template.encode(
+            self.messages, self.tools, ending=self.ending, variables=self.variables
+        )
 
 
 def _checked_chat(
-    runtime: Runtime, messages: list[ChatMessage], tools: Any, answer: bool | None
+    runtime: Runtime, messages: list[ChatMessage], tools: Any, rendering: ChatRendering
 ) -> Chat:
     """Raises APIError for what a chat completion would refuse in its messages, and for tools that
     are none."""
     plain = plain_messages(messages, runtime.settings)
     checked = as_tools(checked_functions(tools, runtime.settings))
-    opened = True if answer is None else answer
-    return Chat(runtime.require_chat_template(), plain, checked, opened)
+    template = runtime.require_chat_template()
+    variables = rendering.variables(template, runtime.settings)
+    return Chat(template, plain, checked, rendering.ending(plain), variables)
 
 
 def _tokenized(
@@ -150,6 +155,10 @@ def _prompt(text: Callable[[], str]) -> bytes:
     return encode({"prompt": text()})
 
 
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
+
+
 def routes(runtime: Runtime) -> APIRouter:
     router = APIRouter(tags=["tokens"])
     tokenizer = runtime.tokenizer
@@ -159,25 +168,22 @@ def routes(runtime: Runtime) -> APIRouter:
             runtime.served(name)
         return runtime.require_model()
 
-    async def answer(size: int, work: Callable[[], bytes]) -> Response:
-        return Response(await runtime.with_text(size, work), media_type="application/json")
-
     @router.post("/tokenize", response_class=Response)
     async def tokenize(request: Request) -> Response:
         """Ids of a prompt, or of a chat; ``token_strs`` are their entries in the vocabulary."""
         body = await runtime.parse(request, TokenizeBody)
         model = require_model(body.model)
         body.check()
-        if body.messages is not None:
-            chat = _checked_chat(runtime, body.messages, body.tools, body.add_generation_prompt)
-            size, token_ids = chat.size, chat.token_ids
-        else:
-            text = body.prompt or ""
-            special = True if body.add_special_tokens is None else body.add_special_tokens
-            size = len(text)
-            token_ids = partial(tokenizer.encode, text, add_special_tokens=special)
         strings = bool(body.return_token_strs)
-        return await answer(size, partial(_tokenized, tokenizer, model, token_ids, strings))
+        if body.messages is not None:
+            chat = _checked_chat(runtime, body.messages, body.tools, body)
+            work = partial(_tokenized, tokenizer, model, chat.token_ids, strings)
+            return _json(await runtime.with_chat(chat.size, work))
+        text = body.prompt or ""
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+        token_ids = partial(tokenizer.encode, text, add_special_tokens=special)
+        work = partial(_tokenized, tokenizer, model, token_ids, strings)
+        return _json(await runtime.with_text(len(text), work))
 
     @router.post("/detokenize", response_class=Response)
     async def detokenize(request: Request) -> Response:
@@ -186,7 +192,8 @@ def routes(runtime: Runtime) -> APIRouter:
         model = require_model(body.model)
         refuse_extras(body.model_extra, {})
         ids = body.token_ids(model, runtime.settings)
-        return await answer(len(ids), partial(_prompt, partial(tokenizer.decode_all, ids)))
+        work = partial(_prompt, partial(tokenizer.decode_all, ids))
+        return _json(await runtime.with_text(len(ids), work))
 
     @router.post("/apply-template", response_class=Response)
     async def apply_template(request: Request) -> Response:
@@ -194,7 +201,7 @@ def routes(runtime: Runtime) -> APIRouter:
         body = await runtime.parse(request, ApplyTemplateBody)
         require_model(body.model)
         refuse_extras(body.model_extra, REFUSED_IN_TOKENIZE)
-        chat = _checked_chat(runtime, body.messages, body.tools, body.add_generation_prompt)
-        return await answer(chat.size, partial(_prompt, chat.text))
+        chat = _checked_chat(runtime, body.messages, body.tools, body)
+        return _json(await runtime.with_chat(chat.size, partial(_prompt, chat.text)))
 
     return router

@@ -60,6 +60,16 @@ class ToolUse:
 
 def checked_functions(tools: Any, settings: ServerSettings) -> list[Function]:
     """The functions of a request's tools, without fields that are null; raises APIError."""
+    found: list[tuple[Any, str]] = []
+    for path, tool in checked_tools(tools, settings):
+        if tool.get("type") != "function":
+            raise _invalid(path, 'must be an object of type "function"')
+        found.append((tool.get("function"), f"{path}.function"))
+    return named_functions(found)
+
+
+def checked_tools(tools: Any, settings: ServerSettings) -> list[tuple[str, dict[str, Any]]]:
+    """The tools of a request and their paths, within the limits; raises APIError."""
     if tools is None:
         return []
     if not isinstance(tools, list):
@@ -68,18 +78,26 @@ def checked_functions(tools: Any, settings: ServerSettings) -> list[Function]:
         raise bad_request(
             f"tools has {len(tools)} entries; at most {settings.max_tools} are allowed", "tools"
         )
-    functions: list[Function] = []
-    names: set[str] = set()
+    found: list[tuple[str, dict[str, Any]]] = []
     for i, tool in enumerate(tools):
         path = f"tools[{i}]"
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise _invalid(path, 'must be an object of type "function"')
+        if not isinstance(tool, dict):
+            raise _invalid(path, "must be an object")
         if len(msgspec.json.encode(tool)) > settings.max_tool_bytes:
             raise bad_request(f"{path} is larger than {settings.max_tool_bytes} bytes", path)
-        functions.append(_checked_function(tool.get("function"), f"{path}.function"))
+        found.append((path, tool))
+    return found
+
+
+def named_functions(given: Sequence[tuple[Any, str]]) -> list[Function]:
+    """Functions, each beside its path, checked: no two have one name; raises APIError."""
+    functions: list[Function] = []
+    names: set[str] = set()
+    for value, path in given:
+        functions.append(_checked_function(value, path))
         name = functions[-1]["name"]
         if name in names:
-            raise bad_request(f"{path}.function.name: {name!r} is given twice", path)
+            raise bad_request(f"{path}.name: {name!r} is given twice", f"{path}.name")
         names.add(name)
     return functions
 
@@ -117,8 +135,19 @@ def tool_use(
     tools: Any, choice: Any, parallel: bool | None, answers: AnswerFormat, settings: ServerSettings
 ) -> ToolUse:
     """What ``tools``, ``tool_choice`` and ``parallel_tool_calls`` ask for; raises APIError."""
-    functions = checked_functions(tools, settings)
-    kind, only = _checked_choice(choice)
+    kind, only = checked_choice(choice)
+    return use_of(checked_functions(tools, settings), kind, only, parallel, answers)
+
+
+def use_of(
+    functions: list[Function],
+    kind: str,
+    only: str | None,
+    parallel: bool | None,
+    answers: AnswerFormat,
+) -> ToolUse:
+    """What may be done with checked functions; raises APIError. ``kind``: "none", "auto" or
+    "required"; ``only``: the one function that is required."""
     if not functions:
         if kind == "required":
             raise bad_request("tool_choice needs tools", "tool_choice")
@@ -146,7 +175,7 @@ def tool_use(
     )
 
 
-def _checked_choice(choice: Any) -> tuple[str, str | None]:
+def checked_choice(choice: Any) -> tuple[str, str | None]:
     """ "none", "auto" or "required", and the one function that is required."""
     if choice is None:
         return "auto", None
@@ -192,11 +221,24 @@ def _checked_call(call: Any, path: str) -> dict[str, Any]:
     return {
         "id": call["id"],
         "type": "function",
-        "function": {"name": name, "arguments": _parsed(str(arguments), f"{path}.arguments")},
+        "function": {
+            "name": name,
+            "arguments": parsed_arguments(str(arguments), f"{path}.arguments"),
+        },
     }
 
 
-def _parsed(arguments: str, path: str) -> dict[str, Any]:
+def arguments_object(text: str) -> dict[str, Any]:
+    """Arguments that a model wrote; what is no object is kept as text, as Anthropic's documentation
+    of streamed arguments has it: ``{"INVALID_JSON": text}``."""
+    try:
+        return parsed_arguments(text, "")
+    except APIError:
+        return {"INVALID_JSON": text}
+
+
+def parsed_arguments(arguments: str, path: str) -> dict[str, Any]:
+    """The JSON text of an object, or nothing for none; raises APIError."""
     if not arguments.strip():
         return {}
     try:

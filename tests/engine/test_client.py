@@ -75,7 +75,7 @@ from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.messages import AdapterInfo, ModelInfo, Output, Stats
 
 class Engine:
-    stats = Stats()
+    stats = property(lambda self: Stats(running=len(self.running), pages_used=7))
 
     def __init__(self, config):
         self.loaded, self.running = {}, {}
@@ -94,7 +94,7 @@ class Engine:
     has_work = property(lambda self: self.running)
 
     # The answer: rank of the adapter, segments, then the number of adapters at each step.
-    def add(self, id, token_ids, params, *, salt, segments, adapter):
+    def add(self, id, token_ids, params, *, salt, segments, adapter, priority):
         if adapter is not None and adapter not in self.loaded:
             raise RequestError(f"no adapter {adapter!r}", "model")
         rank = self.loaded[adapter].rank if adapter else 0
@@ -169,7 +169,10 @@ async def launch(monkeypatch):
 
 
 async def answer(client: EngineClient, new: int = 1, **where) -> list[int]:
-    stream = client.add([1], SamplingParams(max_tokens=new), **where)
+    return await tokens_of(client.add([1], SamplingParams(max_tokens=new), **where))
+
+
+async def tokens_of(stream) -> list[int]:
     return [token async for output in stream for token in output.token_ids]
 
 
@@ -266,6 +269,21 @@ async def test_an_engine_that_died_gets_its_adapters_back(launch, adapter, caplo
     await ready_again(client)
     assert list(client.adapters) == ["d"]
     assert client.restarts == 2
+
+
+async def test_the_counters_end_with_the_engine(launch):
+    client = await launch()
+    stream = client.add([1], SamplingParams(max_tokens=10**6))
+    async for _ in stream:
+        if client.stats.running:
+            break
+    assert client.stats == Stats(running=1, pages_used=7)
+    os.kill(client.pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError):
+        await tokens_of(stream)
+    assert client.stats == Stats()
+    await ready_again(client)
+    assert client.stats == Stats()
 
 
 async def test_an_engine_that_dies_loading_fails_all_who_asked(launch, adapter):

@@ -34,6 +34,7 @@ def make_sequence(
     max_tokens: int = 1,
     namespace: bytes = b"",
     spans: Iterable[Span] = (),
+    priority: int = 0,
     **params: Any,
 ) -> Sequence:
     segments = Segments.of(spans, len(prompt))
@@ -44,6 +45,7 @@ def make_sequence(
         params=SamplingParams(max_tokens=max_tokens, **params),
         namespace=namespace + bytes([bool(segments)]),
         segments=segments,
+        priority=priority,
     )
 
 
@@ -397,6 +399,46 @@ def test_admission_leaves_room_to_grow() -> None:
     assert engine.scheduler.preemptions == 0
 
 
+# ------------------------------------------------------------------------------- priority
+
+
+def test_lower_priorities_come_first_and_equals_in_order_of_arrival() -> None:
+    engine = Engine(max_running=2)
+    for i, priority in enumerate([0, 3, -1, 0, -1]):
+        engine.scheduler.add(make_sequence(i, [3 + i], max_tokens=1, priority=priority))
+    order = []
+    while engine.scheduler.has_work:
+        order += [new.seq.id for new in engine.step()]
+    assert order == [2, 4, 0, 3, 1]
+
+
+def test_the_lowest_in_order_is_preempted_though_it_came_first() -> None:
+    engine = Engine(num_pages=9, page_size=2)
+    first = make_sequence(0, [3, 4], max_tokens=12, priority=5)
+    then = make_sequence(1, [5, 6, 7], max_tokens=9, priority=5)
+    urgent = make_sequence(2, [8], max_tokens=9, priority=-5)
+    for seq in (first, then, urgent):
+        engine.scheduler.add(seq)
+    engine.drain(60)
+    assert urgent.num_preemptions == 0
+    assert then.num_preemptions > 0
+    assert then.num_preemptions >= first.num_preemptions
+    assert [seq.num_output_tokens for seq in (first, then, urgent)] == [12, 9, 9]
+
+
+def test_who_was_preempted_waits_behind_the_urgent_and_before_later_equals() -> None:
+    engine = Engine(num_pages=9, page_size=2, max_running=2)
+    old, young = (make_sequence(i, [3 + i] * 2, max_tokens=13) for i in range(2))
+    for seq in (old, young):
+        engine.scheduler.add(seq)
+    engine.scheduler.add(make_sequence(2, [6], max_tokens=1))
+    while not engine.scheduler.preemptions:
+        engine.step()
+    engine.scheduler.add(make_sequence(3, [7], max_tokens=1, priority=-1))
+    assert [seq.id for seq in engine.scheduler._waiting] == [3, 1, 2]
+    engine.drain(60)
+
+
 # ------------------------------------------------------------------------------- segments
 
 
@@ -685,6 +727,9 @@ def test_a_step_of_64_decoding_sequences_is_cheap() -> None:
     assert sorted(times)[50] < 2e-3
 
 
+PRIORITIES = st.sampled_from([0, 0, 0, -1, 2**31 - 1])
+
+
 class Use(RuleBasedStateMachine):
     """Random requests with shared prefixes and segments, tiny pools, aborts at any moment."""
 
@@ -723,6 +768,7 @@ class Use(RuleBasedStateMachine):
         copies=st.integers(1, 3),
         max_tokens=st.integers(1, 12),
         namespace=st.sampled_from([b"a", b"a", b"b"]),
+        priority=PRIORITIES,
     )
     def add(
         self,
@@ -732,10 +778,11 @@ class Use(RuleBasedStateMachine):
         copies: int,
         max_tokens: int,
         namespace: bytes,
+        priority: int,
     ) -> None:
         prompt, spans = continued(data, self.sequences, prompt, layout)
         for _ in range(copies):
-            seq = make_sequence(len(self.sequences), prompt, max_tokens, namespace, spans)
+            seq = make_sequence(len(self.sequences), prompt, max_tokens, namespace, spans, priority)
             longest = min(len(prompt) + max_tokens, 24) - 1
             if self.engine.pool.pages_for(longest) > self.engine.pool.num_pages:
                 with pytest.raises(RequestError):
@@ -776,7 +823,7 @@ class Use(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        # At least the oldest advances by a token in each step; others' work may be lost.
+        # At least the first in order advances by a token in each step; others' work may be lost.
         steps = sum(seq.num_prompt_tokens + 12 for seq in self.sequences)
         self.engine.drain(steps * self.engine.long_steps)
         for seq in self.sequences:
@@ -1073,16 +1120,18 @@ class OverlappingUse(RuleBasedStateMachine):
         copies=st.integers(1, 3),
         max_tokens=st.integers(1, 12),
         penalty=st.sampled_from([0.0, 0.0, 1.0]),
+        priority=PRIORITIES,
     )
     def add(self, data: st.DataObject, prompt: list[int], layout: list[Span], copies: int,
-            max_tokens: int, penalty: float) -> None:  # fmt: skip
+            max_tokens: int, penalty: float, priority: int) -> None:  # fmt: skip
         prompt, spans = continued(data, self.sequences, prompt, layout)
         longest = min(len(prompt) + max_tokens, 24) - 1
         if self.engine.pool.pages_for(longest) > self.engine.pool.num_pages:
             return
         for _ in range(copies):
+            id_ = len(self.sequences)
             seq = make_sequence(
-                len(self.sequences), prompt, max_tokens, b"", spans, presence_penalty=penalty
+                id_, prompt, max_tokens, b"", spans, priority, presence_penalty=penalty
             )
             self.engine.scheduler.add(seq)
             self.sequences.append(seq)

@@ -69,6 +69,24 @@ def ended(pid: int) -> bool:
         return True
 
 
+async def test_lower_priorities_come_first(model: Path) -> None:
+    client = EngineClient(config_of(model, scheduling_policy="priority", max_running=1))
+    order: list[int] = []
+
+    async def noting(stream: AsyncIterator, number: int) -> None:
+        await tokens_of(stream)
+        order.append(number)
+
+    try:
+        await client.start()
+        streams = [client.add([5 + p], params(20), priority=p) for p in (2, -1, 1, 0)]
+        await asyncio.gather(*map(noting, streams, (2, -1, 1, 0)))
+    finally:
+        await client.stop()
+    # The engine may have begun with the first one before the others came.
+    assert order in ([2, -1, 0, 1], [-1, 0, 1, 2])
+
+
 async def test_streams_refusals_aborts_and_rest(client: EngineClient, model: Path) -> None:
     assert client.ready
     assert client.model is not None
@@ -94,6 +112,9 @@ async def test_streams_refusals_aborts_and_rest(client: EngineClient, model: Pat
         assert caught.value.param == "prompt"
     with pytest.raises(RequestError, match="temperature"):
         await tokens_of(client.add([1], SamplingParams(max_tokens=1, temperature=-1.0)))
+    with pytest.raises(RequestError, match="goes by arrival") as caught:
+        await tokens_of(client.add([1], params(1), priority=-1))
+    assert caught.value.param == "priority"
     assert await running == expected[1]
 
     # A vector instead of tokens; log-probabilities of the prompt beside them.

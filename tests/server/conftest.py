@@ -31,6 +31,7 @@ from headstart.engine.messages import (
 from headstart.engine.sampling_params import PoolingParams, SamplingParams
 from headstart.engine.segments import Span
 from headstart.server.app import create_app
+from headstart.server.serving import ServingConfig
 from headstart.server.settings import ServerSettings
 from headstart.server.tokenizer import Tokenizer
 
@@ -62,18 +63,23 @@ def build_backend() -> tokenizers.Tokenizer:
 
 @dataclass
 class FakeStream:
-    """Replays outputs; ``gate`` holds them back until set, ``error`` comes after them."""
+    """Replays outputs; ``gate`` holds them back until set, ``error`` comes after them.
+
+    ``taken``: how many have been given out.
+    """
 
     outputs: list[Output]
     gate: asyncio.Event | None = None
     error: Exception | None = None
     aborted: int = 0
+    taken: int = 0
 
     async def __aiter__(self) -> AsyncIterator[Output]:
         for output in self.outputs:
             if self.gate is not None:
                 await self.gate.wait()
             await asyncio.sleep(0)
+            self.taken += 1
             yield output
         if self.error is not None:
             raise self.error
@@ -90,18 +96,21 @@ class Added:
     segments: list[Span]
     adapter: str | None
     stream: FakeStream
+    priority: int = 0
 
 
 @dataclass
 class FakeEngine:
     """``answer`` makes the ids of an answer out of the index of the request; ``stop_token`` ends
-    it, when it fits into max_tokens. Keeps every request in ``added``, and what it was asked about
-    adapters in ``asked``; the files of one are right unless its folder holds "broken"."""
+    it, when it fits into max_tokens. ``logprob`` makes the log-probability of each of its tokens
+    out of that index. Keeps every request in ``added``, and what it was asked about adapters in
+    ``asked``; the files of one are right unless its folder holds "broken"."""
 
     answer: Callable[[int], list[int]]
     stop_token: int
     ready: bool = True
     restarts: int = 0
+    logprob: Callable[[int], float] = lambda _: -0.5
     cached_tokens: int = 3
     hold: bool = False
     vector: list[float] | None = None
@@ -158,6 +167,7 @@ class FakeEngine:
         salt: bytes = b"",
         segments: Sequence[Span] = (),
         adapter: str | None = None,
+        priority: int = 0,
     ) -> FakeStream:
         if not self.ready:
             raise EngineDeadError("the engine has died")
@@ -171,7 +181,9 @@ class FakeEngine:
         if self.fail_after is not None:
             count, stream.error = self.fail_after
             del stream.outputs[count:]
-        self.added.append(Added(list(token_ids), params, salt, list(segments), adapter, stream))
+        self.added.append(
+            Added(list(token_ids), params, salt, list(segments), adapter, stream, priority)
+        )
         return stream
 
     def _pooled(self, token_ids: list[int], params: PoolingParams) -> Output:
@@ -193,19 +205,17 @@ class FakeEngine:
                 finish_reason=reason if i == len(groups) - 1 else None,
                 cached_tokens=self.cached_tokens,
                 logprobs=(
-                    None
-                    if params.logprobs is None
-                    else [_logprobs(x, params.logprobs) for x in group]
+                    None if params.logprobs is None else [self._logprobs(x, params) for x in group]
                 ),
                 prompt_logprobs=None if i else _scores(token_ids, params),
             )
             for i, group in enumerate(groups)
         ]
 
-
-def _logprobs(token_id: int, count: int) -> TokenLogprobs:
-    top = [((token_id + j) % 400, -0.5 - j) for j in range(count)]
-    return TokenLogprobs(token_id, -0.5, top)
+    def _logprobs(self, token_id: int, params: SamplingParams) -> TokenLogprobs:
+        count, logprob = params.logprobs or 0, self.logprob(len(self.added))
+        top = [((token_id + j) % 400, logprob - j) for j in range(count)]
+        return TokenLogprobs(token_id, logprob, top)
 
 
 def _scores(token_ids: list[int], params: SamplingParams) -> list[ScoredToken] | None:
@@ -275,10 +285,24 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
+async def connect_to() -> AsyncIterator[Callable[[FastAPI], httpx.AsyncClient]]:
+    """Clients of apps that a test has made itself."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        def connect(app: FastAPI) -> httpx.AsyncClient:
+            transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+            client = httpx.AsyncClient(transport=transport, base_url="http://test")
+            stack.push_async_callback(client.aclose)
+            return client
+
+        yield connect
+
+
+@pytest.fixture
 async def live_url(app: FastAPI) -> AsyncIterator[str]:
     """The app behind a real uvicorn."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, http="httptools", log_config=None, access_log=False)
+        config = ServingConfig(app, head_seconds=0.4, log_config=None, access_log=False)
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
         task = asyncio.create_task(server.serve(sockets=[listener]))

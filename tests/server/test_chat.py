@@ -183,22 +183,22 @@ async def test_content_parts_and_developer(client, engine, chat_body, tokenizer)
     assert "user\none\ntwo<" in text
 
 
-async def test_long_texts_are_tokenised_in_a_thread(app, client, engine, say, monkeypatch):
+async def test_chats_are_rendered_in_threads(app, client, engine, monkeypatch):
     engine.model = msgspec.structs.replace(engine.model, max_model_len=10**6)
-    threads: set[str] = set()
+    threads: list[str] = []
     template = app.state.runtime.chat_template
     encode = template.encode
 
-    def noting(*chat):
-        threads.add(threading.current_thread().name)
-        return encode(*chat)
+    def noting(*chat, **named):
+        threads.append(threading.current_thread().name)
+        return encode(*chat, **named)
 
     monkeypatch.setattr(template, "encode", noting)
     for length in (10, 20_000):
         messages = [{"role": "user", "content": "x" * length}]
         response = await client.post(URL, json={"model": "tiny", "messages": messages})
         assert response.status_code == 200
-    assert threads == {"MainThread", "text_0"}
+    assert threads == ["chat_0", "text_0"]
 
 
 async def test_several_tokens_in_one_output(client, engine, chat_body, events):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -21,7 +22,9 @@ from headstart import __version__
 from headstart.engine.errors import ConfigError
 from headstart.engine.models.store import FORMAT
 from headstart.server import cli
-from headstart.server.flags import SECRET_VARIABLE
+from headstart.server.flags.limits import LIMITS
+from headstart.server.flags.runahead import SECRET_VARIABLE
+from headstart.server.settings import ServerSettings
 
 
 def parse(*argv: str):
@@ -109,6 +112,48 @@ def test_every_flag_gets_where_it_belongs(tmp_path):
     assert (settings.max_body_bytes, settings.max_n, settings.max_prompts) == (1024**2, 2, 3)
     assert (settings.max_choices, settings.max_stop) == (4, 5)
     assert (settings.tool_call_parser, settings.reasoning_parser) == ("mistral", "think")
+
+
+def test_every_limit_has_a_flag_that_is_read():
+    named = {field.name for field in dataclasses.fields(ServerSettings)}
+    wanted = {name for name in named if name.startswith("max_")} | {
+        "grammar_timeout",
+        "template_timeout",
+    }
+    assert sorted(limit.setting for limit in LIMITS) == sorted(wanted)
+    values = {limit.setting: 1000 + i for i, limit in enumerate(LIMITS)}
+    argv = [word for limit in LIMITS for word in (limit.flag, str(values[limit.setting]))]
+    settings = cli.server_settings(parse("serve", "m", *argv))
+    assert {name: getattr(settings, name) for name in values} == values
+    for limit in LIMITS:
+        with pytest.raises(SystemExit):
+            parse("serve", "m", limit.flag, "0")
+
+
+def test_the_help_has_the_default_of_every_limit(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse("serve", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for limit in LIMITS:
+        default = getattr(ServerSettings(), limit.setting)
+        assert f"{limit.flag} {limit.metavar} {limit.help} (default: {default})" in text
+
+
+def test_times(monkeypatch):
+    args = parse("serve", "m", "--body-timeout", "3", "--request-timeout", "0.5")
+    settings = cli.server_settings(args)
+    assert (settings.body_timeout, settings.request_timeout) == (3, 0.5)
+    assert cli.server_settings(parse("serve", "m")).request_timeout is None
+    assert parse("serve", "m").head_timeout == 20
+    for flag in ("--request-timeout", "--head-timeout", "--template-timeout"):
+        with pytest.raises(SystemExit):
+            parse("serve", "m", flag, "0")
+
+
+def test_scheduling_policy(tmp_path):
+    args = parse("serve", "m", "--scheduling-policy", "priority")
+    assert cli.engine_config(args, tmp_path).scheduling_policy == "priority"
 
 
 def test_runahead_flags(tmp_path, monkeypatch):
@@ -264,7 +309,6 @@ def test_wrong_adapter_flags_are_told_before_anything_else(
 
 def test_defaults_are_those_of_the_config(tmp_path):
     from headstart.engine.config import EngineConfig
-    from headstart.server.settings import ServerSettings
 
     args = parse("serve", "m")
     expected = EngineConfig(model_path=str(tmp_path), cache_dir=str(args.cache_dir))

@@ -60,7 +60,7 @@ def check_shape(response: httpx.Response) -> dict:
         ({"temprature": 1}, "temprature", "not a known field"),
         ({"tools": [{"type": "function"}]}, "tools[0].function", "with a name"),
         ({"response_format": {"type": "x"}}, "response_format.type", "must be one of"),
-        ({"priority": 1}, "priority", "not supported"),
+        ({"priority": 2**31}, "priority", "less than or equal to"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "known field"),
         ({"stream": "true"}, "stream", "valid boolean"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import socket
 from urllib.parse import urlsplit
@@ -134,3 +136,73 @@ async def test_ten_megabytes(live_url, chunked):
         response = await client.post(f"{live_url}/v1/chat/completions", content=content)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
+
+
+def connect(url: str) -> socket.socket:
+    address = urlsplit(url)
+    connection = socket.create_connection((address.hostname, address.port))
+    connection.setblocking(False)
+    return connection
+
+
+async def sent_until_closed(connection: socket.socket, data: bytes) -> float:
+    """Send ``data`` byte by byte, again and again; seconds until the server closes."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    async with asyncio.timeout(5):
+        closed = asyncio.create_task(loop.sock_recv(connection, 1))
+        for byte in itertools.cycle(data or [None]):
+            if byte is not None:
+                with contextlib.suppress(ConnectionError):
+                    await loop.sock_sendall(connection, bytes([byte]))
+            await asyncio.wait([closed], timeout=0.02)
+            if closed.done():
+                with contextlib.suppress(ConnectionResetError):
+                    assert closed.result() == b""
+                return loop.time() - start
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("begin", "data"),
+    [(b"", b""), (b"", b"\r\n"), (b"GET /", b"a"), (b"GET /live HTTP/1.1\r\n", b"x: y\r\n")],
+)
+async def test_a_head_that_does_not_end(live_url, begin, data):
+    with connect(live_url) as connection:
+        await asyncio.get_running_loop().sock_sendall(connection, begin)
+        assert 0.35 < await sent_until_closed(connection, data) < 3
+
+
+async def answer_of(connection: socket.socket) -> bytes:
+    loop, received = asyncio.get_running_loop(), b""
+    async with asyncio.timeout(5):
+        while not received.endswith(b"}"):
+            received += await loop.sock_recv(connection, 65536)
+    return received
+
+
+@pytest.mark.parametrize(("begin", "data"), [(b"GET /", b"a"), (b"", b"\r\n")])
+async def test_a_second_head_that_does_not_end(live_url, begin, data):
+    loop = asyncio.get_running_loop()
+    with connect(live_url) as connection:
+        await loop.sock_sendall(connection, b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in await answer_of(connection)
+        await asyncio.sleep(0.5)  # the keep-alive time is another one
+        await loop.sock_sendall(connection, begin)
+        assert 0.35 < await sent_until_closed(connection, data) < 3
+
+
+async def test_heads_have_ended_when_bodies_and_answers_take_long(live_url, engine, chat_body):
+    engine.hold = True
+    body = json.dumps(chat_body()).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    loop = asyncio.get_running_loop()
+    with connect(live_url) as connection:
+        await loop.sock_sendall(connection, head.encode())
+        await asyncio.sleep(0.6)
+        await loop.sock_sendall(connection, body)
+        while not engine.added:
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.6)
+        engine.added[0].stream.gate.set()
+        assert b" 200 " in await answer_of(connection)

@@ -346,8 +346,8 @@ def function(**fields):
     ("fields", "param", "words"),
     [
         ({"tools": LOOK}, "tools", "a list of tools"),
-        ({"tools": [LOOK, 3]}, "tools[1]", "an object of type"),
-        ({"tools": [LOOK, LOOK]}, "tools[1]", "given twice"),
+        ({"tools": [LOOK, 3]}, "tools[1]", "an object"),
+        ({"tools": [LOOK, LOOK]}, "tools[1].function.name", "given twice"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function", "a name"),
         ({"tools": function(name="a b")}, "tools[0].function.name", "1 to 64 characters"),
         ({"tools": function(name="a" * 65)}, "tools[0].function.name", "1 to 64 characters"),
@@ -498,3 +498,30 @@ async def test_turns_with_tools(choice, build, engine):
     assert len(texts) == 3
     assert '"name": "look"' in texts[0]
     assert texts[1:] == ["<|im_start|>user\nhi<|im_end|>\n"] * 2
+
+
+async def test_every_token_of_a_call_is_shown(ask, engine, events):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    response = await ask(
+        f"so:{CALL}", tools=[LOOK], stream=True, return_token_ids=True, stream_options=options
+    )
+    *chunks, last, _ = events(response.text)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    sent = [token_id for choice in choices for token_id in choice.get("token_ids", ())]
+    assert sent == [
+        token_id for out in engine.added[0].stream.outputs for token_id in out.token_ids
+    ]
+    assert any(choice["delta"].get("tool_calls") for choice in choices)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == last["usage"]["completion_tokens"]
+
+
+async def test_what_is_continued_is_echoed_before_calls(ask, build):
+    begun = {"role": "assistant", "content": "I look"}
+    fields = {"messages": [USER, begun], "continue_final_message": True, "echo": True}
+    template = "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{{ messages[-1].content }}"
+    response = await ask(f": {CALL}", app=build(template), tools=[LOOK], **fields)
+    [found] = response.json()["choices"]
+    assert found["message"]["content"].startswith("I look:")
+    assert found["message"]["tool_calls"][0]["function"]["name"] == "look"

@@ -229,10 +229,8 @@ def test_errors_are_those_of_the_client_library(client):
         client.chat.completions.create(model=MODEL, messages=PARIS, temperature=9)
     assert bad.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(
-            model=MODEL, messages=PARIS, response_format={"type": "json_object"}
-        )
-    assert unsupported.value.param == "response_format"
+        client.chat.completions.create(model=MODEL, messages=PARIS, store=True)
+    assert unsupported.value.param == "store"
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-4o", messages=PARIS)
     assert missing.value.code == "model_not_found"
