@@ -93,7 +93,8 @@ FUZZ_CASES ?= 1000
 fuzz: install
 	$(BIN)/headstart serve $(MODEL) --port $(FUZZ_PORT) --kv-memory 1GiB --lora-dir tests & server=$$!; \
 	trap "kill $$server" EXIT; \
-	$(BIN)/schemathesis run http://127.0.0.1:$(FUZZ_PORT)/openapi.json --wait-for-schema 120 \
+	until curl -sf http://127.0.0.1:$(FUZZ_PORT)/ready > /dev/null; do kill -0 $$server || exit 1; sleep 1; done; \
+	$(BIN)/schemathesis run http://127.0.0.1:$(FUZZ_PORT)/openapi.json \
 	  --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,response_headers_conformance,unsupported_method \
 	  --phases coverage,fuzzing --max-examples $(FUZZ_CASES) --seed 1 --continue-on-failure $(ARGS)
 
