@@ -13,7 +13,7 @@ BIN := .venv/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: serve test lint format install bench bench-serve bench-steps perplexity peers container-test gpu-check gpu-bench soak clean
+.PHONY: serve test lint format install bench bench-serve bench-steps perplexity peers container-test gpu-check gpu-bench fuzz soak clean
 .DEFAULT_GOAL := test
 
 serve: install
@@ -86,6 +86,17 @@ gpu-bench:
 
 container-test:
 	deploy/container_test.sh
+
+# Some 20,000 requests made of /openapi.json, at a server with adapters that may be loaded.
+FUZZ_PORT ?= 8765
+FUZZ_CASES ?= 1000
+fuzz: install
+	$(BIN)/headstart serve $(MODEL) --port $(FUZZ_PORT) --kv-memory 1GiB --lora-dir tests & server=$$!; \
+	trap "kill $$server" EXIT; \
+	until curl -sf http://127.0.0.1:$(FUZZ_PORT)/ready > /dev/null; do kill -0 $$server || exit 1; sleep 1; done; \
+	$(BIN)/schemathesis run http://127.0.0.1:$(FUZZ_PORT)/openapi.json \
+	  --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,response_headers_conformance,unsupported_method \
+	  --phases coverage,fuzzing --max-examples $(FUZZ_CASES) --seed 1 --continue-on-failure $(ARGS)
 
 soak: install
 	$(BIN)/python -m headstart.bench.soak $(ARGS)

@@ -6,12 +6,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -22,6 +20,7 @@ from headstart.engine.errors import HeadstartError
 from headstart.server.access_log import REQUEST_ID, AccessLog, request_id
 from headstart.server.answer_format import find_format
 from headstart.server.anthropic import messages
+from headstart.server.api_document import describe
 from headstart.server.auth import Authorisation
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, error_response, to_api_error
@@ -129,25 +128,29 @@ def create_app(
     app.add_middleware(AccessLog, line_format=settings.access_log_format)
     _add_error_handlers(app)
     app.include_router(_operations(runtime))
-    groups = [
-        group.routes(runtime)
-        for group in (
-            models,
-            chat,
-            completions,
-            embeddings,
-            score,
-            adapters,
-            tokens,
-            responses,
-            messages,
-        )
-    ]
+    modules = (
+        models,
+        chat,
+        completions,
+        embeddings,
+        score,
+        adapters,
+        tokens,
+        responses,
+        messages,
+    )
+    groups = [module.routes(runtime) for module in modules]
     for router in groups:
         app.include_router(router)
     app.state.post_paths = _post_paths(groups)
-    _describe_bodies(app)
+    describe(app, BODIES)
     return app
+
+
+def _post_paths(routers: Sequence[APIRouter]) -> frozenset[str]:
+    routes = [route for router in routers for route in router.routes]
+    found = [route for route in routes if isinstance(route, APIRoute)]
+    return frozenset(route.path for route in found if "POST" in (route.methods or ()))
 
 
 def _chat_template(tokenizer: Tokenizer, settings: ServerSettings) -> ChatTemplate | None:
@@ -155,12 +158,6 @@ def _chat_template(tokenizer: Tokenizer, settings: ServerSettings) -> ChatTempla
         return None
     limits = TemplateLimits(settings.template_timeout, settings.max_template_chars)
     return ChatTemplate(tokenizer, limits)
-
-
-def _post_paths(routers: Sequence[APIRouter]) -> frozenset[str]:
-    routes = [route for router in routers for route in router.routes]
-    found = [route for route in routes if isinstance(route, APIRoute)]
-    return frozenset(route.path for route in found if "POST" in (route.methods or ()))
 
 
 async def _start(engine: EngineClient, on_failure: Callable[[HeadstartError], None] | None) -> None:
@@ -253,28 +250,3 @@ def _add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, known)
     app.add_exception_handler(Exception, unknown)
     app.add_exception_handler(HTTPException, http)
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    """Put the request bodies, which the endpoints parse themselves, into /openapi.json."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = generate()
-            references, definitions = models_json_schema(
-                [(body, "validation") for body in BODIES.values()],
-                ref_template="#/components/schemas/{model}",
-            )
-            schema.setdefault("components", {}).setdefault("schemas", {}).update(
-                definitions.get("$defs", {})
-            )
-            for path, body in BODIES.items():
-                schema["paths"][path]["post"]["requestBody"] = {
-                    "required": True,
-                    "content": {"application/json": {"schema": references[body, "validation"]}},
-                }
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -27,7 +27,7 @@ from headstart.server.flags.answers import add_answer_flags
 from headstart.server.flags.engine import add_cache_dir, add_engine_flags, add_parallel_flags
 from headstart.server.flags.http import add_http_flags
 from headstart.server.flags.limits import add_limit_flags
-from headstart.server.flags.model import add_model_flags, model_names
+from headstart.server.flags.model import add_model_flags, model_names, tokenizer_of
 from headstart.server.flags.runahead import (
     SECRET_VARIABLE,
     add_runahead_flags,
@@ -216,7 +216,6 @@ def run_serve(args: argparse.Namespace) -> int:
     from headstart.server.access_log import log_bare_lines
     from headstart.server.app import create_app
     from headstart.server.serving import serve
-    from headstart.server.tokenizer import Tokenizer
 
     if settings.access_log_format == "json":
         log_bare_lines(sys.stderr)
@@ -226,7 +225,7 @@ def run_serve(args: argparse.Namespace) -> int:
         failures: list[HeadstartError] = []
         app = create_app(
             engine,
-            Tokenizer.from_folder(folder),
+            tokenizer_of(args, folder),
             model_names=model_names(args),
             settings=settings,
             on_start_failure=failures.append,
@@ -260,7 +259,6 @@ def run_batch(args: argparse.Namespace) -> int:
     from headstart.server import run_batch as batch
     from headstart.server.app import create_app
     from headstart.server.batch_progress import Progress
-    from headstart.server.tokenizer import Tokenizer
 
     output = batch.BatchOutput(args.output, resume=args.resume)
     folder = resolve(args.model, args.cache_dir, ProgressLines())
@@ -269,7 +267,7 @@ def run_batch(args: argparse.Namespace) -> int:
     async def run() -> batch.Tally:
         app = create_app(
             EngineClient(engine_config(args, folder)),
-            Tokenizer.from_folder(folder),
+            tokenizer_of(args, folder),
             model_names=model_names(args),
             settings=answer_settings(args),
             on_start_failure=failures.append,

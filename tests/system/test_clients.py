@@ -33,6 +33,13 @@ WEATHER = {
         },
     },
 }
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\nTools, called as <tool_call>{...}</tool_call>:\n"
+    "{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 FORCED = {"type": "function", "function": {"name": "get_weather"}}
 
 litellm.telemetry = False
@@ -50,7 +57,18 @@ def client(server):
 
 
 @pytest.fixture
-def chat(server):
+def tool_server(start_server, smollm2, default_flags, tmp_path):
+    """The same weights behind a template that writes tools, which SmolLM2's does not."""
+    folder = tmp_path / MODEL
+    folder.mkdir()
+    for path in smollm2.iterdir():
+        if path.name != "chat_template.jinja":
+            (folder / path.name).symlink_to(path)
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    return start_server(str(folder), *default_flags[1:])
+
+
+def langchain(server):
     return ChatOpenAI(
         model=MODEL,
         base_url=f"{server.url}/v1",
@@ -62,23 +80,20 @@ def chat(server):
     )
 
 
-@pytest.fixture
-def lite(server):
-    def ask(**fields):
-        fields = {"max_tokens": 60, "messages": PARIS} | fields
-        return litellm.completion(
-            model=f"openai/{MODEL}",
-            api_base=f"{server.url}/v1",
-            api_key="none",
-            temperature=0,
-            num_retries=0,
-            **fields,
-        )
-
-    return ask
+def lite(server, **fields):
+    fields = {"max_tokens": 60, "messages": PARIS} | fields
+    return litellm.completion(
+        model=f"openai/{MODEL}",
+        api_base=f"{server.url}/v1",
+        api_key="none",
+        temperature=0,
+        num_retries=0,
+        **fields,
+    )
 
 
-def test_langchain_chats(chat):
+def test_langchain_chats(server):
+    chat = langchain(server)
     answer = chat.invoke(QUESTION)
     assert "Paris" in answer.content
     assert answer.usage_metadata["input_tokens"] > 5
@@ -87,37 +102,38 @@ def test_langchain_chats(chat):
     assert "".join(chunk.content for chunk in chunks) == answer.content
 
 
-def test_langchain_calls_a_tool(chat):
+def test_langchain_calls_a_tool(tool_server):
+    chat = langchain(tool_server)
     answer = chat.bind_tools([WEATHER], tool_choice="get_weather").invoke("Weather in Paris?")
     (call,) = answer.tool_calls
     assert call["name"] == "get_weather"
     assert isinstance(call["args"]["city"], str)
 
 
-def test_langchain_reads_structured_output(chat):
-    found = chat.with_structured_output(City, method="json_schema").invoke(QUESTION)
+def test_langchain_reads_structured_output(server):
+    found = langchain(server).with_structured_output(City, method="json_schema").invoke(QUESTION)
     assert isinstance(found, City)
 
 
-def test_litellm_chats(lite):
-    answer = lite()
+def test_litellm_chats(server):
+    answer = lite(server)
     assert "Paris" in answer.choices[0].message.content
-    chunks = list(lite(stream=True))
+    chunks = list(lite(server, stream=True))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == answer.choices[0].message.content
 
 
-def test_litellm_calls_a_tool(lite):
-    answer = lite(tools=[WEATHER], tool_choice=FORCED)
+def test_litellm_calls_a_tool(tool_server):
+    answer = lite(tool_server, tools=[WEATHER], tool_choice=FORCED)
     (call,) = answer.choices[0].message.tool_calls
     assert call.function.name == "get_weather"
     assert set(json.loads(call.function.arguments)) == {"city"}
 
 
-def test_litellm_reads_structured_output(lite):
+def test_litellm_reads_structured_output(server):
     schema = City.model_json_schema() | {"additionalProperties": False}
     wanted = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
-    City.model_validate_json(lite(response_format=wanted).choices[0].message.content)
+    City.model_validate_json(lite(server, response_format=wanted).choices[0].message.content)
 
 
 def test_parse(client):
@@ -127,7 +143,8 @@ def test_parse(client):
     assert isinstance(answer.choices[0].message.parsed, City)
 
 
-def test_required_tools_as_deltas(client):
+def test_required_tools_as_deltas(tool_server):
+    client = tool_server.client()
     request = {"model": MODEL, "messages": PARIS, "temperature": 0, "max_tokens": 60}
     tools = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
     whole = client.chat.completions.create(**request, **tools).choices[0]
