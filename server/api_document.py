@@ -55,6 +55,7 @@ STATUSES = {
     413: "The body is too large",
     500: "An error of the server, whose log says more",
     503: "Loading, shutting down, or the engine has ended: try again",
+    504: "The answer was not complete in the time that the request has",
 }
 GET_STATUSES = (401, 403, 404, 500, 503)
 

@@ -19,12 +19,13 @@ import msgspec
 import pytest
 
 from headstart import __version__
-from headstart.engine.errors import ConfigError
+from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models.store import FORMAT
 from headstart.server import cli
 from headstart.server.flags.limits import LIMITS
 from headstart.server.flags.runahead import SECRET_VARIABLE
 from headstart.server.settings import ServerSettings
+from headstart.server.templates import ChatTemplate
 
 
 def parse(*argv: str):
@@ -335,6 +336,25 @@ def test_model_names(tmp_path):
     assert cli.model_names(parse("serve", "org/model")) == ["org/model"]
     assert cli.model_names(parse("serve", str(tmp_path))) == [tmp_path.name]
     assert cli.model_names(parse("serve", "m", "--served-model-name", "a", "b")) == ["a", "b"]
+
+
+def test_a_chat_template_in_place_of_the_models_own(model_folder):
+    file = model_folder / "other.jinja"
+    file.write_text("{{ messages[0]['content'] }} é", encoding="utf-8")
+    args = parse("serve", str(model_folder), "--chat-template", str(file))
+    tokenizer = cli.tokenizer_of(args, model_folder)
+    assert ChatTemplate(tokenizer).render([{"role": "user", "content": "hi"}]) == "hi é"
+    own = cli.tokenizer_of(parse("serve", str(model_folder)), model_folder).chat_template
+    assert own != tokenizer.chat_template
+    file.write_bytes(b"\xff")
+    for path in (file, model_folder / "missing.jinja"):
+        args = parse("serve", str(model_folder), "--chat-template", str(path))
+        with pytest.raises(ConfigError, match=f"--chat-template {path}: "):
+            cli.tokenizer_of(args, model_folder)
+    file.write_text("{% if %}")
+    args = parse("serve", str(model_folder), "--chat-template", str(file))
+    with pytest.raises(ModelError, match="chat template is broken"):
+        ChatTemplate(cli.tokenizer_of(args, model_folder))
 
 
 def test_cache_dir(monkeypatch):
