@@ -89,14 +89,18 @@ container-test:
 
 # Some 20,000 requests made of /openapi.json, at a server with adapters that may be loaded.
 FUZZ_PORT ?= 8765
-FUZZ_CASES ?= 1000
+FUZZ_CASES ?= 300
+FUZZ_SEEDS ?= 1 2 3
 fuzz: install
 	$(BIN)/headstart serve $(MODEL) --port $(FUZZ_PORT) --kv-memory 1GiB --lora-dir tests & server=$$!; \
 	trap "kill $$server" EXIT; \
 	until curl -sf http://127.0.0.1:$(FUZZ_PORT)/ready > /dev/null; do kill -0 $$server || exit 1; sleep 1; done; \
-	$(BIN)/schemathesis run http://127.0.0.1:$(FUZZ_PORT)/openapi.json \
+	for seed in $(FUZZ_SEEDS); do \
+	  $(BIN)/schemathesis run http://127.0.0.1:$(FUZZ_PORT)/openapi.json \
 	  --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,response_headers_conformance,unsupported_method \
-	  --phases coverage,fuzzing --max-examples $(FUZZ_CASES) --seed 1 --continue-on-failure $(ARGS)
+	  --phases coverage,fuzzing --max-examples $(FUZZ_CASES) --seed $$seed --generation-database none \
+	  --continue-on-failure $(ARGS) || exit 1; \
+	done
 
 soak: install
 	$(BIN)/python -m headstart.bench.soak $(ARGS)
