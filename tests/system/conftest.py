@@ -245,6 +245,32 @@ def default_flags(smollm2: Path) -> list[str]:
     return [*flags, "--threads", "1"]
 
 
+# SmolLM2's own template writes no tools. This one has a variable, too.
+TOOL_TEMPLATE = """
+{%- if tools %}<|im_start|>system
+Tools, called as <tool_call>{...}</tool_call>: {{ tools | tojson }}<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}
+{%- for call in message['tool_calls'] or [] %}<tool_call>{{ call['function'] | tojson }}</tool_call>
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if persona %}As {{ persona }}: {% endif %}{% endif %}"""
+
+
+@pytest.fixture(scope="session")
+def tool_server(
+    default_flags: list[str], tmp_path_factory: pytest.TempPathFactory, quiet_environment: None
+) -> Iterator[Server]:
+    """The default model behind a template that writes tools; it goes by priorities."""
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "template.jinja").write_text(TOOL_TEMPLATE)
+    flags = ["--chat-template", str(folder / "template.jinja"), "--scheduling-policy", "priority"]
+    with _servers(folder) as start:
+        yield start(*default_flags, *flags)
+
+
 @pytest.fixture(scope="session")
 def shared_server(
     default_flags: list[str], tmp_path_factory: pytest.TempPathFactory, quiet_environment: None

@@ -8,6 +8,16 @@ import pytest
 MODEL = "smollm2-135m"
 GREEDY = {"temperature": 0}  # the client has no field of its own for it
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather of a city",
+    "input_schema": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
 
 
 @pytest.fixture
@@ -52,3 +62,35 @@ def test_errors(client):
         client.messages.create(
             model=MODEL, messages=[{"role": "user", "content": [image]}], max_tokens=1
         )
+
+
+def test_a_tool_whole_and_streamed_and_its_result(tool_server):
+    client = anthropic.Anthropic(base_url=tool_server.url, api_key="none", max_retries=0)
+    fields = {
+        "model": MODEL,
+        "max_tokens": 60,
+        "tools": [WEATHER],
+        "tool_choice": {"type": "tool", "name": "get_weather"},
+        "extra_body": GREEDY,
+    }
+    whole = client.messages.create(messages=PARIS, **fields)
+    assert whole.stop_reason == "tool_use"
+    (call,) = whole.content
+    assert (call.type, call.name) == ("tool_use", "get_weather")
+    assert set(call.input) == {"city"}
+    with client.messages.stream(messages=PARIS, **fields) as stream:
+        final = stream.get_final_message()
+    assert final.content[0].input == call.input
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "Sunny, 21 degrees"}
+    fields["tool_choice"] = {"type": "none"}
+    answer = client.messages.create(
+        messages=[
+            *PARIS,
+            {"role": "assistant", "content": whole.content},
+            {"role": "user", "content": [result]},
+        ],
+        **fields,
+    )
+    assert answer.stop_reason in ("end_turn", "max_tokens")
+    assert answer.content[0].text
+    client.close()

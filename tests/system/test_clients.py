@@ -33,13 +33,6 @@ WEATHER = {
         },
     },
 }
-TOOL_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nTools, called as <tool_call>{...}</tool_call>:\n"
-    "{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 FORCED = {"type": "function", "function": {"name": "get_weather"}}
 
 litellm.telemetry = False
@@ -54,18 +47,6 @@ class City(BaseModel):
 def client(server):
     with server.client() as client:
         yield client
-
-
-@pytest.fixture
-def tool_server(start_server, smollm2, default_flags, tmp_path):
-    """The same weights behind a template that writes tools, which SmolLM2's does not."""
-    folder = tmp_path / MODEL
-    folder.mkdir()
-    for path in smollm2.iterdir():
-        if path.name != "chat_template.jinja":
-            (folder / path.name).symlink_to(path)
-    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
-    return start_server(str(folder), *default_flags[1:])
 
 
 def langchain(server):
