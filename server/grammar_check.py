@@ -33,7 +33,7 @@ KEPT = 4096
 """Grammars whose fate is remembered, as 32 bytes and a message each."""
 
 MEMORY = 2 << 30
-"""Bytes of address space the checker may use."""
+"""Bytes the checker may use."""
 
 START_SECONDS = 30.0
 """How long a new checker may take to read the vocabulary."""
@@ -149,7 +149,8 @@ def main() -> None:
     from headstart.engine.grammar import MANY, Constraint, Grammars, compiled, load_vocabulary
 
     os.nice(5)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    # Not RLIMIT_AS: with a thread for each of many cores, reserved addresses alone may be more.
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     lines = sys.stdin.buffer
     known = msgspec.json.decode(lines.readline(), type=Vocabulary)
