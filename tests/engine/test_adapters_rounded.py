@@ -175,10 +175,10 @@ def checksums(engine: Engine, requests: list[tuple[list[int], str | None]]) -> l
     found: list[list[int]] = [[] for _ in requests]
     sample = engine._sampler.sample
 
-    def recorded(logits: Tensor, sequences: list[Sequence]) -> Any:
+    def recorded(logits: Tensor, sequences: list[Sequence], masks: None) -> Any:
         for row, seq in zip(logits, sequences, strict=True):
             found[seq.id].append(zlib.crc32(row.numpy().tobytes()))
-        return sample(logits, sequences)
+        return sample(logits, sequences, masks)
 
     engine._sampler.sample = recorded  # type: ignore[method-assign]
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)

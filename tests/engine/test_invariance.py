@@ -56,8 +56,8 @@ def answers(
     found: list[Answer] = [[] for _ in each]
     sample = engine._sampler.sample
 
-    def recorded(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
-        sampled = sample(logits, sequences)
+    def recorded(logits: Tensor, sequences: list[Sequence], masks: None) -> list[Sampled]:
+        sampled = sample(logits, sequences, masks)
         for row, seq, one in zip(logits, sequences, sampled, strict=True):
             found[seq.id].append((one.token_id, zlib.crc32(row.numpy().tobytes())))
         return sampled

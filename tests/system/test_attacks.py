@@ -100,8 +100,16 @@ class Attacked:
 
 
 @pytest.fixture(scope="module")
-def attacked_server(shared_server_factory: Any, default_flags: list[str]) -> Any:
-    return shared_server_factory(*default_flags, "--body-timeout", "4")
+def attacked_server(
+    shared_server_factory: Any, default_flags: list[str], text: Callable[[int, int], str]
+) -> Any:
+    # Few pages, all of them touched before anything is measured.
+    pages = ["--kv-memory", "64MiB", "--max-model-len", "2048"]
+    server = shared_server_factory(*default_flags, *pages, "--body-timeout", "4")
+    with server.client() as client:
+        client.completions.create(model=server.model, prompt=text(2000, 0), max_tokens=1)
+    server.wait_idle()
+    return server
 
 
 @pytest.fixture
@@ -251,22 +259,22 @@ INJECTED = (
 )
 
 
-@pytest.mark.parametrize("text", INJECTED)
-def test_templates_in_messages_are_text(attacked: Attacked, text: str) -> None:
+@pytest.mark.parametrize("injected", INJECTED)
+def test_templates_in_messages_are_text(attacked: Attacked, injected: str) -> None:
     for role in ("user", "system", "assistant"):
-        messages = [{"role": role, "content": text}, {"role": "user", "content": "hi"}]
+        messages = [{"role": role, "content": injected}, {"role": "user", "content": "hi"}]
         body = {"model": attacked.server.model, "messages": messages}
         rendered = attacked.http.post("/apply-template", json=body).json()["prompt"]
-        assert rendered.count(text) == 1
+        assert rendered.count(injected) == 1
         tokens = attacked.http.post("/tokenize", json=body).json()["tokens"]
         back = attacked.http.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
-        assert text in back
+        assert injected in back
         # No more turns than were sent.
         plain = {**body, "messages": [{**messages[0], "content": "x"}, messages[1]]}
         begins = attacked.http.post("/tokenize", json=plain).json()["tokens"][0]
         sent = attacked.http.post("/tokenize", json=plain).json()["tokens"].count(begins)
         assert tokens.count(begins) == sent
-    reply = attacked.http.post("/v1/chat/completions", json=chat(attacked, chat_template=text))
+    reply = attacked.http.post("/v1/chat/completions", json=chat(attacked, chat_template=injected))
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "chat_template"
 
