@@ -7,7 +7,9 @@ body are chosen in one place.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
 from pydantic import ValidationError
@@ -90,6 +92,19 @@ def error_response(error: APIError, path: str) -> Response:
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
     """A 400."""
     return APIError(400, message, param=param, code=code)
+
+
+def invalid(path: str, words: str) -> APIError:
+    """A 400 for a value that is not what it has to be."""
+    return bad_request(f"{path} {words}", path, "invalid_value")
+
+
+def string_at(value: Mapping[str, Any], key: str, path: str) -> str:
+    """A string of the object at ``path``; raises APIError."""
+    found = value.get(key)
+    if not isinstance(found, str):
+        raise invalid(f"{path}.{key}", "must be a string")
+    return found
 
 
 def unavailable(message: str) -> APIError:

@@ -35,9 +35,6 @@ _FORMATS = ("text", "json_object", "json_schema", "regex", "grammar")
 
 ObjectField = Annotated[Any, WithJsonSchema({"type": "object"}, mode="validation")]
 AnyField = Annotated[Any, WithJsonSchema({}, mode="validation")]
-ChoiceField = Annotated[
-    Any, WithJsonSchema({"type": "array", "items": {"type": "string"}}, mode="validation")
-]
 
 
 class Structure:
@@ -120,20 +117,14 @@ def asked_structures(value: Any, settings: ServerSettings) -> list[Structure]:
     whitespace = value.get("whitespace_pattern")
     if whitespace is not None:
         _text(whitespace, f"{path}.whitespace_pattern", settings)
-    found: list[Structure] = []
-    if value.get("json") is not None:
-        schema, where = value["json"], f"{path}.json"
-        found.append(
-            json_structure(schema, where, settings, whitespace="" if compact else whitespace)
-        )
-    if value.get("json_object"):
-        where = f"{path}.json_object"
-        found.append(
-            json_structure(
-                {"type": "object"}, where, settings, whitespace="" if compact else whitespace
-            )
-        )
-    return found + [
+    if compact:
+        whitespace = ""
+    any_object = {"type": "object"} if value.get("json_object") else None
+    return [
+        json_structure(schema, f"{path}.{name}", settings, whitespace=whitespace)
+        for name, schema in (("json", value.get("json")), ("json_object", any_object))
+        if schema is not None
+    ] + [
         guided_structure(name, value[name], f"{path}.{name}", settings)
         for name in ("regex", "choice", "grammar")
         if value.get(name) is not None

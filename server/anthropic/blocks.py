@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headstart.server.errors import APIError, bad_request
+from headstart.server.errors import bad_request, invalid, string_at
 from headstart.server.openai.conversation import Conversation
 from headstart.server.openai.fields import refuse_extras
 
@@ -32,7 +32,7 @@ def add_message(conversation: Conversation, role: str, content: Any, path: str) 
         conversation.say(role, content)
         return
     if not isinstance(content, list) or not content:
-        raise _invalid(path, "must be a string or a list of blocks")
+        raise invalid(path, "must be a string or a list of blocks")
     said: list[str] = []
 
     def flush() -> None:
@@ -44,7 +44,7 @@ def add_message(conversation: Conversation, role: str, content: Any, path: str) 
         where = f"{path}[{i}]"
         block = _checked(value, _ROLES[role], where)
         if block["type"] == "text":
-            said.append(_string(block, "text", where))
+            said.append(string_at(block, "text", where))
             continue
         flush()
         _add_block(conversation, block, where)
@@ -54,19 +54,19 @@ def add_message(conversation: Conversation, role: str, content: Any, path: str) 
 def _add_block(conversation: Conversation, block: dict[str, Any], path: str) -> None:
     match block["type"]:
         case "thinking":
-            conversation.think(_string(block, "thinking", path))
+            conversation.think(string_at(block, "thinking", path))
         case "tool_use":
             given = block.get("input")
             if not isinstance(given, dict):
-                raise _invalid(f"{path}.input", "must be an object")
-            conversation.call(_string(block, "id", path), _string(block, "name", path), given)
+                raise invalid(f"{path}.input", "must be an object")
+            conversation.call(string_at(block, "id", path), string_at(block, "name", path), given)
         case "tool_result":
             text = text_of(block.get("content", ""), f"{path}.content")
             if block.get("is_error") not in (None, True, False):
-                raise _invalid(f"{path}.is_error", "must be true or false")
+                raise invalid(f"{path}.is_error", "must be true or false")
             if block.get("is_error"):  # templates know no field for it
                 text = f"Error: {text}"
-            call_id = _string(block, "tool_use_id", path)
+            call_id = string_at(block, "tool_use_id", path)
             conversation.result(call_id, text, f"{path}.tool_use_id")
 
 
@@ -75,9 +75,9 @@ def text_of(content: Any, path: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _invalid(path, "must be a string or a list of text blocks")
+        raise invalid(path, "must be a string or a list of text blocks")
     return "\n".join(
-        _string(_checked(block, ("text",), f"{path}[{i}]"), "text", f"{path}[{i}]")
+        string_at(_checked(block, ("text",), f"{path}[{i}]"), "text", f"{path}[{i}]")
         for i, block in enumerate(content)
     )
 
@@ -85,7 +85,7 @@ def text_of(content: Any, path: str) -> str:
 def _checked(block: Any, kinds: tuple[str, ...], path: str) -> dict[str, Any]:
     kind = block.get("type") if isinstance(block, dict) else None
     if not isinstance(block, dict) or not isinstance(kind, str):
-        raise _invalid(path, "must be an object with a type")
+        raise invalid(path, "must be an object with a type")
     if kind not in _FIELDS:
         raise bad_request(
             f"{path}: blocks of type {kind[:40]!r} are not supported: this model reads text only",
@@ -96,14 +96,3 @@ def _checked(block: Any, kinds: tuple[str, ...], path: str) -> dict[str, Any]:
     extras = {key: value for key, value in block.items() if key not in _FIELDS[kind]}
     refuse_extras(extras, _REFUSED, f"{path}.")
     return block
-
-
-def _string(block: dict[str, Any], key: str, path: str) -> str:
-    value = block.get(key)
-    if not isinstance(value, str):
-        raise _invalid(f"{path}.{key}", "must be a string")
-    return value
-
-
-def _invalid(path: str, words: str) -> APIError:
-    return bad_request(f"{path} {words}", path, "invalid_value")

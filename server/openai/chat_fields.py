@@ -9,9 +9,9 @@ from pydantic import WithJsonSchema
 from headstart.server.errors import APIError, bad_request
 from headstart.server.openai.fields import Body
 from headstart.server.settings import ServerSettings
+from headstart.server.structure import ObjectField
 from headstart.server.templates import ChatTemplate, Ending, Message
 
-ObjectField = Annotated[Any, WithJsonSchema({"type": "object"}, mode="validation")]
 ObjectsField = Annotated[
     Any, WithJsonSchema({"type": "array", "items": {"type": "object"}}, mode="validation")
 ]

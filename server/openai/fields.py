@@ -21,7 +21,6 @@ from headstart.server.settings import ServerSettings
 from headstart.server.stream import TextOptions
 from headstart.server.structure import (
     AnyField,
-    ChoiceField,
     ObjectField,
     Structure,
     asked_structures,
@@ -159,7 +158,7 @@ class GenerationBody(Body):
     structured_outputs: ObjectField = None
     guided_json: AnyField = None
     guided_regex: str | None = None
-    guided_choice: ChoiceField = None
+    guided_choice: StringsField = None
     guided_grammar: str | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     priority: Annotated[int, Field(ge=-INT32_MAX - 1, le=INT32_MAX)] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headstart.server.errors import APIError, bad_request
+from headstart.server.errors import bad_request, invalid, string_at
 from headstart.server.openai.conversation import Conversation
 from headstart.server.openai.fields import refuse_extras
 from headstart.server.openai.tools import parsed_arguments
@@ -46,7 +46,7 @@ def add_input(conversation: Conversation, value: Any, settings: ServerSettings) 
 
 def _add_item(conversation: Conversation, item: Any, path: str) -> None:
     if not isinstance(item, dict):
-        raise _invalid(path, "must be an object")
+        raise invalid(path, "must be an object")
     kind = item.get("type", "message")
     if not isinstance(kind, str) or kind not in _FIELDS:
         raise bad_request(
@@ -60,17 +60,17 @@ def _add_item(conversation: Conversation, item: Any, path: str) -> None:
         case "message":
             role = item.get("role")
             if role not in ROLES:
-                raise _invalid(f"{path}.role", f"must be one of {', '.join(ROLES)}")
+                raise invalid(f"{path}.role", f"must be one of {', '.join(ROLES)}")
             text = texts(item.get("content"), f"{path}.content")
             conversation.say("system" if role == "developer" else str(role), text)
         case "function_call":
             call_id, name, arguments = (
-                _string(item, key, path) for key in ("call_id", "name", "arguments")
+                string_at(item, key, path) for key in ("call_id", "name", "arguments")
             )
             parsed = parsed_arguments(arguments, f"{path}.arguments")
             conversation.call(call_id, name, parsed)
         case "function_call_output":
-            call_id = _string(item, "call_id", path)
+            call_id = string_at(item, "call_id", path)
             conversation.result(
                 call_id, texts(item.get("output"), f"{path}.output"), f"{path}.call_id"
             )
@@ -87,12 +87,12 @@ def texts(content: Any, path: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _invalid(path, "must be a string or a list of parts")
+        raise invalid(path, "must be a string or a list of parts")
     found: list[str] = []
     for i, part in enumerate(content):
         where = f"{path}[{i}]"
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise _invalid(where, "must be an object with a type")
+            raise invalid(where, "must be an object with a type")
         if part["type"] not in (
             "input_text",
             "output_text",
@@ -108,16 +108,5 @@ def texts(content: Any, path: str) -> str:
         known = ("type", "text", "logprobs")  # parts of answers have these
         extras = {key: value for key, value in part.items() if key not in known}
         refuse_extras(extras, {"annotations": ([],)}, f"{where}.")
-        found.append(_string(part, "text", where))
+        found.append(string_at(part, "text", where))
     return "\n".join(found)
-
-
-def _string(value: dict[str, Any], key: str, path: str) -> str:
-    found = value.get(key)
-    if not isinstance(found, str):
-        raise _invalid(f"{path}.{key}", "must be a string")
-    return found
-
-
-def _invalid(path: str, words: str) -> APIError:
-    return bad_request(f"{path} {words}", path, "invalid_value")

@@ -11,7 +11,7 @@ import msgspec
 from pydantic import WithJsonSchema
 
 from headstart.server.answer_format import AnswerFormat
-from headstart.server.errors import APIError, bad_request
+from headstart.server.errors import APIError, bad_request, invalid, string_at
 from headstart.server.openai.fields import refuse_extras
 from headstart.server.settings import ServerSettings
 from headstart.server.templates import Tools
@@ -63,7 +63,7 @@ def checked_functions(tools: Any, settings: ServerSettings) -> list[Function]:
     found: list[tuple[Any, str]] = []
     for path, tool in checked_tools(tools, settings):
         if tool.get("type") != "function":
-            raise _invalid(path, 'must be an object of type "function"')
+            raise invalid(path, 'must be an object of type "function"')
         found.append((tool.get("function"), f"{path}.function"))
     return named_functions(found)
 
@@ -73,7 +73,7 @@ def checked_tools(tools: Any, settings: ServerSettings) -> list[tuple[str, dict[
     if tools is None:
         return []
     if not isinstance(tools, list):
-        raise _invalid("tools", "must be a list of tools")
+        raise invalid("tools", "must be a list of tools")
     if len(tools) > settings.max_tools:
         raise bad_request(
             f"tools has {len(tools)} entries; at most {settings.max_tools} are allowed", "tools"
@@ -82,7 +82,7 @@ def checked_tools(tools: Any, settings: ServerSettings) -> list[tuple[str, dict[
     for i, tool in enumerate(tools):
         path = f"tools[{i}]"
         if not isinstance(tool, dict):
-            raise _invalid(path, "must be an object")
+            raise invalid(path, "must be an object")
         if len(msgspec.json.encode(tool)) > settings.max_tool_bytes:
             raise bad_request(f"{path} is larger than {settings.max_tool_bytes} bytes", path)
         found.append((path, tool))
@@ -104,9 +104,9 @@ def named_functions(given: Sequence[tuple[Any, str]]) -> list[Function]:
 
 def _checked_function(function: Any, path: str) -> Function:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise _invalid(path, "must be an object with a name")
+        raise invalid(path, "must be an object with a name")
     if not NAME.fullmatch(function["name"]):
-        raise _invalid(f"{path}.name", "must have 1 to 64 characters of a-z, A-Z, 0-9, _ and -")
+        raise invalid(f"{path}.name", "must have 1 to 64 characters of a-z, A-Z, 0-9, _ and -")
     given = {key: value for key, value in function.items() if value is not None}
     for key, kind, words in (
         ("description", str, "a string"),
@@ -114,9 +114,9 @@ def _checked_function(function: Any, path: str) -> Function:
         ("parameters", dict, "a JSON schema"),
     ):
         if key in given and not isinstance(given[key], kind):
-            raise _invalid(f"{path}.{key}", f"must be {words}")
+            raise invalid(f"{path}.{key}", f"must be {words}")
     if given.get("parameters", {}).get("type", "object") != "object":
-        raise _invalid(f"{path}.parameters", 'must be a schema of type "object"')
+        raise invalid(f"{path}.parameters", 'must be a schema of type "object"')
     return given
 
 
@@ -181,12 +181,12 @@ def checked_choice(choice: Any) -> tuple[str, str | None]:
         return "auto", None
     if isinstance(choice, str):
         if choice not in ("none", "auto", "required"):
-            raise _invalid("tool_choice", 'must be "none", "auto", "required" or name a function')
+            raise invalid("tool_choice", 'must be "none", "auto", "required" or name a function')
         return choice, None
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or choice.get("type") != "function":
-        raise _invalid(
+        raise invalid(
             "tool_choice", 'must be a string or {"type": "function", "function": {"name": ...}}'
         )
     return "required", name
@@ -198,32 +198,28 @@ def checked_calls(calls: Any, path: str) -> list[dict[str, Any]]:
     if calls is None:
         return []
     if not isinstance(calls, list):
-        raise _invalid(path, "must be a list of calls")
+        raise invalid(path, "must be a list of calls")
     return [_checked_call(call, f"{path}[{i}]") for i, call in enumerate(calls)]
 
 
 def _checked_call(call: Any, path: str) -> dict[str, Any]:
     if not isinstance(call, dict) or call.get("type", "function") != "function":
-        raise _invalid(path, 'must be an object of type "function"')
+        raise invalid(path, 'must be an object of type "function"')
     # Those who put streamed calls together keep their index.
     known = ("id", "type", "function", "index")
     refuse_extras({k: v for k, v in call.items() if k not in known}, {}, f"{path}.")
-    if not isinstance(call.get("id"), str):
-        raise _invalid(f"{path}.id", "must be a string")
+    call_id = string_at(call, "id", path)
     function, path = call.get("function"), f"{path}.function"
     if not isinstance(function, dict):
-        raise _invalid(path, "must be an object")
+        raise invalid(path, "must be an object")
     refuse_extras({k: v for k, v in function.items() if k not in ("name", "arguments")}, {}, path)
-    name, arguments = function.get("name"), function.get("arguments")
-    for key, value in (("name", name), ("arguments", arguments)):
-        if not isinstance(value, str):
-            raise _invalid(f"{path}.{key}", "must be a string")
+    name, arguments = (string_at(function, key, path) for key in ("name", "arguments"))
     return {
-        "id": call["id"],
+        "id": call_id,
         "type": "function",
         "function": {
             "name": name,
-            "arguments": parsed_arguments(str(arguments), f"{path}.arguments"),
+            "arguments": parsed_arguments(arguments, f"{path}.arguments"),
         },
     }
 
@@ -245,11 +241,7 @@ def parsed_arguments(arguments: str, path: str) -> dict[str, Any]:
         return msgspec.json.decode(arguments, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError) as error:
         reason = str(error).split(" - ")[0]
-        raise _invalid(path, f"must be the JSON text of an object: {reason}") from error
-
-
-def _invalid(path: str, words: str) -> APIError:
-    return bad_request(f"{path} {words}", path, "invalid_value")
+        raise invalid(path, f"must be the JSON text of an object: {reason}") from error
 
 
 def _unsupported(message: str) -> APIError:
