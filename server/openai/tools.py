@@ -212,7 +212,9 @@ def _checked_call(call: Any, path: str) -> dict[str, Any]:
     function, path = call.get("function"), f"{path}.function"
     if not isinstance(function, dict):
         raise invalid(path, "must be an object")
-    refuse_extras({k: v for k, v in function.items() if k not in ("name", "arguments")}, {}, path)
+    refuse_extras(
+        {k: v for k, v in function.items() if k not in ("name", "arguments")}, {}, f"{path}."
+    )
     name, arguments = (string_at(function, key, path) for key in ("name", "arguments"))
     return {
         "id": call_id,

@@ -405,6 +405,11 @@ def function(**fields):
         ({"messages": calling(id=None)}, "messages[0].tool_calls[0].id", "a string"),
         ({"messages": calling(type="x")}, "messages[0].tool_calls[0]", 'type "function"'),
         ({"messages": calling(x=1)}, "messages[0].tool_calls[0].x", "not a known field"),
+        (
+            {"messages": calling(function={"name": "f", "arguments": "{}", "x": 1})},
+            "messages[0].tool_calls[0].function.x",
+            "not a known field",
+        ),
         ({"messages": calling(function=1)}, "messages[0].tool_calls[0].function", "an object"),
         *(
             (
