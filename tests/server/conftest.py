@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import pytest
 import tokenizers
 import uvicorn
@@ -296,6 +297,19 @@ async def connect_to() -> AsyncIterator[Callable[[FastAPI], httpx.AsyncClient]]:
             return client
 
         yield connect
+
+
+@pytest.fixture
+def app_saying(engine: FakeEngine) -> Callable[[FastAPI, str], httpx2.AsyncClient]:
+    """What an official client asks an app with, whose model says a text."""
+
+    def connect(app: FastAPI, text: str) -> httpx2.AsyncClient:
+        encode = app.state.runtime.tokenizer.encode
+        engine.answer = lambda _: encode(text, add_special_tokens=False)
+        transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
+        return httpx2.AsyncClient(transport=transport)
+
+    return connect
 
 
 @pytest.fixture

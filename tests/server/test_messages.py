@@ -6,7 +6,6 @@ import json
 
 import anthropic
 import httpx
-import httpx2
 import msgspec
 import pydantic
 import pytest
@@ -78,18 +77,15 @@ def ask(build, engine):
 
 
 @pytest.fixture
-def official(engine):
+def official(app_saying):
     """The official client of an app whose model says ``text``."""
 
     def make(app, text):
-        encode = app.state.runtime.tokenizer.encode
-        engine.answer = lambda _: encode(text, add_special_tokens=False)
-        transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
         return anthropic.AsyncAnthropic(
             base_url="http://test",
             api_key="none",
             max_retries=0,
-            http_client=httpx2.AsyncClient(transport=transport),
+            http_client=app_saying(app, text),
         )
 
     return make

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import httpx
-import httpx2
 import msgspec
 import openai
 import pydantic
@@ -84,18 +83,15 @@ def ask(build, connect):
 
 
 @pytest.fixture
-def official(build, engine):
+def official(app_saying):
     """The official client of an app whose model says ``text``."""
 
     def make(app, text):
-        encode = app.state.runtime.tokenizer.encode
-        engine.answer = lambda _: encode(text, add_special_tokens=False)
-        transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
         return openai.AsyncOpenAI(
             base_url="http://test/v1",
             api_key="none",
             max_retries=0,
-            http_client=httpx2.AsyncClient(transport=transport),
+            http_client=app_saying(app, text),
         )
 
     return make
