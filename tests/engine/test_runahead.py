@@ -36,6 +36,7 @@ from headstart.engine.runahead import control, measure
 from headstart.engine.runahead import rank as rank_module
 from headstart.engine.runahead.chain import Chain, Report
 from headstart.engine.runahead.cuts import Positions
+from headstart.engine.runahead.messages import Run
 from headstart.engine.runahead.rank import Rank, RankConfig
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Segments, Span
@@ -154,6 +155,8 @@ class RankThread:
         self.slowness = 0.0
         self.error: BaseException | None = None
         self._ending = False
+        # A rank may find a job's Run right behind its Prepare, in one turn of its loop.
+        self._begin, self.rank._run = self.rank._run, self._held_run  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -169,12 +172,19 @@ class RankThread:
         """Asked at each turn of the rank's loop."""
         with self.lock:
             self.rank.check()
-        while self.hold(self.rank) and not self._ending:
-            self.held.set()
-            time.sleep(0.001)
+        self._stand_still()
         if self.slowness and self.rank._jobs:
             time.sleep(self.slowness)
         return self._ending
+
+    def _held_run(self, message: Run) -> None:
+        self._stand_still()
+        self._begin(message)
+
+    def _stand_still(self) -> None:
+        while self.hold(self.rank) and not self._ending:
+            self.held.set()
+            time.sleep(0.001)
 
     def end(self) -> None:
         self._ending = True
@@ -996,7 +1006,7 @@ def test_a_full_rank_frees_what_an_aborted_prompt_was_sent(
     with cluster.ranks[1].lock:
         pool = cluster.ranks[1].rank._pool
         taken = pool.allocate(pool.num_free)
-    cluster.ranks[1].rank.check = lambda: None  # type: ignore[method-assign]
+        cluster.ranks[1].rank.check = lambda: None  # type: ignore[method-assign]
     cluster.ranks[1].hold = lambda rank: bool(rank._jobs)
     prompt = Prompt(some(300))
     id_ = cluster.add(prompt)
