@@ -24,6 +24,7 @@ from headstart.server.api_document import describe
 from headstart.server.auth import Authorisation
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, error_response, to_api_error
+from headstart.server.generation_defaults import OPENAI, GenerationDefaults
 from headstart.server.metrics import Metrics
 from headstart.server.openai import (
     adapters,
@@ -67,9 +68,12 @@ def create_app(
     *,
     model_names: Sequence[str],
     settings: ServerSettings | None = None,
+    defaults: GenerationDefaults = OPENAI,
     on_start_failure: Callable[[HeadstartError], None] | None = None,
 ) -> FastAPI:
     """An ASGI app that starts the engine when it starts, and stops it when it stops.
+
+    ``defaults``: how tokens are chosen where a request does not say.
 
     The app answers at once; /health is 503 until the engine is ready. ``on_start_failure`` is told
     when it never will be. ``app.state.runtime`` is the app's Runtime, ``app.state.post_paths`` what
@@ -90,6 +94,7 @@ def create_app(
             calls=settings.tool_call_parser,
             thoughts=settings.reasoning_parser,
         ),
+        defaults=defaults,
     )
 
     @contextlib.asynccontextmanager

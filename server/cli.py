@@ -27,7 +27,12 @@ from headstart.server.flags.answers import add_answer_flags
 from headstart.server.flags.engine import add_cache_dir, add_engine_flags, add_parallel_flags
 from headstart.server.flags.http import add_http_flags
 from headstart.server.flags.limits import add_limit_flags
-from headstart.server.flags.model import add_model_flags, model_names, tokenizer_of
+from headstart.server.flags.model import (
+    add_model_flags,
+    generation_defaults,
+    model_names,
+    tokenizer_of,
+)
 from headstart.server.flags.runahead import (
     SECRET_VARIABLE,
     add_runahead_flags,
@@ -228,9 +233,11 @@ def run_serve(args: argparse.Namespace) -> int:
             tokenizer_of(args, folder),
             model_names=model_names(args),
             settings=settings,
+            defaults=generation_defaults(args, folder),
             on_start_failure=failures.append,
         )
         logger.info("answers: %s", app.state.runtime.answers)
+        logger.info("defaults of requests: %s", app.state.runtime.defaults)
         keys = settings.keys
         logger.info("keys: %d for the API, %d for admins", len(keys.api), len(keys.admin))
         serve(
@@ -270,6 +277,7 @@ def run_batch(args: argparse.Namespace) -> int:
             tokenizer_of(args, folder),
             model_names=model_names(args),
             settings=answer_settings(args),
+            defaults=generation_defaults(args, folder),
             on_start_failure=failures.append,
         )
         return await batch.run_batch(

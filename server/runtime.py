@@ -19,6 +19,7 @@ from headstart.server.answer_format import AnswerFormat
 from headstart.server.deadline import Deadline
 from headstart.server.engine_client import EngineClient
 from headstart.server.errors import APIError, bad_request, unavailable
+from headstart.server.generation_defaults import OPENAI, GenerationDefaults
 from headstart.server.grammar_check import GrammarChecker
 from headstart.server.metrics import Metrics
 from headstart.server.settings import ServerSettings
@@ -74,7 +75,8 @@ class Runtime:
     """``model_names``: what clients may call the model; answers use the first.
 
     ``draining``: no new requests are taken (503). ``chat_template``: None when the model has none.
-    ``answers``: how the model writes thoughts and calls of tools.
+    ``answers``: how the model writes thoughts and calls of tools. ``defaults``: how tokens are
+    chosen where a request does not say.
     """
 
     engine: EngineClient
@@ -84,6 +86,7 @@ class Runtime:
     metrics: Metrics
     model_names: tuple[str, ...]
     answers: AnswerFormat = field(default_factory=AnswerFormat)
+    defaults: GenerationDefaults = OPENAI
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     threads: ThreadPoolExecutor = field(default_factory=_text_threads)

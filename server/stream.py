@@ -93,12 +93,13 @@ class Delta:
 class TextOptions:
     """How tokens become text.
 
-    stops: strings that end it. include_stop: what ends it, string or token, is text as well.
-    min_tokens: the text of so many tokens holds no stop string. skip_special_tokens: they are no
-    text, but for those ``shown``, by id.
+    stops: strings that end it. stop_token_ids: tokens asked for that do. include_stop: what ends
+    it, string or token, is text as well. min_tokens: the text of so many tokens holds no stop
+    string. skip_special_tokens: they are no text, but for those ``shown``, by id.
     """
 
     stops: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     include_stop: bool = False
     min_tokens: int = 0
     skip_special_tokens: bool = True
@@ -115,6 +116,7 @@ class TextAssembler:
         "_logprobs",
         "_offsets",
         "_options",
+        "_stop_token",
         "_stops",
         "_waiting",
         "cached_tokens",
@@ -144,11 +146,13 @@ class TextAssembler:
         self._offsets: list[int] = []
         self.num_tokens = 0
         self.cached_tokens = 0
+        self._stop_token: int | None = None
 
     @property
-    def stop_string(self) -> str | None:
-        """The one that ended the text, if one did."""
-        return self._stops.found
+    def stop_reason(self) -> str | int | None:
+        """The stop string, or the one of ``stop_token_ids``, that ended it; None for an end of
+        another kind, as the model's own."""
+        return self._stops.found if self._stops.hit else self._stop_token
 
     def push(self, output: Output) -> Delta:
         """The delta of one output. ``finish_reason`` "stop" for a stop string too: the stream has
@@ -161,6 +165,8 @@ class TextAssembler:
         reason = output.finish_reason
         # The token that ended it is not text.
         shown = len(token_ids) - (reason == "stop" and not options.include_stop)
+        if reason == "stop" and token_ids and token_ids[-1] in options.stop_token_ids:
+            self._stop_token = token_ids[-1]
         stops = self._stops
         text = ""
         for i in range(shown):

@@ -80,8 +80,8 @@ def _usage(usage: Usage) -> dict[str, int]:
     }
 
 
-def _end(choice: Choice) -> dict[str, str | None]:
-    stop = choice.assembler.stop_string if choice.finish_reason == "stop" else None
+def _end(choice: Choice) -> dict[str, str | int | None]:
+    stop = choice.assembler.stop_reason if choice.finish_reason == "stop" else None
     reasons = {"length": "max_tokens", "tool_calls": "tool_use"}
     reason = reasons.get(choice.finish_reason or "", "end_turn")
     return {"stop_reason": reason if stop is None else "stop_sequence", "stop_sequence": stop}

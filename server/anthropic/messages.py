@@ -14,6 +14,7 @@ from headstart.engine.sampling_params import SamplingParams
 from headstart.server.anthropic.blocks import add_message, text_of
 from headstart.server.anthropic.message_format import MessageFormat
 from headstart.server.errors import bad_request
+from headstart.server.generation_defaults import GenerationDefaults
 from headstart.server.openai.chat import ContentField
 from headstart.server.openai.chats import Chat, encode_chat, start_chat
 from headstart.server.openai.conversation import Conversation
@@ -208,15 +209,15 @@ class MessagesBody(CountTokensBody):
             raise bad_request("stop_sequences must be a list of strings", "stop_sequences")
         return TextOptions(stops=checked_stops(stops, "stop_sequences", settings))
 
-    def params(self, model: ModelInfo, num_prompt: int, grammar: str | None) -> SamplingParams:
+    def params(
+        self, defaults: GenerationDefaults, model: ModelInfo, num_prompt: int, grammar: str | None
+    ) -> SamplingParams:
         """The engine's view of the request; raises RequestError."""
-        params = SamplingParams(
+        chosen = defaults.over(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        params = chosen.params(
             max_tokens=fit_max_tokens(
                 num_prompt, self.max_tokens, model, param="max_tokens", prompt_param="messages"
             ),
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k or None,
             grammar=grammar,
         )
         params.validate(model.vocab_size)
@@ -235,7 +236,8 @@ def routes(runtime: Runtime) -> APIRouter:
         body.check(REFUSED_IN_MESSAGES)
         model = runtime.require_model()
         chat = body.chat(runtime, served, body.options(runtime.settings))
-        choices = await start_chat(runtime, served, chat, partial(body.params, model))
+        new_params = partial(body.params, runtime.defaults, model)
+        choices = await start_chat(runtime, served, chat, new_params)
         warning = NOT_DECLARED if chat.mask == "turns" and not served.for_segments else None
         format = MessageFormat(served.name)
         return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)

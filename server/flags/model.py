@@ -1,11 +1,12 @@
-"""What the model is called, and the template of its chats."""
+"""What the model is called, the template of its chats, and how it chooses tokens by default."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from headstart.engine.errors import ConfigError
+from headstart.engine.errors import ConfigError, ModelError
+from headstart.server.generation_defaults import OPENAI, GenerationDefaults
 from headstart.server.tokenizer import Tokenizer
 
 
@@ -25,6 +26,32 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="template of chats, in Jinja, in place of the model's own",
         default=argparse.SUPPRESS,
     )
+    group.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="auto|none|FILE",
+        help="temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens of requests "
+        "that name none; auto: the model's generation_config.json if there is one; none: OpenAI's",
+    )
+
+
+def generation_defaults(args: argparse.Namespace, folder: Path) -> GenerationDefaults:
+    """How tokens are chosen where a request does not say. Raises ModelError and ConfigError."""
+    asked: str = args.generation_config
+    if asked == "none":
+        return OPENAI
+    if asked != "auto":
+        try:
+            return GenerationDefaults.from_file(Path(asked))
+        except ModelError as error:
+            raise ConfigError(f"--generation-config: {error}") from error
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return OPENAI
+    try:
+        return GenerationDefaults.from_file(path)
+    except ModelError as error:
+        raise ModelError(f"{error}; --generation-config none does without it") from error
 
 
 def tokenizer_of(args: argparse.Namespace, folder: Path) -> Tokenizer:

@@ -142,17 +142,21 @@ class ChatBody(ChatRendering, GenerationBody):
         self,
         num_prompt: int,
         model: ModelInfo,
-        settings: ServerSettings,
-        tokenizer: Tokenizer,
-        grammar: str | None = None,
+        runtime: Runtime,
+        grammar: str | None,
     ) -> SamplingParams:
         """The engine's view of the request."""
         name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = fit_max_tokens(
-            num_prompt, getattr(self, name), model, param=name, prompt_param="messages"
+            num_prompt,
+            getattr(self, name),
+            model,
+            param=name,
+            prompt_param="messages",
+            default=runtime.defaults.max_tokens,
         )
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer, grammar)
+        return self.sampling_params(max_tokens, logprobs, model, runtime, grammar)
 
 
 def plain_messages(messages: Sequence[ChatMessage], settings: ServerSettings) -> list[Message]:
@@ -293,7 +297,7 @@ class ChatFormat(Format):
                 b',"logprobs":',
                 encode(logprobs),
                 b',"finish_reason":',
-                encode(reason),
+                choice.end(reason),
                 self._shown.ids_of(delta.token_ids if delta is not None else ()),
                 self._shown.tail_of(choice),
             )
@@ -322,6 +326,7 @@ class ChatFormat(Format):
                     chat_logprobs(self._names, choice.logprobs) if self._logprobs else None
                 ),
                 "finish_reason": choice.finish_reason,
+                "stop_reason": choice.assembler.stop_reason,
                 **({"token_ids": choice.token_ids} if self._shown.token_ids else {}),
             }
             for choice in choices
@@ -366,12 +371,10 @@ def routes(runtime: Runtime) -> APIRouter:
         )
         chat.check()
         token_ids, segments = await encode_chat(runtime, chat)
-        wanted = body.max_completion_tokens or body.max_tokens
+        wanted = body.max_completion_tokens or body.max_tokens or runtime.defaults.max_tokens
         token_ids = body.truncated(token_ids, wanted, model, spans=bool(segments))
         reading = await read_answer(runtime, chat, token_ids)
-        params = body.params(
-            len(token_ids), model, runtime.settings, runtime.tokenizer, reading.grammar
-        )
+        params = body.params(len(token_ids), model, runtime, reading.grammar)
         format = ChatFormat(
             served.name,
             runtime.tokenizer,

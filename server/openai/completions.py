@@ -98,9 +98,8 @@ class CompletionBody(GenerationBody):
         self,
         num_prompt: int,
         model: ModelInfo,
-        settings: ServerSettings,
-        tokenizer: Tokenizer,
-        grammar: str | None = None,
+        runtime: Runtime,
+        grammar: str | None,
     ) -> SamplingParams:
         """The engine's view of the request, for a prompt of this length."""
         max_tokens = self.wanted_tokens
@@ -112,7 +111,7 @@ class CompletionBody(GenerationBody):
         logprobs = self.logprobs
         if logprobs is None and self.num_choices > (self.n or 1):
             logprobs = 0  # the best are chosen by them
-        return self.sampling_params(max_tokens, logprobs, model, settings, tokenizer, grammar)
+        return self.sampling_params(max_tokens, logprobs, model, runtime, grammar)
 
 
 class CompletionFormat(Format):
@@ -188,7 +187,7 @@ class CompletionFormat(Format):
                 b',"logprobs":',
                 encode(logprobs),
                 b',"finish_reason":',
-                encode(delta.finish_reason),
+                choice.end(delta.finish_reason),
                 self._shown.ids_of(delta.token_ids),
                 self._shown.tail_of(choice),
             )
@@ -239,6 +238,7 @@ class CompletionFormat(Format):
                 "text": choice.text,
                 "logprobs": self._of_all(choice),
                 "finish_reason": choice.finish_reason,
+                "stop_reason": choice.assembler.stop_reason,
                 **self._ids_of(choice),
             }
             | self._of_prompt(choice)
@@ -294,7 +294,7 @@ async def _checked_prompts(
             given = prompt if isinstance(prompt, str) and whole else None
             work = partial(_echo, tokenizer, token_ids, given, placed=body.logprobs is not None)
             echo = await runtime.with_text(4 * len(token_ids), work)
-        params = body.params(len(token_ids), model, runtime.settings, tokenizer, grammar)
+        params = body.params(len(token_ids), model, runtime, grammar)
         text = prompt if isinstance(prompt, str) else ""
         segments = spans.of_prompt(len(token_ids), text, places) if spans else ()
         checked.append(Prompt(token_ids, params, segments, context=token_ids[-8:], echo=echo))

@@ -17,6 +17,7 @@ from headstart.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from headstart.server.access_log import REQUEST_ID_PATTERN
 from headstart.server.errors import bad_request
 from headstart.server.openai.shown import Shown
+from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.stream import TextOptions
 from headstart.server.structure import (
@@ -223,6 +224,7 @@ class GenerationBody(Body):
         """How tokens become the answer's text; raises APIError."""
         return TextOptions(
             stops=self.stops(settings),
+            stop_token_ids=self._stop_token_ids(settings),
             include_stop=bool(self.include_stop_str_in_output),
             min_tokens=self.min_tokens or 0,
             skip_special_tokens=self.skip_special_tokens is not False,
@@ -260,33 +262,38 @@ class GenerationBody(Body):
         max_tokens: int,
         logprobs: int | None,
         model: ModelInfo,
-        settings: ServerSettings,
-        tokenizer: Tokenizer,
+        runtime: Runtime,
         grammar: str | None,
     ) -> SamplingParams:
         """The engine's view of the request; raises RequestError or APIError."""
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k if self.top_k and self.top_k > 0 else None,
+        settings = runtime.settings
+        chosen = runtime.defaults.over(
+            temperature=self.temperature,
+            top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
-            repetition_penalty=_or_default(self.repetition_penalty, 1.0),
+            repetition_penalty=self.repetition_penalty,
+        )
+        params = chosen.params(
+            max_tokens=max_tokens,
             presence_penalty=_or_default(self.presence_penalty, 0.0),
             frequency_penalty=_or_default(self.frequency_penalty, 0.0),
             logit_bias=self._logit_bias(settings),
             seed=None if self.seed is None else choice_seed(self.seed, 0),
             logprobs=logprobs,
             prompt_logprobs=self.scored,
-            stop_token_ids=self._token_ids("stop_token_ids", settings.max_stop_token_ids) or (),
+            stop_token_ids=self._stop_token_ids(settings),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
-            bad_words=self._bad_words(settings, tokenizer),
+            bad_words=self._bad_words(settings, runtime.tokenizer),
             allowed_token_ids=self._token_ids("allowed_token_ids", settings.max_allowed_token_ids),
             grammar=grammar,
         )
         params.validate(model.vocab_size)
         return params
+
+    def _stop_token_ids(self, settings: ServerSettings) -> tuple[int, ...]:
+        return self._token_ids("stop_token_ids", settings.max_stop_token_ids) or ()
 
     def _logit_bias(self, settings: ServerSettings) -> dict[int, float] | None:
         if self.logit_bias is None:
@@ -411,9 +418,16 @@ def _or_default(value: float | None, default: float) -> float:
 
 
 def fit_max_tokens(
-    num_prompt: int, max_tokens: int | None, model: ModelInfo, *, param: str, prompt_param: str
+    num_prompt: int,
+    max_tokens: int | None,
+    model: ModelInfo,
+    *,
+    param: str,
+    prompt_param: str,
+    default: int | None = None,
 ) -> int:
-    """``max_tokens``, or all the room left; raises RequestError when the context is too small."""
+    """``max_tokens``; if that is None, all the room left, but at most ``default``. Raises
+    RequestError when the context is too small."""
     limit = model.max_model_len
     if num_prompt >= limit:
         raise RequestError(
@@ -422,7 +436,7 @@ def fit_max_tokens(
             prompt_param,
         )
     if max_tokens is None:
-        return limit - num_prompt
+        return min(limit - num_prompt, default or limit)
     if num_prompt + max_tokens > limit:
         raise RequestError(
             f"the prompt has {num_prompt} tokens and {param} asks for {max_tokens} more, "

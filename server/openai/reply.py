@@ -116,6 +116,13 @@ class Choice:
         if not self.answers:
             self.thought_tokens += len(delta.token_ids)
 
+    def end(self, reason: str | None) -> bytes:
+        """JSON of ``finish_reason`` and, at the end, of vLLM's ``stop_reason``, what stopped it."""
+        if reason is None:
+            return b"null"
+        stopped_by = msgspec.json.encode(self.assembler.stop_reason)
+        return msgspec.json.encode(reason) + b',"stop_reason":' + stopped_by
+
     def push(self, delta: Delta) -> None:
         """Keep a delta for an answer that is sent whole."""
         self.texts.append(delta.text)

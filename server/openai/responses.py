@@ -17,6 +17,7 @@ from headstart.engine.sampling_params import SamplingParams
 from headstart.server.answer_blocks import Block
 from headstart.server.auth import sent_key
 from headstart.server.errors import APIError, bad_request
+from headstart.server.generation_defaults import GenerationDefaults
 from headstart.server.keys import key_digest
 from headstart.server.openai.chats import Chat, start_chat
 from headstart.server.openai.conversation import Conversation
@@ -197,27 +198,32 @@ class ResponsesBody(Body):
             )
         return {"reasoning_effort": effort}
 
-    def params(self, model: ModelInfo, num_prompt: int, grammar: str | None) -> SamplingParams:
+    def chosen(self, defaults: GenerationDefaults) -> GenerationDefaults:
+        """How tokens are chosen: as asked for, else by ``defaults``."""
+        return defaults.over(temperature=self.temperature, top_p=self.top_p)
+
+    def params(
+        self, defaults: GenerationDefaults, model: ModelInfo, num_prompt: int, grammar: str | None
+    ) -> SamplingParams:
         """The engine's view of the request; raises RequestError."""
-        params = SamplingParams(
+        params = self.chosen(defaults).params(
             max_tokens=fit_max_tokens(
                 num_prompt,
                 self.max_output_tokens,
                 model,
                 param="max_output_tokens",
                 prompt_param="input",
+                default=defaults.max_tokens,
             ),
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=self.top_p,
             logprobs=self.logprobs,
             grammar=grammar,
         )
         params.validate(model.vocab_size)
         return params
 
-    def head(self, model: str) -> dict[str, Any]:
+    def head(self, model: str, defaults: GenerationDefaults) -> dict[str, Any]:
         """The fields of the answer that are known before it, most of them the request's."""
-        reasoning = self.reasoning
+        reasoning, chosen = self.reasoning, self.chosen(defaults)
         return {
             "id": f"resp_{secrets.token_hex(24)}",
             "object": "response",
@@ -239,12 +245,12 @@ class ResponsesBody(Body):
             "safety_identifier": self.safety_identifier,
             "service_tier": "default",
             "store": self.store is not False,
-            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "temperature": chosen.temperature,
             "text": {"format": {"type": "text"}} | (self.text or {}),
             "tool_choice": self.tool_choice or "auto",
             "tools": self.tools or [],
             "top_logprobs": self.top_logprobs or 0,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_p": 1.0 if chosen.top_p is None else chosen.top_p,
             "truncation": "disabled",
             "user": self.user,
         }
@@ -335,8 +341,9 @@ def routes(runtime: Runtime) -> APIRouter:
             raise bad_request(
                 "log-probabilities go neither with tools nor with a model that thinks", "include"
             )
-        choices = await start_chat(runtime, served, chat, partial(body.params, model))
-        head = body.head(served.name)
+        new_params = partial(body.params, runtime.defaults, model)
+        choices = await start_chat(runtime, served, chat, new_params)
+        head = body.head(served.name, runtime.defaults)
         format = ResponseFormat(
             head,
             runtime.tokenizer,

@@ -478,6 +478,7 @@ def test_https_and_idle_connections(certificate, model_folder, request):
     )
     try:
         assert process.stderr.readline().endswith("tool calls not read, thoughts not read\n")
+        assert process.stderr.readline().endswith(": defaults of requests: OpenAI's\n")
         assert process.stderr.readline().endswith(": keys: 1 for the API, 0 for admins\n")
         line = process.stderr.readline()
         port = int(re.search(r" listening on https://127\.0\.0\.1:(\d+)$", line)[1])

@@ -26,6 +26,7 @@ async def test_whole_answer(client, engine, chat_body, say):
         "message": {"role": "assistant", "content": "hello world", "refusal": None},
         "logprobs": None,
         "finish_reason": "stop",
+        "stop_reason": None,
     }
     prompt = say("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     [added] = engine.added

@@ -16,7 +16,13 @@ async def test_whole_answer(client, engine, body, say):
     answer = (await client.post(URL, json=body())).json()
     assert answer["object"] == "text_completion"
     assert answer["choices"] == [
-        {"index": 0, "text": "hello world", "logprobs": None, "finish_reason": "stop"}
+        {
+            "index": 0,
+            "text": "hello world",
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": None,
+        }
     ]
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
     assert engine.added[0].token_ids == say("the fox")

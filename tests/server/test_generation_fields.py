@@ -154,3 +154,29 @@ def test_min_tokens_does_not_depend_on_the_cuts(tokenizer, text, least, per_outp
         texts.append(got)
     assert texts[0] == texts[1]
     assert texts[0].startswith(tokenizer.decode(token_ids[:least]))
+
+
+@pytest.mark.parametrize("url", [CHAT, TEXT])
+@pytest.mark.parametrize(
+    ("fields", "reason", "stopped_by"),
+    [
+        ({}, "stop", None),  # the model's own end
+        ({"stop": ["planet", "wor"]}, "stop", "wor"),
+        ({"stop_token_ids": [7, 2]}, "stop", 2),
+        ({"stop_token_ids": [7]}, "stop", None),
+        ({"stop": ["wor"], "stop_token_ids": [2]}, "stop", "wor"),
+        ({"stop": ["planet"], "max_tokens": 1}, "length", None),
+        ({"stop_token_ids": [2], "include_stop_str_in_output": True}, "stop", 2),
+    ],
+)
+async def test_the_end_says_what_stopped_it(
+    client, chat_body, events, url, fields, reason, stopped_by
+):
+    body = {"prompt": "the fox", "max_tokens": 32} if url == TEXT else chat_body()
+    body = body | {"model": "tiny"} | fields
+    answer = (await client.post(url, json=body)).json()["choices"][0]
+    assert (answer["finish_reason"], answer["stop_reason"]) == (reason, stopped_by)
+    *chunks, _ = events((await client.post(url, json=body | {"stream": True})).text)
+    ends = [chunk["choices"][0] for chunk in chunks]
+    assert (ends[-1]["finish_reason"], ends[-1]["stop_reason"]) == (reason, stopped_by)
+    assert not any("stop_reason" in choice for choice in ends[:-1])
