@@ -100,6 +100,28 @@ class AnswerFormat:
         assert self.calls is not None
         return f"start: calls\n{self.calls.grammar(functions, parallel=parallel)}"
 
+    def calls_or_text_grammar(self, functions: Sequence[Function], *, parallel: bool) -> str:
+        """The same, or text: before the calls, or in their place."""
+        assert self.calls is not None
+        rules = self.calls.grammar(functions, parallel=parallel, amid_text=True)
+        return f"start: calls | TEXT?\n{rules}"
+
+    @property
+    def calls_stand_out(self) -> bool:
+        """Whether calls may come in the place of other structured output."""
+        return self.calls is not None and self.calls.stands_out
+
+    def calls_or_grammar(
+        self, functions: Sequence[Function], grammar: str, *, parallel: bool
+    ) -> str:
+        """Calls, or what follows ``grammar``, as llguidance takes it."""
+        assert self.calls is not None
+        rules = self.calls.grammar(functions, parallel=parallel)
+        first, *others = _grammars(grammar)
+        calls = {"lark_grammar": f"start: calls | @asked\n{rules}"}
+        grammars = [calls, first | {"name": "asked"}, *others]
+        return msgspec.json.encode({"grammars": grammars}).decode()
+
     def after_thoughts(self, grammar: str, *, inside: bool) -> str:
         """``grammar``, as llguidance takes it, behind thoughts if the model thinks.
 

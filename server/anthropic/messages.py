@@ -29,6 +29,7 @@ from headstart.server.openai.fields import (
 from headstart.server.openai.reply import Reply
 from headstart.server.openai.segment_mask import NOT_DECLARED
 from headstart.server.openai.tools import (
+    ToolChoice,
     ToolsField,
     ToolUse,
     checked_tools,
@@ -142,8 +143,8 @@ class CountTokensBody(Body):
             raise bad_request("tool_choice.name must be a string", "tool_choice.name")
         if alone not in (None, True, False):
             raise bad_request("disable_parallel_tool_use must be true or false", "tool_choice")
-        checked = named_functions(functions)
-        return use_of(checked, _CHOICES[kind], only, not alone, runtime.answers)
+        chosen = ToolChoice(_CHOICES[kind], None if only is None else [only], only is not None)
+        return use_of(named_functions(functions), chosen, not alone, runtime.answers)
 
     def _structure(self, settings: ServerSettings) -> Structure | None:
         config, path = self.output_config, "output_config.format"

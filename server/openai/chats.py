@@ -89,7 +89,7 @@ async def read_answer(runtime: Runtime, chat: Chat, token_ids: Sequence[int]) ->
     answers, use = runtime.answers, chat.use
     inside = answers.inside(runtime.tokenizer.decode_all(token_ids[-CONTEXT_IDS:]))
     reading = answers.reading(use.names, inside=inside, only_first=not use.parallel)
-    structure = _structure(runtime, chat)
+    structure = await _structure(runtime, chat)
     if structure is not None:
         structure = structure.replaced(answers.after_thoughts(structure.grammar, inside=inside))
     grammar = await runtime.checked(structure)
@@ -98,13 +98,20 @@ async def read_answer(runtime: Runtime, chat: Chat, token_ids: Sequence[int]) ->
     return AnswerReading(replace(chat.options, shown=reading.shown), grammar, reading.new_parser)
 
 
-def _structure(runtime: Runtime, chat: Chat) -> Structure | None:
-    """What the answer has to follow, thoughts apart: the calls it has to make, or what is asked."""
-    use = chat.use
-    if not use.forced:
-        return chat.asked
-    grammar = runtime.answers.calls_grammar(use.forced, parallel=use.parallel)
-    schemas = {function["name"]: function.get("parameters") for function in use.forced}
+async def _structure(runtime: Runtime, chat: Chat) -> Structure | None:
+    """What the answer has to follow, thoughts apart: the calls that it has to make or may make, or
+    what is asked."""
+    use, asked, answers = chat.use, chat.asked, runtime.answers
+    if use.forced:
+        grammar = answers.calls_grammar(use.functions, parallel=use.parallel)
+    elif use.functions and asked is not None and answers.calls_stand_out:
+        await runtime.checked(asked)  # alone, so that what is wrong with it is said of it
+        grammar = answers.calls_or_grammar(use.functions, asked.grammar, parallel=use.parallel)
+    elif use.followed and asked is None:
+        grammar = answers.calls_or_text_grammar(use.functions, parallel=use.parallel)
+    else:
+        return asked
+    schemas = {function["name"]: function.get("parameters") for function in use.functions}
     return Structure(grammar, "tools", schemas)
 
 

@@ -140,15 +140,8 @@ class ResponsesBody(Body):
             extras = {key: value for key, value in tool.items() if key not in known}
             refuse_extras(extras, {"defer_loading": (False,)}, f"{path}.")
             functions.append(({key: tool[key] for key in known[1:] if key in tool}, path))
-        choice = self.tool_choice
-        if isinstance(choice, dict):  # the name is a level higher than in chats
-            extras = {k: v for k, v in choice.items() if k not in ("type", "name")}
-            refuse_extras(extras, {}, "tool_choice.")
-            choice = {"type": choice.get("type"), "function": {"name": choice.get("name")}}
-        kind, only = checked_choice(choice)
-        return use_of(
-            named_functions(functions), kind, only, self.parallel_tool_calls, runtime.answers
-        )
+        choice = checked_choice(self.tool_choice, nested=False)
+        return use_of(named_functions(functions), choice, self.parallel_tool_calls, runtime.answers)
 
     def structure(self, settings: ServerSettings) -> Structure | None:
         """What the answer has to follow; raises APIError."""

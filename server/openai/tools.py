@@ -36,6 +36,19 @@ ToolChoiceField = Annotated[
                         "function": {"type": "object", "properties": {"name": {"type": "string"}}},
                     },
                 },
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "allowed_tools"},
+                        "allowed_tools": {
+                            "type": "object",
+                            "properties": {
+                                "mode": {"type": "string", "enum": ["auto", "required"]},
+                                "tools": {"type": "array", "items": {"type": "object"}},
+                            },
+                        },
+                    },
+                },
             ]
         },
         mode="validation",
@@ -45,17 +58,33 @@ ToolCallsField = ToolsField
 
 
 @dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """``mode``: "none", "auto" or "required". ``only``: the names of those that may be called; None
+    for all. ``once``: there is one call at most."""
+
+    mode: str = "auto"
+    only: Sequence[str] | None = None
+    once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ToolUse:
     """What a chat may do with its tools.
 
-    ``tools``: as the template gets them. ``names``: whose calls are read, maybe nobody's.
-    ``forced``: functions of which one has to be called. ``parallel``: there may be several calls.
+    ``tools``: as the template gets them. ``functions``: those whose calls are read. ``forced``: one
+    of them has to be called. ``followed``: calls are right, and of these, if there are any.
+    ``parallel``: there may be several calls.
     """
 
     tools: Tools | None = None
-    names: Sequence[str] = ()
-    forced: Sequence[Function] = ()
+    functions: Sequence[Function] = ()
+    forced: bool = False
+    followed: bool = False
     parallel: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        return [function["name"] for function in self.functions]
 
 
 def checked_functions(tools: Any, settings: ServerSettings) -> list[Function]:
@@ -135,61 +164,98 @@ def tool_use(
     tools: Any, choice: Any, parallel: bool | None, answers: AnswerFormat, settings: ServerSettings
 ) -> ToolUse:
     """What ``tools``, ``tool_choice`` and ``parallel_tool_calls`` ask for; raises APIError."""
-    kind, only = checked_choice(choice)
-    return use_of(checked_functions(tools, settings), kind, only, parallel, answers)
+    checked = checked_choice(choice, nested=True)
+    return use_of(checked_functions(tools, settings), checked, parallel, answers)
 
 
 def use_of(
-    functions: list[Function],
-    kind: str,
-    only: str | None,
-    parallel: bool | None,
-    answers: AnswerFormat,
+    functions: list[Function], choice: ToolChoice, parallel: bool | None, answers: AnswerFormat
 ) -> ToolUse:
-    """What may be done with checked functions; raises APIError. ``kind``: "none", "auto" or
-    "required"; ``only``: the one function that is required."""
+    """What may be done with checked functions; raises APIError.
+
+    The template shows all of them, whatever may be called: prompts that differ in that alone share
+    their KV.
+    """
     if not functions:
-        if kind == "required":
+        if choice.mode == "required" or choice.only is not None:
             raise bad_request("tool_choice needs tools", "tool_choice")
         return ToolUse()
     if not answers.writes_tools:
         raise _unsupported("the chat template of this model has no tools")
     shown = as_tools(functions)
-    if kind == "none":
+    if choice.mode == "none":
         return ToolUse(shown)
     if answers.calls is None:
         raise _unsupported(
             "this server does not read tool calls, or does not know how this model writes them: "
             "see --tool-call-parser"
         )
-    names = [function["name"] for function in functions]
-    if only is not None:
-        functions = [function for function in functions if function["name"] == only]
-        if not functions:
-            raise bad_request(f"tool_choice: there is no tool {only[:80]!r}", "tool_choice")
+    if choice.only is not None:
+        by_name = {function["name"]: function for function in functions}
+        for name in choice.only:
+            if name not in by_name:
+                raise bad_request(f"tool_choice: there is no tool {name[:80]!r}", "tool_choice")
+        functions = [by_name[name] for name in dict.fromkeys(choice.only)]
+    strict = any(function.get("strict") for function in functions)
     return ToolUse(
         tools=shown,
-        names=names,
-        forced=functions if kind == "required" else (),
-        parallel=parallel is not False and only is None,
+        functions=functions,
+        forced=choice.mode == "required",
+        followed=strict or choice.only is not None,
+        parallel=parallel is not False and not choice.once,
     )
 
 
-def checked_choice(choice: Any) -> tuple[str, str | None]:
-    """ "none", "auto" or "required", and the one function that is required."""
+def checked_choice(choice: Any, *, nested: bool) -> ToolChoice:
+    """What ``tool_choice`` says; raises APIError. ``nested``: names stand in ``function``, and what
+    is allowed in ``allowed_tools``, as in chats."""
     if choice is None:
-        return "auto", None
+        return ToolChoice()
     if isinstance(choice, str):
         if choice not in ("none", "auto", "required"):
             raise invalid("tool_choice", 'must be "none", "auto", "required" or name a function')
-        return choice, None
-    function = choice.get("function") if isinstance(choice, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str) or choice.get("type") != "function":
+        return ToolChoice(choice)
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind == "function":
+        return ToolChoice("required", [_chosen(choice, "tool_choice", nested)], once=True)
+    if kind != "allowed_tools":
         raise invalid(
-            "tool_choice", 'must be a string or {"type": "function", "function": {"name": ...}}'
+            "tool_choice", 'must be a string or an object of type "function" or "allowed_tools"'
         )
-    return "required", name
+    path, allowed = "tool_choice", choice
+    if nested:
+        refuse_extras(_others(choice, "type", "allowed_tools"), {}, f"{path}.")
+        path, allowed = f"{path}.allowed_tools", choice.get("allowed_tools")
+        if not isinstance(allowed, dict):
+            raise invalid(path, "must be an object")
+    refuse_extras(_others(allowed, "mode", "tools", *(() if nested else ("type",))), {}, f"{path}.")
+    mode, tools = allowed.get("mode"), allowed.get("tools")
+    if mode not in ("auto", "required"):
+        raise invalid(f"{path}.mode", 'must be "auto" or "required"')
+    if not isinstance(tools, list) or not tools:
+        raise invalid(f"{path}.tools", "must be a list of tools")
+    names = [_chosen(tool, f"{path}.tools[{i}]", nested) for i, tool in enumerate(tools)]
+    return ToolChoice(mode, names)
+
+
+def _chosen(tool: Any, path: str, nested: bool) -> str:
+    """The name of a tool in a choice."""
+    named, known = tool, ("type", "name")
+    if nested:
+        named, known = (
+            tool.get("function") if isinstance(tool, dict) else None,
+            ("type", "function"),
+        )
+    name = named.get("name") if isinstance(named, dict) else None
+    if not isinstance(name, str) or tool.get("type") != "function":
+        shown = '"function": {"name": ...}' if nested else '"name": ...'
+        raise invalid(path, f'must be {{"type": "function", {shown}}}')
+    refuse_extras(_others(tool, *known), {}, f"{path}.")
+    return name
+
+
+def _others(value: dict[str, Any], *known: str) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if key not in known}
 
 
 def checked_calls(calls: Any, path: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ is ``calls``. Marks that are tokens of their own are written by id, ``<[151657]>
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -37,12 +38,47 @@ class ToolFormat(ABC):
         return call_id()
 
     @abstractmethod
-    def grammar(self, functions: Sequence[Function], *, parallel: bool) -> str:
-        """Rules of what calls one of the functions, or several in a row if ``parallel``."""
+    def grammar(
+        self, functions: Sequence[Function], *, parallel: bool, amid_text: bool = False
+    ) -> str:
+        """Rules of what calls one of the functions, or several in a row if ``parallel``.
+
+        ``amid_text``: text may come before the calls where a mark ends it, and there is a terminal
+        ``TEXT`` of what is no call.
+        """
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether calls begin with a mark, so that no other structured output looks like one."""
+        return True
 
     def _mark(self, mark: str) -> str:
         token_id = self._tokens.get(mark)
         return quoted(mark) if token_id is None else f"<[{token_id}]>"
+
+    def _opening(self, mark: str, *, amid_text: bool) -> list[str]:
+        """Rules: ``opening`` is a mark, and may be text that it ends; ``TEXT`` is text without."""
+        if not amid_text:
+            return [f"opening: {self._mark(mark)}"]
+        # A text that ends with something else than a token ends where that is there first.
+        opening = f"opening[suffix={quoted(mark)}]: /(.|\\n)*/"
+        if mark in self._tokens:
+            opening = f"opening: TEXT? {self._mark(mark)}"
+        return [opening, f"TEXT: /(.|\\n)+/ & {text_without(mark)}"]
+
+
+def text_without(mark: str) -> str:
+    """A regex of texts without a mark; spelled out in other tokens, it would be read as one."""
+    return f"~/(.|\\n)*{_escaped(mark)}(.|\\n)*/"
+
+
+def text_unlike(first: str) -> str:
+    """A regex of texts that begin with another character, behind space."""
+    return f"/[ \\t\\r\\n]*[^ \\t\\r\\n{_escaped(first)}](.|\\n)*/"
+
+
+def _escaped(mark: str) -> str:
+    return re.sub(r"[][|\\/]", r"\\\g<0>", mark)
 
 
 def quoted(text: str) -> str:

@@ -37,9 +37,16 @@ class Hermes(ToolFormat):
     marks = (OPENS, CLOSES)
     reader_type = HermesReader
 
-    def grammar(self, functions: Sequence[Function], *, parallel: bool) -> str:
-        more = f" ({quoted(chr(10))} marked)*" if parallel else ""
+    def grammar(
+        self, functions: Sequence[Function], *, parallel: bool, amid_text: bool = False
+    ) -> str:
         opens, closes, line = self._mark(OPENS), self._mark(CLOSES), quoted("\n")
-        return f"calls: marked{more}\nmarked: {opens} {line} call {line} {closes}\n" + json_calls(
-            functions, "arguments"
+        more = f" ({line} {opens} rest)*" if parallel else ""
+        return "\n".join(
+            (
+                f"calls: opening rest{more}",
+                f"rest: {line} call {line} {closes}",
+                *self._opening(OPENS, amid_text=amid_text),
+                json_calls(functions, "arguments"),
+            )
         )

@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headstart.server.tool_formats.format import Function, ToolFormat, json_calls, quoted
+from headstart.server.tool_formats.format import (
+    Function,
+    ToolFormat,
+    json_calls,
+    quoted,
+    text_unlike,
+    text_without,
+)
 from headstart.server.tool_formats.reader import CallReader, Chars
 
 TAG = "<|python_tag|>"
@@ -40,6 +47,15 @@ class Llama3Json(ToolFormat):
     marks = (TAG,)
     reader_type = Llama3JsonReader
 
-    def grammar(self, functions: Sequence[Function], *, parallel: bool) -> str:
+    @property
+    def stands_out(self) -> bool:
+        return False
+
+    def grammar(
+        self, functions: Sequence[Function], *, parallel: bool, amid_text: bool = False
+    ) -> str:
         more = f" ({quoted('; ')} call)*" if parallel else ""
-        return f"calls: ({self._mark(TAG)})? call{more}\n" + json_calls(functions, "parameters")
+        lines = [f"calls: ({self._mark(TAG)})? call{more}", json_calls(functions, "parameters")]
+        if amid_text:
+            lines.append(f"TEXT: {text_unlike('{')} & {text_without(TAG)}")
+        return "\n".join(lines)

@@ -84,15 +84,19 @@ class Mistral(ToolFormat):
     def new_id(self) -> str:
         return short_id()
 
-    def grammar(self, functions: Sequence[Function], *, parallel: bool) -> str:
-        calls = self._mark(CALLS)
+    def grammar(
+        self, functions: Sequence[Function], *, parallel: bool, amid_text: bool = False
+    ) -> str:
+        lines = self._opening(CALLS, amid_text=amid_text)
         if ARGUMENTS not in self._tokens:
             more = f" ({quoted(', ')} call)*" if parallel else ""
             listed = f"({quoted(' ')})? {quoted('[')} call{more} {quoted(']')}"
-            return f"calls: {calls} {listed}\n" + json_calls(functions, "arguments")
-        lines = [
-            "calls: call" + ("+" if parallel else ""),
-            f"call: {calls} (" + " | ".join(f"call{i}" for i in range(len(functions))) + ")",
+            calls = json_calls(functions, "arguments")
+            return "\n".join((f"calls: opening {listed}", *lines, calls))
+        more = f" ({self._mark(CALLS)} call)*" if parallel else ""
+        lines += [
+            f"calls: opening call{more}",
+            "call: " + " | ".join(f"call{i}" for i in range(len(functions))),
         ]
         for i, function in enumerate(functions):
             rule = json_rule(arguments_schema(function), strict=bool(function.get("strict")))

@@ -22,6 +22,8 @@ from headstart.server.tool_formats.format import (
     arguments_schema,
     json_rule,
     quoted,
+    text_unlike,
+    text_without,
 )
 from headstart.server.tool_formats.reader import NAME, CallReader, Chars, NoCall
 
@@ -160,13 +162,16 @@ def _literal(node: ast.expr, source: str) -> str:
 
 class Pythonic(ToolFormat):
     """The grammar writes values as JSON, which are Python's but for true, false and null; of a
-    function's schema it knows ``properties``, ``required`` and ``$defs``."""
+    function's schema it knows ``properties``, ``required`` and ``$defs``. Text does not begin with
+    a bracket beside it."""
 
     name = "pythonic"
     marks = (OPENS, CLOSES)
     reader_type = PythonicReader
 
-    def grammar(self, functions: Sequence[Function], *, parallel: bool) -> str:
+    def grammar(
+        self, functions: Sequence[Function], *, parallel: bool, amid_text: bool = False
+    ) -> str:
         more = f" ({quoted(', ')} call)*" if parallel else ""
         lines = [
             f"calls: {quoted('[')} call{more} {quoted(']')}",
@@ -174,6 +179,8 @@ class Pythonic(ToolFormat):
         ]
         for i, function in enumerate(functions):
             lines += _call_rules(i, function)
+        if amid_text:
+            lines.append(f"TEXT: {text_unlike('[')} & {text_without(OPENS)}")
         return "\n".join(lines)
 
 

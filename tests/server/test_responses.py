@@ -295,6 +295,23 @@ def test_the_store_is_bounded():
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [LOOK], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.mode"),
+        (
+            {"tools": [LOOK], "tool_choice": {"type": "allowed_tools", "mode": "auto"}},
+            "tool_choice.tools",
+        ),
+        (
+            {
+                "tools": [LOOK],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "auto",
+                    "tools": [{"type": "function", "function": {"name": "look"}}],
+                },
+            },
+            "tool_choice.tools[0]",
+        ),
+        ({"tools": [LOOK], "tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"input": []}, "input"),
         ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
@@ -379,4 +396,18 @@ async def test_the_official_client_parses_a_schema(build, official, engine):
         tool_choice={"type": "function", "name": "look"},
     )
     assert "look" in engine.added[-1].params.grammar
+    for mode in ("auto", "required"):
+        await client.responses.create(
+            model="tiny",
+            input="hi",
+            tools=[LOOK, LOOK | {"name": "hear"}],
+            tool_choice={
+                "type": "allowed_tools",
+                "mode": mode,
+                "tools": [{"type": "function", "name": "hear"}],
+            },
+        )
+        grammar = engine.added[-1].params.grammar
+        assert ("hear" in grammar, "look" in grammar) == (True, False)
+        assert ("TEXT" in grammar) == (mode == "auto")
     await app.state.runtime.grammars.close()

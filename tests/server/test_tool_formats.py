@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import count
 
 import llguidance
@@ -313,18 +314,19 @@ def vocabularies():
     return {False: dict.fromkeys(FORMATS, build(())), True: with_marks}
 
 
-def matcher_of(tokenizer, rules):
-    matcher = llguidance.LLMatcher(tokenizer, f"start: calls\n{rules}", log_level=0)
+def matcher_of(tokenizer, rules, start="calls"):
+    matcher = llguidance.LLMatcher(tokenizer, f"start: {start}\n{rules}", log_level=0)
     assert not matcher.is_error(), matcher.get_error()
     return matcher
 
 
-def random_answer(vocabulary, rules, seed):
-    """Ids that the grammar lets through, chosen at random, those that end it first."""
+def random_answer(vocabulary, rules, seed, start="calls", begins=""):
+    """A text that the grammar lets through, chosen at random, with what ends it first."""
     backend, tokenizer, _, end = vocabulary
-    matcher, random = matcher_of(tokenizer, rules), np.random.default_rng(seed)
+    matcher, random = matcher_of(tokenizer, rules, start), np.random.default_rng(seed)
     closing = {backend.token_to_id(char) for char in '}])"'}
-    ids = []
+    ids = backend.encode(begins, add_special_tokens=False).ids
+    assert matcher.consume_tokens(ids), begins
     while not matcher.is_stopped():
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
@@ -346,23 +348,55 @@ def test_what_a_grammar_lets_through_are_calls(vocabularies, format, as_tokens, 
     rules = FORMATS[format](vocabulary[2]).grammar([LOOK, CLOCK], parallel=parallel)
     numbers = set()
     for seed in range(12):
-        text = random_answer(vocabulary, rules, seed)
-        calls = read(format, [text])
-        assert all(isinstance(call, list) and len(call) == 2 for call in calls), (text, calls)
+        calls = read(format, [random_answer(vocabulary, rules, seed)])
+        check_calls(calls)
         numbers.add(len(calls))
-        for name, written in calls:
-            arguments = json.loads(written)
-            if name == "clock":
-                assert arguments == {}
-            else:
-                assert name == "look"
-                assert isinstance(arguments["city"], str)
-                assert set(arguments) <= {"city", "days", "from"}
-                assert isinstance(arguments.get("days", 0), int)
-                assert arguments.get("from") in (None, True, False)
     assert 0 not in numbers
     if not parallel:
         assert numbers == {1}
+
+
+def check_calls(calls):
+    """That they are calls, and follow the schemas of the tools."""
+    assert all(isinstance(call, list) and len(call) == 2 for call in calls), calls
+    for name, written in calls:
+        arguments = json.loads(written)
+        if name == "clock":
+            assert arguments == {}
+        else:
+            assert name == "look"
+            assert isinstance(arguments["city"], str)
+            assert set(arguments) <= {"city", "days", "from"}
+            assert isinstance(arguments.get("days", 0), int)
+            assert arguments.get("from") in (None, True, False)
+
+
+# How calls begin, and whether text may come before.
+BEGINNINGS = {
+    "hermes": ("<tool_call>", True),
+    "llama3_json": ('{"name": ', False),
+    "mistral": ("[TOOL_CALLS]", True),
+    "pythonic": ("[", False),
+}
+SAYINGS = ("Rome: ", "a < b <tool {", "1 [a] [TOOL", "\n", " <|python")
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_may_be_text_is_text_or_calls(vocabularies, format, as_tokens):
+    vocabulary = vocabularies[as_tokens][format]
+    rules = FORMATS[format](vocabulary[2]).grammar([LOOK, CLOCK], parallel=True, amid_text=True)
+    mark, amid_text = BEGINNINGS[format]
+    answer = partial(random_answer, vocabulary, rules, start="calls | TEXT?")
+    for seed, said in enumerate((*SAYINGS, "")):
+        for begins in (said, said + mark) if amid_text or not said else (said,):
+            parts = read(format, [answer(seed, begins=begins)])
+            if said.strip():
+                assert parts.pop(0).startswith(said.rstrip())
+            elif parts and isinstance(parts[0], str):
+                del parts[0]
+            assert parts or begins == said
+            check_calls(parts)
 
 
 TYPICAL = {
@@ -402,6 +436,33 @@ def test_grammars_let_through_what_models_write(vocabularies, format, as_tokens)
     assert takes(several, [LOOK, CLOCK], True)
     assert not takes("Rome", [LOOK, CLOCK], True)
     assert not takes(one.replace('"Rome"', "3"), [LOOK], False)
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_text_is_no_call(vocabularies, format, as_tokens):
+    backend, tokenizer, ids, end = vocabularies[as_tokens][format]
+    rules = FORMATS[format](ids).grammar([LOOK], parallel=False, amid_text=True)
+    matcher = matcher_of(tokenizer, rules, "calls | TEXT?")
+
+    def takes(text, *, spelled=False):
+        pieces = text if spelled else [text]
+        written = [i for piece in pieces for i in backend.encode(piece).ids]
+        return matcher.deep_copy().validate_tokens([*written, end]) == len(written) + 1
+
+    for text in ("", "Rome", "Rome is hot.\nVery.", "日本 ✓", "a < b", "see [1] {2}"):
+        assert takes(text), text
+    (mark, amid_text), (one, _) = BEGINNINGS[format], TYPICAL[format]
+    assert not takes(one.replace("look", "clock"))
+    assert not takes(mark)
+    # The letters of a mark that is a token are read as the mark, too.
+    assert not takes(mark, spelled=True)
+    assert takes(f"Rome. {mark}", spelled=True) != amid_text
+    if format == "mistral" and as_tokens:
+        one = f"[TOOL_CALLS]look[ARGS]{ROME}"
+    assert takes(one)
+    assert takes(f"Rome. {one}")
+    assert (read(format, [f"Rome. {one}"]) == [f"Rome. {one}"]) != amid_text
 
 
 @pytest.mark.parametrize("format", FORMATS)

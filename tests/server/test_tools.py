@@ -50,6 +50,12 @@ SHOWS_ALL = (
 )
 
 
+def allowed(mode, *names):
+    """A ``tool_choice`` of some of the tools."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 @pytest.fixture
 def build(engine, backend):
     """An app over a template; ``tokens`` are special tokens of its vocabulary."""
@@ -232,10 +238,61 @@ async def test_tools_and_calls_reach_the_template(build, choice, engine):
 
 async def test_the_prompt_does_not_depend_on_the_choice(choice, engine):
     for tool_choice in ("none", "auto", None):
-        await choice(tools=[LOOK], tool_choice=tool_choice)
+        await choice(tools=[LOOK, CLOCK], tool_choice=tool_choice)
+    assert all(added.params.grammar is None for added in engine.added)
+    for tool_choice in ("required", NAMED, allowed("auto", "clock"), allowed("required", "look")):
+        await choice(tools=[LOOK, CLOCK], tool_choice=tool_choice)
     first, *others = (added.token_ids for added in engine.added)
     assert all(ids == first for ids in others)
-    assert all(added.params.grammar is None for added in engine.added)
+
+
+STRICT = {"type": "function", "function": LOOK["function"] | {"strict": True}}
+
+
+@pytest.mark.parametrize("tokens", [(), ("<tool_call>", "</tool_call>")])
+@pytest.mark.parametrize(
+    ("fields", "passes", "fails"),
+    [
+        (
+            {"tools": [STRICT, CLOCK]},
+            ("", "Rome is hot.", CALL, f"I look.\n{CALL}", f"{CALL}\n{CLOCK_CALL}"),
+            (CALL.replace("city", "town"), CALL.replace("look", "other"), f"{CALL} Done."),
+        ),
+        (
+            {"tools": [STRICT, CLOCK], "parallel_tool_calls": False},
+            ("Rome is hot.", f"I look.\n{CALL}", CLOCK_CALL),
+            (f"{CALL}\n{CLOCK_CALL}", "<tool_call>", "I <tool_call> you"),
+        ),
+        (
+            {"tools": [LOOK, CLOCK], "tool_choice": allowed("auto", "clock")},
+            ("Rome is hot.", CLOCK_CALL, f"{CLOCK_CALL}\n{CLOCK_CALL}"),
+            (CALL, f"{CLOCK_CALL}\n{CALL}"),
+        ),
+        (
+            {"tools": [LOOK], "response_format": {"type": "json_object"}},
+            ('{"a": 1}', CALL, f"{CALL}\n{CALL}"),
+            ("", "Rome is hot.", f'{{"a": 1}}{CALL}', CALL.replace("city", "town")),
+        ),
+    ],
+)
+async def test_calls_that_may_be_made_are_right(
+    choice, build, engine, tokens, fields, passes, fails
+):
+    app = build(SHOWS_ALL, tokens)
+    await choice("Rome is hot.", app=app, **fields)
+    follows = partial(follows_grammar, app, engine.added[0].params.grammar)
+    assert [text for text in passes if not follows(text)] == []
+    assert [text for text in fails if follows(text)] == []
+
+
+async def test_other_structured_output_that_looks_like_calls_stands_alone(choice, build, engine):
+    """A call of Llama 3's may be the JSON that is asked for; then it is that."""
+    app = build(SHOWS_ALL, tool_call_parser="llama3_json")
+    asked = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"required": ["a"]}}}
+    await choice('{"a": 1}', app=app, tools=[LOOK], response_format=asked)
+    follows = partial(follows_grammar, app, engine.added[0].params.grammar)
+    assert follows('{"a": 1}')
+    assert not follows(f'{{"name": "look", "parameters": {ROME}}}')
 
 
 @pytest.mark.parametrize(
@@ -245,6 +302,16 @@ async def test_the_prompt_does_not_depend_on_the_choice(choice, engine):
         ({"tool_choice": NAMED}, (CALL,), (CLOCK_CALL, f"{CALL}\n{CALL}")),
         (
             {"tool_choice": "required", "parallel_tool_calls": False},
+            (CALL, CLOCK_CALL),
+            (f"{CALL}\n{CLOCK_CALL}",),
+        ),
+        (
+            {"tool_choice": allowed("required", "look")},
+            (CALL, f"{CALL}\n{CALL}"),
+            (CLOCK_CALL, f"{CALL}\n{CLOCK_CALL}", "Rome"),
+        ),
+        (
+            {"tool_choice": allowed("required", "clock", "look"), "parallel_tool_calls": False},
             (CALL, CLOCK_CALL),
             (f"{CALL}\n{CLOCK_CALL}",),
         ),
@@ -366,6 +433,38 @@ def function(**fields):
         ({"tools": [LOOK], "tool_choice": "any"}, "tool_choice", "must be"),
         ({"tools": [LOOK], "tool_choice": {"type": "function"}}, "tool_choice", "must be"),
         ({"tools": [CLOCK], "tool_choice": NAMED}, "tool_choice", "no tool 'look'"),
+        ({"tool_choice": allowed("auto", "look")}, "tool_choice", "needs tools"),
+        (
+            {"tools": [CLOCK], "tool_choice": allowed("auto", "clock", "look")},
+            "tool_choice",
+            "no tool 'look'",
+        ),
+        (
+            {"tools": [LOOK], "tool_choice": allowed("none", "look")},
+            "tool_choice.allowed_tools.mode",
+            '"auto" or "required"',
+        ),
+        (
+            {"tools": [LOOK], "tool_choice": allowed("auto")},
+            "tool_choice.allowed_tools.tools",
+            "a list of tools",
+        ),
+        (
+            {"tools": [LOOK], "tool_choice": {"type": "allowed_tools", "mode": "auto"}},
+            "tool_choice.mode",
+            "not a known",
+        ),
+        (
+            {
+                "tools": [LOOK],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": [{"type": "function"}]},
+                },
+            },
+            "tool_choice.allowed_tools.tools[0]",
+            '"function": {"name": ...}',
+        ),
         (
             {
                 "tools": [LOOK],

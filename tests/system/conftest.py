@@ -252,7 +252,10 @@ Tools, called as <tool_call>{...}</tool_call>: {{ tools | tojson }}<|im_end|>
 {% endif %}
 {%- for message in messages %}<|im_start|>{{ message['role'] }}
 {{ message['content'] }}
-{%- for call in message['tool_calls'] or [] %}<tool_call>{{ call['function'] | tojson }}</tool_call>
+{%- for call in message['tool_calls'] or [] %}<tool_call>
+{"name": {{ call['function']['name'] | tojson }}, "arguments": {{
+    call['function']['arguments'] | tojson }}}
+</tool_call>
 {%- endfor %}<|im_end|>
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
