@@ -155,6 +155,7 @@ class Engine:
         self._adapters = loaded.adapters(config.max_adapters)
         self._steps = 0
         self._step_seconds = 0.0
+        self._forced_tokens = 0
         self.model = ModelInfo(
             max_model_len=max_model_len,
             vocab_size=model.vocab_size,
@@ -392,15 +393,32 @@ class Engine:
         for book in launched.books:
             book()
         new = self._scheduler.commit(launched.scheduled, [s.token_id for s in sampled])
-        for token in new:
-            if token.seq.constraint is not None and token.token_id is not None:
-                token.seq.constraint.advance(token.token_id)
+        forced = {token.seq: self._advance(token) for token in new if token.seq.constraint}
         logprobs = {
             seq: s.logprobs
             for seq, s in zip(launched.sequences, sampled, strict=True)
             if s.logprobs
         }
-        return [_output(token, logprobs.get(token.seq)) for token in new]
+        return [_output(token, forced.get(token.seq, ()), logprobs.get(token.seq)) for token in new]
+
+    def _advance(self, token: NewToken) -> Items[int]:
+        """Go on in a sequence's grammar; the tokens behind ``token`` that it leaves no choice of.
+
+        Their log-probabilities are not known. On a device of its own a step of single tokens is a
+        recorded one (decode_graphs.py), which a run of them would not be.
+        """
+        seq, constraint = token.seq, token.seq.constraint
+        if constraint is None or token.token_id is None or token.finished:
+            return ()
+        constraint.advance(token.token_id)
+        if seq.params.logprobs is not None or self._runner.backend.asynchronous:
+            return ()
+        token_ids = constraint.forced()
+        if constraint.complete:
+            token_ids.append(self.model.eos_token_ids[0])
+        taken = self._scheduler.extend(seq, token_ids)
+        self._forced_tokens += len(taken)
+        return taken
 
     def _compute_beside(self, step: SchedulerOutput) -> list[Output]:
         """Compute as much of the first chunk beside the steps as is left of a step's work, and
@@ -460,6 +478,7 @@ class Engine:
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,
             generation_tokens=scheduler.generation_tokens,
+            forced_tokens=self._forced_tokens,
             preemptions=scheduler.preemptions,
             steps=self._steps,
             step_seconds=self._step_seconds,
@@ -505,15 +524,16 @@ def _namespace(salt: bytes, segments: Segments, adapter: Adapter | None) -> byte
     return bytes([bool(segments), len(digest)]) + digest + salt
 
 
-def _output(token: NewToken, logprobs: TokenLogprobs | None) -> Output:
+def _output(token: NewToken, forced: Items[int], logprobs: TokenLogprobs | None) -> Output:
+    """``forced``: tokens that came behind it, without being chosen."""
     seq, pooled = token.seq, None
     scores = seq.reading.scores() if isinstance(seq.reading, PromptScores) else None
     if isinstance(seq.reading, Pooled) and seq.finish_reason is FinishReason.STOP:
         pooled = seq.reading.vector
     return Output(
         seq.id,
-        [] if token.token_id is None else [token.token_id],
-        _reason(seq.finish_reason) if token.finished else None,
+        [] if token.token_id is None else [token.token_id, *forced],
+        _reason(seq.finish_reason),
         seq.num_cached_tokens,
         [logprobs] if logprobs else None,
         scores,

@@ -6,6 +6,10 @@ own; each sequence gets a copy of the result, its own place in the grammar:
     text ──compile──> matcher ──copy──> Constraint of a sequence
                                           fill     tokens that may come next, a bit each
                                           advance  by the token that came
+                                          forced   tokens that have to come then
+
+Where one text alone may follow, as in ``"shipping_address":`` behind its first letter, nothing is
+to be chosen: its tokens are the output, and the next step computes them at once.
 
 Masks are filled once the forward pass is launched. A GPU computes meanwhile; on a CPU, where the
 pass needs all cores, they come after it.
@@ -93,6 +97,18 @@ class Constraint:
     def advance(self, token_id: int) -> None:
         """Go on by the token that was chosen, one that may come."""
         self.matcher.consume_token(token_id)
+
+    def forced(self) -> list[int]:
+        """The tokens that have to come next, if any; goes on by them."""
+        token_ids = self.matcher.compute_ff_tokens()
+        if token_ids:
+            self.matcher.consume_tokens(token_ids)
+        return token_ids
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end may come."""
+        return self.matcher.is_stopped() and self.matcher.is_accepting()
 
 
 class Masks(NamedTuple):

@@ -127,6 +127,7 @@ class Stats(msgspec.Struct, array_like=True, frozen=True):
     prompt_tokens: int = 0  # total, cached ones included
     cached_tokens: int = 0  # total, prompt tokens found in the radix cache
     generation_tokens: int = 0
+    forced_tokens: int = 0  # of these: not chosen, since a grammar left no choice
     preemptions: int = 0
     steps: int = 0
     step_seconds: float = 0.0  # total time inside steps

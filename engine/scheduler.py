@@ -3,7 +3,8 @@
 There is no prefill phase and no decode phase, only sequences whose ``num_computed_tokens`` must
 catch up with their tokens under one token budget a step:
 
-    1. running sequences with one pending token (they decode), so that decoding never starves
+    1. running sequences that decode: with one pending token, or a *run* of a few that nobody had to
+       choose (grammar.py), of which as many as the budget has beside a token for everybody
     2. running sequences with more: a chunk of their prompt each, in order
     3. waiting sequences, in order, while budget, running slots and pages last
 
@@ -109,6 +110,9 @@ class SchedulerOutput(NamedTuple):
 
 NOTHING = SchedulerOutput([], 0)
 """No step."""
+
+LONGEST_RUN = 32
+"""Tokens of an output that are computed like a decoding one; more are a chunk like any other."""
 
 
 class NewToken(NamedTuple):
@@ -269,7 +273,7 @@ class Scheduler:
         ``in_flight``: a step whose ``commit`` is to come, before that of the one decided here.
         """
         step = _Step(self._max_batched_tokens, in_flight)
-        page_size = self._page_size
+        spare = max(step.budget - len(self._running), 0)  # beside a token for everybody
         prefilling = []
         for seq, entry in step.before.items():
             if seq.status is Status.RUNNING:  # else aborted
@@ -283,10 +287,15 @@ class Scheduler:
                 continue
             if start == num_tokens:  # its prompt, which is all that is wanted, is in flight
                 continue
-            if num_tokens - start > 1:
+            pending = num_tokens - start
+            if pending > 1 and not (start >= seq.num_prompt_tokens and pending <= LONGEST_RUN):
                 prefilling.append(seq)
-            elif start < len(seq.pages) * page_size or self._take_pages(step, seq, 1):
-                self._put(step, seq, start, 1)
+                continue
+            run = min(pending, 1 + spare)
+            lacking = self._pool.pages_for(start + run) - len(seq.pages)
+            if lacking <= 0 or self._take_pages(step, seq, lacking):
+                spare -= run - 1
+                self._put(step, seq, start, run)
         if self._long is not None:
             step.budget = 0
         elif self._ahead:
@@ -561,13 +570,29 @@ class Scheduler:
                 new_tokens.append(NewToken(seq, None, True))
             if token_id is None:
                 continue
-            seq.token_ids.append(token_id)
-            self.generation_tokens += 1
-            reason = self._finish_reason(seq, token_id)
-            if reason is not None:
-                self._finish(seq, reason)
-            new_tokens.append(NewToken(seq, token_id, reason is not None))
+            new_tokens.append(NewToken(seq, token_id, self._append(seq, token_id)))
         return new_tokens
+
+    def extend(self, seq: Sequence, token_ids: Iterable[int]) -> list[int]:
+        """Append tokens that nobody had to choose, until one ends the sequence; which those are.
+
+        Only where no step in flight computes it.
+        """
+        taken: list[int] = []
+        for token_id in token_ids:
+            taken.append(token_id)
+            if self._append(seq, token_id):
+                break
+        return taken
+
+    def _append(self, seq: Sequence, token_id: int) -> bool:
+        """Whether it ends the sequence."""
+        seq.token_ids.append(token_id)
+        self.generation_tokens += 1
+        reason = self._finish_reason(seq, token_id)
+        if reason is not None:
+            self._finish(seq, reason)
+        return reason is not None
 
     def _cache_full_pages(self, seq: Sequence, node: Node) -> None:
         first = node.depth // self._page_size

@@ -68,6 +68,11 @@ class EngineCollector(Collector):
         counters = (
             ("prompt_tokens", "Prompt tokens, cached ones included", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated", stats.generation_tokens),
+            (
+                "forced_tokens",
+                "Generated tokens that a grammar left no choice of, several computed in a step",
+                stats.forced_tokens,
+            ),
             ("prefix_cache_queries", "Prompt tokens looked up", stats.prompt_tokens),
             ("prefix_cache_hits", "Prompt tokens found in the cache", stats.cached_tokens),
             ("num_preemptions", "Requests put back to waiting", stats.preemptions),

@@ -7,7 +7,7 @@ gives.
 Near ties. Two float32 programs that add in different orders differ in the last bits of a logit.
 A token other than the reference's best is accepted if the reference's logit of it is within
 TIE of the best; comparison goes on with the token that was chosen. Such ties must be rare:
-at most one in MOST_TIES tokens of a run.
+at most one in each MOST_TIES tokens that a reference has judged.
 
 Segments reach it as an explicit mask, made here from their definition.
 """
@@ -81,7 +81,6 @@ class Reference:
 
         ``spans``: the segments of each prompt; none if left out.
         """
-        ties = 0
         each = spans or [[] for _ in prompts]
         for prompt, output, segments in zip(prompts, outputs, each, strict=True):
             assert output
@@ -95,11 +94,11 @@ class Reference:
             different = best != torch.tensor(output)
             worst = float(short.max())
             assert worst <= TIE, f"{worst} below the best at {int(short.argmax())} of {prompt}"
-            ties += int(different.sum())
-        compared = sum(len(output) for output in outputs)
-        self.compared += compared
-        self.ties += ties
-        assert ties * MOST_TIES <= compared, f"{ties} near ties"
+            self.ties += int(different.sum())
+        self.compared += sum(len(output) for output in outputs)
+        # One may be among the first tokens: a short test of random ones is no measure of the rate.
+        most = -(-self.compared // MOST_TIES)
+        assert self.ties <= most, f"{self.ties} near ties in {self.compared} tokens"
 
 
 @pytest.fixture(scope="session")

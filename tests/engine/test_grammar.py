@@ -313,3 +313,108 @@ def test_masks_are_those_of_each_row(tiny_model: TinyModel) -> None:
     for bits, texts in zip(masks.bits, (["the", "a"], ["fox", "a"]), strict=True):
         found = np.flatnonzero(bans(bits[None], 320)[0] == 0).tolist()
         assert found == speller.allowed("", texts)
+
+
+LONG_NAMES = {
+    "type": "object",
+    "properties": {
+        "assistant_identifier": {"type": "string", "maxLength": 4},
+        "the_quick_brown_fox": {"enum": ["lazy dog", "lazy cat"]},
+        "answer_to_everything": {"const": 42},
+    },
+    "required": ["assistant_identifier", "the_quick_brown_fox", "answer_to_everything"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From now on every token is sampled, those too that are certain."""
+
+    def begin() -> None:
+        monkeypatch.setattr(Constraint, "forced", lambda self: [])
+        monkeypatch.setattr(Constraint, "complete", False)
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_batched_tokens": 16},
+        {"prefix_caching": False},
+        {"async_scheduling": "on"},
+        {"kv_memory": 12 * PAGE_BYTES, "max_model_len": 256},
+        {"backend": "reference"},
+    ],
+)
+def test_certain_tokens_are_those_that_would_be_sampled(
+    tiny_model: TinyModel, one_by_one: Callable[[], None], settings: dict[str, Any]
+) -> None:
+    folder = tiny_model("llama")
+    grammars = [schema(LONG_NAMES), choice(TEXTS), LLMatcher.grammar_from_regex("([ab]cdef){9}")]
+    wanted = [
+        params(grammar, temperature=temperature, seed=seed, max_tokens=max_tokens)
+        for seed, temperature, max_tokens in ((0, 0.0, 100), (1, 1.5, 100), (2, 1.0, 30))
+        for grammar in grammars
+    ]
+    wanted.append(params(None, temperature=1.0, seed=3, max_tokens=60))
+    prompts = [PROMPTS[i % 4] for i in range(len(wanted))]
+    at_once = make_engine(folder, **settings)
+    outputs = at_once.generate(prompts, wanted)
+    at_once.check()
+    one_by_one()
+    stepping = make_engine(folder, **settings)
+    assert stepping.generate(prompts, wanted) == outputs
+    assert stepping.stats.forced_tokens == 0
+    generated = at_once.stats.generation_tokens
+    assert generated == stepping.stats.generation_tokens == sum(map(len, outputs))
+    assert at_once.stats.forced_tokens > generated / 3
+    assert {len(output) for output in outputs[6:9]} >= {30}
+
+
+def test_a_run_takes_a_step(tiny_model: TinyModel) -> None:
+    """The first token comes with the prompt, what is certain and its end at once."""
+    engine = make_engine(tiny_model("llama"))
+    grammar = choice(["the quick brown fox jumps over the lazy dog"])
+    [output] = engine.generate([PROMPTS[0]], params(grammar))
+    assert len(output) > 8
+    assert output[-1] == EOS
+    assert engine.stats.forced_tokens == len(output) - 1
+    computing = engine.stats.steps
+    plain = make_engine(tiny_model("llama"))
+    plain.generate([PROMPTS[0]], params(None, max_tokens=1))
+    assert computing - plain.stats.steps <= 2  # it is compiled meanwhile
+
+
+def test_a_run_ends_where_the_answer_does(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama")
+    grammar = choice(["the quick brown fox jumps over the lazy dog"])
+    [whole] = make_engine(folder).generate([PROMPTS[0]], params(grammar))
+    engine = make_engine(folder)
+    outputs = engine.generate(
+        [PROMPTS[0]] * 3,
+        [
+            params(grammar, max_tokens=4),
+            params(grammar, stop_token_ids=(whole[5],)),
+            params(grammar, max_tokens=len(whole) - 1),
+        ],
+    )
+    end = whole.index(whole[5]) + 1
+    assert outputs == [whole[:4], whole[:end], whole[:-1]]
+    engine.check()
+
+
+def test_tokens_whose_log_probabilities_are_wanted_are_sampled(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama")
+    engine = make_engine(folder)
+    grammar = choice(["the quick brown fox"])
+    engine.add(0, array("i", PROMPTS[0]), params(grammar, logprobs=1))
+    outputs: list[Output] = []
+    while engine.has_work:
+        outputs += engine.step()
+    tokens = [i for output in outputs for i in output.token_ids]
+    assert [lp.token_id for output in outputs for lp in output.logprobs or []] == tokens
+    assert [tokens] == make_engine(folder).generate([PROMPTS[0]], params(grammar))
+    assert engine.stats.forced_tokens == 0

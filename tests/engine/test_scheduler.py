@@ -16,6 +16,7 @@ from headstart.engine.kv_pool import PagePool
 from headstart.engine.radix_cache import RadixCache
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.scheduler import (
+    LONGEST_RUN,
     NOTHING,
     NewToken,
     ScheduledSequence,
@@ -61,8 +62,17 @@ def kv_contents(seq: Sequence, in_flight: Iterable[int] = ()) -> list[int]:
     return [hash((i, hashes[visible])) for i, visible in enumerate(seen)]
 
 
+def decodes(seq: Sequence) -> bool:
+    """Whether only the last tokens of its output are not computed yet."""
+    in_output = seq.num_computed_tokens >= seq.num_prompt_tokens
+    return seq.num_pending_tokens == 1 or (in_output and seq.num_pending_tokens <= LONGEST_RUN)
+
+
 Sample = Callable[[Sequence], int | None]
 """The token a sequence is given; None: its logits were not numbers."""
+
+Force = Callable[[Sequence], list[int]]
+"""Tokens that come behind it without being chosen."""
 
 
 class Engine:
@@ -100,12 +110,12 @@ class Engine:
         chunks = {entry.seq: entry for entry in output.scheduled}
         held_up = self.long is not None and self.long.seq.status is Status.RUNNING
         decoding = [
-            seq
-            for seq in running
-            if seq.num_pending_tokens == 1 and not (self.long and seq is self.long.seq)
+            seq for seq in running if decodes(seq) and not (self.long and seq is self.long.seq)
         ]
         for seq in decoding:
-            assert seq.status is Status.WAITING or chunks[seq].num_tokens == 1, "must decode"
+            assert seq.status is Status.WAITING or seq in chunks, "must decode"
+        rows = sum(chunks[seq].num_tokens for seq in decoding if seq in chunks)
+        assert rows <= max(len(decoding), self.scheduler._max_batched_tokens), "runs are too long"
         # The first of those that run is passed over only for what the step computes for it; so is
         # the first of the prompts, or for a long chunk.
         alive = [seq for seq in running if seq.status is Status.RUNNING]
@@ -113,10 +123,15 @@ class Engine:
             for seq in first:
                 waits = held_up and seq not in decoding
                 assert waits or seq in chunks or self.computes_for(output, seq), "starves"
+        prompts = [
+            entry
+            for entry in output.scheduled
+            if entry.num_tokens > 1 and entry.seq not in decoding
+        ]
         if held_up:
-            assert all(entry.num_tokens == 1 for entry in output.scheduled), "beside a long chunk"
+            assert not prompts, "beside a long chunk"
         if output.num_tokens > self.scheduler._max_batched_tokens:
-            [entry] = [entry for entry in output.scheduled if entry.num_tokens > 1]
+            [entry] = prompts
             assert entry.num_tokens <= self.scheduler._max_batched_tokens
             self.check_long(entry)
         return output
@@ -155,14 +170,20 @@ class Engine:
                 assert self.slots[seq.pages[i // size], i % size] == contents[seq][i]
             self.num_computed += num_tokens
 
-    def step(self, sample: Sample = lambda seq: 1) -> list[NewToken]:
-        return self.complete(self.schedule(), sample)
+    def step(self, sample: Sample = lambda seq: 1, force: Force = lambda seq: []) -> list[NewToken]:
+        return self.complete(self.schedule(), sample, force)
 
-    def complete(self, output: SchedulerOutput, sample: Sample = lambda seq: 1) -> list[NewToken]:
+    def complete(
+        self,
+        output: SchedulerOutput,
+        sample: Sample = lambda seq: 1,
+        force: Force = lambda seq: [],
+    ) -> list[NewToken]:
         """Compute the step, and a long chunk when its last one has come; commit both."""
         self.compute(output.scheduled)
         tokens = [sample(entry.seq) for entry in output.scheduled if entry.samples]
         new = self.scheduler.commit(output, tokens)
+        self.extend(new, force)
         self.scheduler.check()
         if self.long is None or self.long.seq.status is not Status.RUNNING:
             self.long = None
@@ -175,6 +196,16 @@ class Engine:
             new += self.scheduler.commit(SchedulerOutput([entry], 0), tokens)
             self.scheduler.check()
         return new
+
+    def extend(self, new: list[NewToken], force: Force) -> None:
+        for seq, _, finished in new:
+            if finished:
+                continue
+            before, forced = seq.num_tokens, force(seq)
+            taken = self.scheduler.extend(seq, forced)
+            assert taken == forced[: len(taken)] == list(seq.token_ids[before:])
+            assert (len(taken) < len(forced)) <= (seq.status is Status.FINISHED)
+            assert EOS not in taken[:-1]
 
     def finish(self, limit: int) -> None:
         for _ in range(limit):
@@ -795,7 +826,8 @@ class Use(RuleBasedStateMachine):
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
         tokens = st.sampled_from([0, 0, 0, 1, 1, 1, EOS])
-        self.engine.step(lambda seq: data.draw(tokens))
+        runs = st.lists(tokens, max_size=14)
+        self.engine.step(lambda seq: data.draw(tokens), lambda seq: data.draw(runs))
 
     @precondition(lambda self: self.engine.scheduler.has_work)
     @rule(n=st.integers(1, 8))
@@ -859,6 +891,7 @@ class OverlappingEngine(Engine):
     def __init__(self, draw: Draw = lambda seq, i: 1, **options: Any) -> None:
         super().__init__(**options)
         self.draw = draw
+        self.force: Force = lambda seq: []
         self.in_flight: SchedulerOutput | None = None
         self.on_device: dict[Sequence, int | None] = {}
 
@@ -953,6 +986,7 @@ class OverlappingEngine(Engine):
             return []
         new = self.scheduler.commit(self.in_flight, list(self.on_device.values()))
         self.in_flight, self.on_device = None, {}
+        self.extend(new, self.force)
         self.scheduler.check()
         return new
 
@@ -1018,6 +1052,50 @@ def test_who_is_penalised_waits_for_its_token_and_others_go_on() -> None:
         engine.step()
     assert steps == [[0, 1], [1], [0, 1], [1]]
     engine.drain(9)
+
+
+def test_tokens_nobody_chose_are_computed_at_once_and_others_decode() -> None:
+    engine = Engine()
+    engine.scheduler.add(make_sequence(0, [3] * 5, max_tokens=20))
+    engine.scheduler.add(make_sequence(1, [4] * 3, max_tokens=20))
+    engine.step(force=lambda seq: [7, 8, 9] if seq.id == 0 else [])
+    output = engine.schedule()
+    assert scheduled(output) == [(0, 5, 4), (1, 3, 1)]
+    assert [entry.samples for entry in output.scheduled] == [True, True]
+    engine.complete(output)
+    assert scheduled(engine.schedule()) == [(0, 9, 1), (1, 4, 1)]
+
+
+def test_a_run_leaves_everybody_a_token() -> None:
+    """What is left of it goes on with the next step, and samples with its last token."""
+    engine = Engine(max_batched_tokens=8, max_running=8)
+    for i in range(4):
+        engine.scheduler.add(make_sequence(i, [3 + i], max_tokens=40))
+    engine.step(force=lambda seq: [7] * 5 if seq.id in (1, 2) else [])
+    output = engine.schedule()
+    assert scheduled(output) == [(0, 1, 1), (1, 1, 5), (2, 1, 1), (3, 1, 1)]
+    assert [entry.samples for entry in output.scheduled] == [True, False, False, True]
+    engine.complete(output)
+    assert scheduled(engine.schedule()) == [(0, 2, 1), (1, 6, 1), (2, 2, 5), (3, 2, 1)]
+
+
+def test_a_run_goes_on_beside_prompts() -> None:
+    """However long the prompts that came first are."""
+    engine = Engine(num_pages=200, max_batched_tokens=8)
+    engine.scheduler.add(make_sequence(0, list(range(400)), max_tokens=2))
+    engine.scheduler.add(make_sequence(1, [3], max_tokens=40))
+    while not engine.scheduler.has_work or engine.scheduler.num_waiting:
+        engine.step(force=lambda seq: [7] * 4)
+    later = [entry for entry in engine.schedule().scheduled if entry.seq.id == 1]
+    assert [entry.num_tokens for entry in later] == [5]
+
+
+def test_a_long_run_is_a_chunk() -> None:
+    engine = Engine(num_pages=200, max_batched_tokens=24)
+    engine.scheduler.add(make_sequence(0, [3], max_tokens=200))
+    engine.scheduler.add(make_sequence(1, [4], max_tokens=200))
+    engine.step(force=lambda seq: [7] * 60 if seq.id == 0 else [])
+    assert scheduled(engine.schedule()) == [(1, 1, 1), (0, 1, 23)]
 
 
 def test_who_is_preempted_keeps_the_token_in_flight() -> None:
@@ -1111,6 +1189,15 @@ class OverlappingUse(RuleBasedStateMachine):
             max_model_len=24,
             prefix_caching=prefix_caching,
         )
+
+        def force(seq: Sequence) -> list[int]:
+            """Those it would draw: of whom has to wait for tokens, and is in no step in flight."""
+            if not seq.params.penalised:
+                return []
+            drawn = [draw(seq, seq.num_output_tokens + i) for i in range(seq.num_tokens % 6)]
+            return [token for token in drawn[: [*drawn, None].index(None)] if token is not None]
+
+        self.engine.force = force
         self.sequences: list[Sequence] = []
 
     @rule(

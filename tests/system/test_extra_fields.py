@@ -57,10 +57,10 @@ def test_a_json_object_streamed(client):
         logit_bias={"34": 5, "1270": 5},
         frequency_penalty=1,
     )
-    *parts, last = (chunk.choices[0] for chunk in chunks)
+    parts = [chunk.choices[0] for chunk in chunks]
     text = "".join(part.delta.content or "" for part in parts)
     assert text.startswith("{")
-    if last.finish_reason == "stop":
+    if parts[-1].finish_reason == "stop":
         assert isinstance(json.loads(text), dict)
 
 
