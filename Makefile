@@ -96,8 +96,8 @@ fuzz: install
 	trap "kill $$server" EXIT; \
 	until curl -sf http://127.0.0.1:$(FUZZ_PORT)/ready > /dev/null; do kill -0 $$server || exit 1; sleep 1; done; \
 	for seed in $(FUZZ_SEEDS); do \
-	  $(BIN)/schemathesis run http://127.0.0.1:$(FUZZ_PORT)/openapi.json \
-	  --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,response_headers_conformance,unsupported_method \
+	  $(BIN)/schemathesis --config-file tests/server/schemathesis.toml \
+	  run http://127.0.0.1:$(FUZZ_PORT)/openapi.json --checks all \
 	  --phases coverage,fuzzing --max-examples $(FUZZ_CASES) --seed $$seed --generation-database none \
 	  --continue-on-failure $(ARGS) || exit 1; \
 	done

@@ -20,7 +20,6 @@ from concurrent.futures import Future, wait
 from typing import NamedTuple
 
 import msgspec
-from llguidance import LLMatcher
 from torch import Tensor
 
 from headstart import __version__
@@ -31,7 +30,7 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.device_sampler import DeviceSampler
 from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.forecast import Forecast, forecast
-from headstart.engine.grammar import Constraint, Grammars
+from headstart.engine.grammar import RUN_SECONDS, Grammar, Grammars
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.loading import load_model
 from headstart.engine.long_chunk import LongChunk
@@ -145,7 +144,7 @@ class Engine:
             else Sampler(model.vocab_size, backend.argmax, model.eos_token_ids)
         )
         self._grammars = Grammars(folder, model.vocab_size, model.eos_token_ids)
-        self._compiling: dict[int, tuple[Sequence, Future[LLMatcher]]] = {}
+        self._compiling: dict[int, tuple[Sequence, Future[Grammar]]] = {}
         self._refused: list[tuple[int, RequestError]] = []
         self._in_flight: Launched | None = None  # only where steps overlap
         logger.info("steps overlap: %s", "yes" if self._overlaps else "no")
@@ -284,7 +283,7 @@ class Engine:
                 continue
             del self._compiling[request_id]
             try:
-                seq.constraint = Constraint(future.result().deep_copy())
+                seq.constraint = future.result().begin()
                 self._scheduler.add(seq)
             except RequestError as error:
                 self._refused.append((request_id, error))
@@ -393,7 +392,8 @@ class Engine:
         for book in launched.books:
             book()
         new = self._scheduler.commit(launched.scheduled, [s.token_id for s in sampled])
-        forced = {token.seq: self._advance(token) for token in new if token.seq.constraint}
+        until = time.perf_counter() + RUN_SECONDS
+        forced = {token.seq: self._advance(token, until) for token in new if token.seq.constraint}
         logprobs = {
             seq: s.logprobs
             for seq, s in zip(launched.sequences, sampled, strict=True)
@@ -401,8 +401,9 @@ class Engine:
         }
         return [_output(token, forced.get(token.seq, ()), logprobs.get(token.seq)) for token in new]
 
-    def _advance(self, token: NewToken) -> Items[int]:
-        """Go on in a sequence's grammar; the tokens behind ``token`` that it leaves no choice of.
+    def _advance(self, token: NewToken, until: float) -> Items[int]:
+        """Go on in a sequence's grammar; the tokens behind ``token`` that it leaves no choice of,
+        if there is time, ``until``, to look for them.
 
         Their log-probabilities are not known. On a device of its own a step of single tokens is a
         recorded one (decode_graphs.py), which a run of them would not be.
@@ -411,7 +412,8 @@ class Engine:
         if constraint is None or token.token_id is None or token.finished:
             return ()
         constraint.advance(token.token_id)
-        if seq.params.logprobs is not None or self._runner.backend.asynchronous:
+        sampled = seq.params.logprobs is not None or self._runner.backend.asynchronous
+        if sampled or time.perf_counter() > until:
             return ()
         token_ids = constraint.forced()
         if constraint.complete:

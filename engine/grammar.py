@@ -26,6 +26,7 @@ from collections.abc import Sequence as Items
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import stack_size
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,13 @@ KEPT = 128
 MANY = 64
 """Masks that are filled by threads of the library; fewer take less time than waking those: 16 take
 0.33 ms in turn, and 0.85 ms with threads on two cores that the kernels share."""
+
+RUN_SECONDS = 0.02
+"""How long a step may look for tokens that are certain; others are sampled."""
+
+SLOW_RUN = 0.005
+"""Seconds; a grammar with one that takes longer to find, as a text of 60,000 characters does, is
+not asked again."""
 
 COMPILER_STACK = 64 << 20
 """Bytes; rules that refer to each other in a long chain take some stack each."""
@@ -72,12 +80,21 @@ def load_vocabulary(folder: Path, vocab_size: int, eos_token_ids: Iterable[int])
         raise RequestError(f"the model's tokenizer cannot spell its answers: {error}") from error
 
 
-def compiled(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
-    """The beginning of a grammar. Raises RequestError with what is wrong with it."""
-    matcher = LLMatcher(vocabulary, grammar, limits=limits(), log_level=0)
-    if matcher.is_error():
-        raise RequestError(reason(matcher))
-    return matcher
+class Grammar:
+    """A grammar, compiled. ``certain``: what has to come next is looked for."""
+
+    __slots__ = ("_matcher", "certain")
+
+    def __init__(self, vocabulary: LLTokenizer, text: str) -> None:
+        """Raises RequestError with what is wrong with ``text``."""
+        self._matcher = LLMatcher(vocabulary, text, limits=limits(), log_level=0)
+        self.certain = True
+        if self._matcher.is_error():
+            raise RequestError(reason(self._matcher))
+
+    def begin(self) -> Constraint:
+        """A sequence's own place, at the beginning."""
+        return Constraint(self, self._matcher.deep_copy())
 
 
 def reason(matcher: LLMatcher) -> str:
@@ -89,9 +106,10 @@ def reason(matcher: LLMatcher) -> str:
 class Constraint:
     """A sequence's place in its grammar. ``matcher``: nobody else's."""
 
-    __slots__ = ("matcher",)
+    __slots__ = ("_grammar", "matcher")
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, grammar: Grammar, matcher: LLMatcher) -> None:
+        self._grammar = grammar
         self.matcher = matcher
 
     def advance(self, token_id: int) -> None:
@@ -99,10 +117,15 @@ class Constraint:
         self.matcher.consume_token(token_id)
 
     def forced(self) -> list[int]:
-        """The tokens that have to come next, if any; goes on by them."""
+        """The tokens that have to come next, as far as that is quickly known; goes on by them."""
+        if not self._grammar.certain:
+            return []
+        begin = perf_counter()
         token_ids = self.matcher.compute_ff_tokens()
         if token_ids:
             self.matcher.consume_tokens(token_ids)
+        if perf_counter() - begin > SLOW_RUN:
+            self._grammar.certain = False
         return token_ids
 
     @property
@@ -127,11 +150,11 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._vocabulary: LLTokenizer | None = None  # read by the compiling thread
-        self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._kept: OrderedDict[str, Future[Grammar]] = OrderedDict()
         self._compiler: ThreadPoolExecutor | None = None
         self._executor: LLExecutor | None = None
 
-    def compile(self, grammar: str) -> Future[LLMatcher]:
+    def compile(self, grammar: str) -> Future[Grammar]:
         """The compiled grammar, now or later; its exception is a RequestError."""
         future = self._kept.get(grammar)
         if future is None:
@@ -169,10 +192,10 @@ class Grammars:
         indexed = [(matcher, i) for i, matcher in enumerate(matchers)]
         self._executor.unsafe_compute_mask_ptr(indexed, start, row, n)
 
-    def _compile(self, grammar: str) -> LLMatcher:
+    def _compile(self, grammar: str) -> Grammar:
         if self._vocabulary is None:
             self._vocabulary = load_vocabulary(self._folder, self._vocab_size, self._eos_token_ids)
-        return compiled(self._vocabulary, grammar)
+        return Grammar(self._vocabulary, grammar)
 
     def _thread(self) -> ThreadPoolExecutor:
         if self._compiler is None:

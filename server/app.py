@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from headstart import __version__
 from headstart.engine.errors import HeadstartError
@@ -131,8 +132,6 @@ def create_app(
             expose_headers=(REQUEST_ID, WARNING_HEADER.decode()),
         )
     app.add_middleware(AccessLog, line_format=settings.access_log_format)
-    _add_error_handlers(app)
-    app.include_router(_operations(runtime))
     modules = (
         models,
         chat,
@@ -144,18 +143,14 @@ def create_app(
         responses,
         messages,
     )
-    groups = [module.routes(runtime) for module in modules]
+    groups = [_operations(runtime), *(module.routes(runtime) for module in modules)]
     for router in groups:
         app.include_router(router)
-    app.state.post_paths = _post_paths(groups)
+    routes = [r for router in groups for r in router.routes if isinstance(r, APIRoute)]
+    _add_error_handlers(app, routes)
+    app.state.post_paths = frozenset(r.path for r in routes if "POST" in (r.methods or ()))
     describe(app, BODIES)
     return app
-
-
-def _post_paths(routers: Sequence[APIRouter]) -> frozenset[str]:
-    routes = [route for router in routers for route in router.routes]
-    found = [route for route in routes if isinstance(route, APIRoute)]
-    return frozenset(route.path for route in found if "POST" in (route.methods or ()))
 
 
 def _chat_template(tokenizer: Tokenizer, settings: ServerSettings) -> ChatTemplate | None:
@@ -231,7 +226,7 @@ def _operations(runtime: Runtime) -> APIRouter:
     return router
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, routes: Sequence[APIRoute]) -> None:
     async def known(request: Request, error: Exception) -> Response:
         return error_response(to_api_error(error), request.scope["path"])
 
@@ -247,7 +242,13 @@ def _add_error_handlers(app: FastAPI) -> None:
             message = f"there is no {request.scope['path'][:200]!r} here"
         elif error.status_code == 405:
             message = f"{request.method} is not allowed on {request.scope['path'][:200]!r}"
-        headers = dict(error.headers) if error.headers else None
+        headers = dict(error.headers) if error.headers else {}
+        # Where a path has several routes, Starlette names the first one's methods.
+        here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+        if error.status_code == 405 and here:
+            headers = {
+                "Allow": ", ".join(sorted({m for route in here for m in route.methods or ()}))
+            }
         shown = APIError(error.status_code, message, headers=headers)
         return error_response(shown, request.scope["path"])
 

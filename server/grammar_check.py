@@ -146,7 +146,7 @@ class GrammarChecker:
 def main() -> None:
     """Answer questions until standard input ends."""
     # Imported here: the server needs none of it.
-    from headstart.engine.grammar import MANY, Constraint, Grammars, compiled, load_vocabulary
+    from headstart.engine.grammar import MANY, Grammar, Grammars, load_vocabulary
 
     os.nice(5)
     # Not RLIMIT_AS: with a thread for each of many cores, reserved addresses alone may be more.
@@ -163,9 +163,9 @@ def main() -> None:
     for line in lines:
         question = msgspec.json.decode(line, type=Question)
         try:
-            first = compiled(vocabulary, question.grammar)
+            grammar = Grammar(vocabulary, question.grammar)
             # As many as make the engine use threads, whose stacks are smaller.
-            masks = grammars.fill([Constraint(first.deep_copy()) for _ in range(MANY)])
+            masks = grammars.fill([grammar.begin() for _ in range(MANY)])
             if masks is None or not masks.bits.any():
                 raise RequestError("nothing can follow it")
         except RequestError as error:

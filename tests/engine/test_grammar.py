@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
+from headstart.engine import engine as engine_module
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import RequestError
-from headstart.engine.grammar import Constraint, Grammars, Masks
+from headstart.engine.grammar import Constraint, Grammar, Grammars, Masks
 from headstart.engine.messages import Output
 from headstart.engine.sampler import bans
 from headstart.engine.sampling_params import SamplingParams
@@ -211,7 +212,7 @@ def test_others_go_on_while_a_grammar_is_compiled(
     engine = make_engine(tiny_model("llama"))
     compile_now, begin = Grammars._compile, threading.Event()
 
-    def compile_later(self: Grammars, grammar: str) -> LLMatcher:
+    def compile_later(self: Grammars, grammar: str) -> Grammar:
         assert begin.wait(60)
         return compile_now(self, grammar)
 
@@ -237,7 +238,7 @@ def test_a_grammar_is_compiled_once(tiny_model: TinyModel, monkeypatch: pytest.M
     engine = make_engine(tiny_model("llama"))
     compile_now, compiled = Grammars._compile, []
 
-    def count(self: Grammars, grammar: str) -> LLMatcher:
+    def count(self: Grammars, grammar: str) -> Grammar:
         compiled.append(grammar)
         return compile_now(self, grammar)
 
@@ -304,7 +305,7 @@ def test_masks_are_those_of_each_row(tiny_model: TinyModel) -> None:
     speller = Speller(tiny_model("llama"))
 
     def constraint(texts: list[str]) -> Constraint:
-        return Constraint(grammars.compile(choice(texts)).result().deep_copy())
+        return grammars.compile(choice(texts)).result().begin()
 
     assert grammars.fill([None, None]) is None
     masks = grammars.fill([None, constraint(["the", "a"]), None, constraint(["fox", "a"])])
@@ -417,4 +418,33 @@ def test_tokens_whose_log_probabilities_are_wanted_are_sampled(tiny_model: TinyM
     tokens = [i for output in outputs for i in output.token_ids]
     assert [lp.token_id for output in outputs for lp in output.logprobs or []] == tokens
     assert [tokens] == make_engine(folder).generate([PROMPTS[0]], params(grammar))
+    assert engine.stats.forced_tokens == 0
+
+
+def test_who_takes_long_to_find_is_sampled(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grammar that took long once is not asked again; a step does not ask for ever."""
+    folder = tiny_model("llama")
+    slow, quick = choice(["the lazy dog the lazy dog"]), choice(["the quick brown fox"])
+    wanted = [params(slow), params(slow), params(quick)]
+    prompts = [PROMPTS[0]] * 3
+    expected = make_engine(folder).generate(prompts, wanted)
+    asked: list[int] = []
+    forced = Constraint.forced
+
+    def ask(self: Constraint) -> list[int]:
+        found = forced(self)
+        asked.append(len(found))
+        return found
+
+    monkeypatch.setattr(Constraint, "forced", ask)
+    monkeypatch.setattr("headstart.engine.grammar.SLOW_RUN", -1.0)
+    engine = make_engine(folder)
+    assert engine.generate(prompts, wanted) == expected
+    assert sum(found > 0 for found in asked) == 2  # one for each grammar
+    monkeypatch.undo()
+    monkeypatch.setattr(engine_module, "RUN_SECONDS", -1.0)
+    engine = make_engine(folder)
+    assert engine.generate(prompts, wanted) == expected
     assert engine.stats.forced_tokens == 0

@@ -205,14 +205,27 @@ async def test_unknown_model(client, chat_body):
     [
         ("GET", "/v1/nothing", 404),
         ("GET", "/v1/models/other/name", 404),
-        ("GET", CHAT, 405),
-        ("DELETE", "/v1/models", 405),
-        ("POST", "/health", 405),
     ],
 )
 async def test_routes(client, method, path, status):
     response = await client.request(method, path)
     assert response.status_code == status
+    check_shape(response)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", CHAT, "POST"),
+        ("DELETE", "/v1/models", "GET"),
+        ("POST", "/health", "GET"),
+        ("OPTIONS", "/v1/responses/resp_1", "DELETE, GET"),
+    ],
+)
+async def test_methods(client, method, path, allowed):
+    response = await client.request(method, path)
+    assert response.status_code == 405
+    assert response.headers["allow"] == allowed
     check_shape(response)
 
 

@@ -206,6 +206,7 @@ GRAMMARS: dict[str, dict[str, Any]] = {
     "an ambiguous grammar": {"guided_grammar": 'start: a\na: a a a | "x" | "x" "x" | a a'},
     "many optional parts": {"guided_grammar": "start: " + '"a"? ' * 10_000},
     "a grammar in a grammar": {"guided_grammar": 'start: %json {"$ref": "http://127.0.0.1/x"}'},
+    "a long text in many answers": {"guided_grammar": f'start: "{"a" * 60_000}"', "n": 16},
     "many choices": {"guided_choice": [f"{i:060d}" for i in range(1000)]},
 }
 
