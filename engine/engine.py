@@ -27,10 +27,11 @@ from headstart.engine.adapters import Adapter
 from headstart.engine.attention_costs import load_costs
 from headstart.engine.batch import Batch, InFlight, SharedRange, build_batch
 from headstart.engine.config import EngineConfig
+from headstart.engine.cores import usable_cores
 from headstart.engine.device_sampler import DeviceSampler
 from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.forecast import Forecast, forecast
-from headstart.engine.grammar import RUN_SECONDS, Grammar, Grammars
+from headstart.engine.grammar import RUN_SECONDS, Grammar, Grammars, Masks
 from headstart.engine.kv_pool import PagePool
 from headstart.engine.loading import load_model
 from headstart.engine.long_chunk import LongChunk
@@ -143,7 +144,14 @@ class Engine:
             if self._overlaps or backend.asynchronous
             else Sampler(model.vocab_size, backend.argmax, model.eos_token_ids)
         )
-        self._grammars = Grammars(folder, model.vocab_size, model.eos_token_ids)
+        threads = loaded.threads * max(config.tensor_parallel, config.runahead)
+        self._grammars = Grammars(
+            folder,
+            model.vocab_size,
+            model.eos_token_ids,
+            # A device's pass is only launched by the time the masks are filled.
+            spare_core=not backend.asynchronous and threads < usable_cores(),
+        )
         self._compiling: dict[int, tuple[Sequence, Future[Grammar]]] = {}
         self._refused: list[tuple[int, RequestError]] = []
         self._in_flight: Launched | None = None  # only where steps overlap
@@ -364,6 +372,7 @@ class Engine:
 
     def _launch(self, scheduled: SchedulerOutput) -> Launched:
         """Start computing a step, and the choice of its tokens."""
+        masks = self._start_filling(scheduled)
         relay = self._relay.plan(scheduled.scheduled)
         batch = self._batch(scheduled, relay.ranges if relay else ())
         before = self._runner.decoder.attention_seconds
@@ -373,18 +382,28 @@ class Engine:
             if self._guard.is_due(relay):
                 batch = self._batch(scheduled)
                 logits = self._guard.check(batch, logits)
-        return self._sample(scheduled, logits, batch.reads)
+        return self._sample(scheduled, logits, batch.reads, masks)
 
     def _batch(self, scheduled: SchedulerOutput, shared: Items[SharedRange] = ()) -> Batch:
         before = self._in_flight
         tokens = InFlight(before.sequences, before.sampling.token_ids) if before else None
         return build_batch(scheduled.scheduled, self._page_size, shared, tokens)
 
-    def _sample(self, scheduled: SchedulerOutput, logits: Tensor, reads: Items[Read]) -> Launched:
+    def _start_filling(self, scheduled: SchedulerOutput) -> Callable[[], Masks | None]:
+        """Fill the masks of those that get a token, while the forward pass is computed."""
+        sampling = [entry.seq.constraint for entry in scheduled.scheduled if entry.samples]
+        return self._grammars.start_filling(sampling)
+
+    def _sample(
+        self,
+        scheduled: SchedulerOutput,
+        logits: Tensor,
+        reads: Items[Read],
+        masks: Callable[[], Masks | None],
+    ) -> Launched:
         sampling = [entry for entry in scheduled.scheduled if entry.samples]
-        masks = self._grammars.fill([entry.seq.constraint for entry in sampling])
         books = [read.reader.fetch() for read in reads]
-        return Launched(scheduled, self._sampler.launch(logits, sampling, masks), books)
+        return Launched(scheduled, self._sampler.launch(logits, sampling, masks()), books)
 
     def _commit(self, launched: Launched) -> list[Output]:
         """Wait for the tokens of a step, and book it."""
@@ -435,7 +454,8 @@ class Engine:
             # What runs ahead is not read.
             reads = chunk.reads if isinstance(chunk, LongChunk) else ()
             alone = SchedulerOutput([chunk.entry], 0)
-            outputs = self._commit(self._sample(alone, logits, reads))
+            masks = self._start_filling(alone)
+            outputs = self._commit(self._sample(alone, logits, reads, masks))
             if isinstance(chunk, Ahead) and self.runahead is not None:
                 self.runahead.finish(chunk)
             return outputs

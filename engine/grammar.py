@@ -11,8 +11,11 @@ own; each sequence gets a copy of the result, its own place in the grammar:
 Where one text alone may follow, as in ``"shipping_address":`` behind its first letter, nothing is
 to be chosen: its tokens are the output, and the next step computes them at once.
 
-Masks are filled once the forward pass is launched. A GPU computes meanwhile; on a CPU, where the
-pass needs all cores, they come after it.
+Masks are filled while the forward pass is computed, which does not need them, by a thread of
+their own; behind it where the pass takes every core, since its threads wait for the slowest one:
+
+    step      run ............................ sample
+    thread    fill fill fill                     ^ masks
 
 The rules of llguidance, not ours: the end of the sequence may come where the grammar is complete,
 and nothing else may where it can't go on; special tokens are no text.
@@ -21,9 +24,10 @@ and nothing else may where it can't go on; special tokens are no text.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import stack_size
 from time import perf_counter
@@ -145,14 +149,24 @@ class Masks(NamedTuple):
 class Grammars:
     """The grammars of one model. Not thread-safe: one thread calls it."""
 
-    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        *,
+        spare_core: bool = False,
+    ) -> None:
+        """``spare_core``: there is one that the forward pass does not use."""
+        self._spare_core = spare_core
         self._folder = folder
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._vocabulary: LLTokenizer | None = None  # read by the compiling thread
         self._kept: OrderedDict[str, Future[Grammar]] = OrderedDict()
         self._compiler: ThreadPoolExecutor | None = None
-        self._executor: LLExecutor | None = None
+        self._executors: dict[int | None, LLExecutor] = {}  # by their number of threads
+        self._filler: ThreadPoolExecutor | None = None
 
     def compile(self, grammar: str) -> Future[Grammar]:
         """The compiled grammar, now or later; its exception is a RequestError."""
@@ -163,6 +177,17 @@ class Grammars:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(grammar)
         return future
+
+    def start_filling(self, constraints: Items[Constraint | None]) -> Callable[[], Masks | None]:
+        """Begin to fill the masks, if there is a core to do so; what is returned waits for them.
+
+        Until then nobody may touch the constraints.
+        """
+        if not self._spare_core or not any(constraints):
+            return partial(self.fill, constraints)
+        if self._filler is None:
+            self._filler = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        return self._filler.submit(self.fill, constraints).result
 
     def fill(self, constraints: Items[Constraint | None]) -> Masks | None:
         """The masks of those rows that have a constraint; None if no row has.
@@ -183,14 +208,16 @@ class Grammars:
     def _fill(self, matchers: list[LLMatcher], bits: Mask) -> None:
         n, row = len(matchers), bits.shape[1] * bits.itemsize
         start: int = bits.ctypes.data
-        if n < MANY:
+        if n < MANY and not self._spare_core:
             for i, matcher in enumerate(matchers):
                 matcher.unsafe_compute_mask_ptr(start + i * row, row)
             return
-        if self._executor is None:
-            self._executor = LLExecutor()
+        # Unlike the matchers, an executor lets go of the interpreter's lock.
+        threads = 1 if n < MANY else None
+        if threads not in self._executors:
+            self._executors[threads] = LLExecutor(threads)
         indexed = [(matcher, i) for i, matcher in enumerate(matchers)]
-        self._executor.unsafe_compute_mask_ptr(indexed, start, row, n)
+        self._executors[threads].unsafe_compute_mask_ptr(indexed, start, row, n)
 
     def _compile(self, grammar: str) -> Grammar:
         if self._vocabulary is None:

@@ -343,6 +343,7 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     "settings",
     [
         {},
+        {"threads": 64},
         {"max_batched_tokens": 16},
         {"prefix_caching": False},
         {"async_scheduling": "on"},
