@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import FailFast, Field, WithJsonSchema
 
 from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
 from headstart.server.access_log import name_request
-from headstart.server.answer import Part, Reasoning, Text
 from headstart.server.errors import bad_request
 from headstart.server.openai.chat_fields import ChatRendering
+from headstart.server.openai.chat_format import ChatFormat
 from headstart.server.openai.chats import Chat, encode_chat, read_answer
 from headstart.server.openai.fields import (
     REFUSED_IN_CHAT,
@@ -27,15 +25,12 @@ from headstart.server.openai.fields import (
     fit_max_tokens,
     refuse_extras,
 )
-from headstart.server.openai.logprobs import chat_logprobs, prompt_logprobs
-from headstart.server.openai.parts import message_of, shown_delta
-from headstart.server.openai.reply import DONE, Choice, Echo, Format, Reply, Usage
+from headstart.server.openai.reply import Echo, Reply
 from headstart.server.openai.segment_mask import (
     NOT_DECLARED,
     ChatMaskField,
     chat_mask,
 )
-from headstart.server.openai.shown import Shown, TokenIdNames, TokenNames
 from headstart.server.openai.start import Prompt, start_choices
 from headstart.server.openai.tools import (
     ToolCallsField,
@@ -47,11 +42,7 @@ from headstart.server.openai.tools import (
 )
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
-from headstart.server.stream import Delta
 from headstart.server.templates import Message
-from headstart.server.tokenizer import Tokenizer
-
-encode = msgspec.json.encode
 
 ContentField = Annotated[
     Any,
@@ -210,135 +201,6 @@ def _content_text(content: Any, path: str) -> str:
             raise bad_request(f"{part_path}.text must be a string", f"{part_path}.text")
         texts.append(part["text"])
     return "\n".join(texts)
-
-
-class ChatFormat(Format):
-    """Bytes around text: everything but the text is encoded once per request.
-
-    ``reasoning``: thoughts are shown.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        tokenizer: Tokenizer,
-        *,
-        logprobs: bool,
-        prompt_logprobs: int | None,
-        reasoning: bool,
-        shown: Shown,
-    ) -> None:
-        """``prompt_logprobs``: how many of the likeliest tokens are shown, if any."""
-        self._head = {
-            "id": shown.answer_id("chatcmpl"),
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._prefix = b"data: " + encode(self._head)[:-1]
-        self._tokenizer = tokenizer
-        self._names: TokenNames = TokenIdNames() if shown.tokens_as_ids else tokenizer
-        self._logprobs = logprobs
-        self._prompt_logprobs = prompt_logprobs
-        self._reasoning = reasoning
-        self._shown = shown
-        self.every_token = shown.token_ids
-        self._tail = (b'}],"usage":null}' if shown.usage else b"}]}") + b"\n\n"
-        self._plain_tail = b'},"logprobs":null,"finish_reason":null' + self._tail
-        self._choice_prefix: dict[int, bytes] = {}
-
-    def _start(self, choice: Choice) -> bytes:
-        prefix = self._choice_prefix.get(choice.index)
-        if prefix is None:
-            prefix = self._prefix + b',"choices":[{"index":%d,"delta":' % choice.index
-            self._choice_prefix[choice.index] = prefix
-        return prefix
-
-    def opening(self, choice: Choice) -> bytes:
-        start = self._start(choice) + b'{"role":"assistant","content":' + encode(choice.echoed)
-        if self._shown.plain:
-            return start + self._plain_tail
-        ids = b""
-        if self._shown.token_ids:
-            ids = b',"prompt_token_ids":' + encode(list(choice.prompt_token_ids))
-        none = b'},"logprobs":null,"finish_reason":null'
-        return start + none + self._shown.tail_of(choice, ids)
-
-    def event(self, choice: Choice, delta: Delta) -> bytes:
-        start = self._start(choice)
-        if delta.parts is not None:
-            return b"".join(self._part_events(choice, delta, delta.parts))
-        if delta.finish_reason is None and not self._logprobs and self._shown.plain:
-            return start + b'{"content":' + encode(delta.text) + self._plain_tail
-        shown = {"content": delta.text} if delta.text else {}
-        return self._event(choice, shown, delta, delta.finish_reason)
-
-    def _part_events(self, choice: Choice, delta: Delta, parts: Sequence[Part]) -> Iterator[bytes]:
-        """An event for each part; log-probabilities and token ids come with the first, the end with
-        the last."""
-        shown = [found for part in self._visible(parts) if (found := shown_delta(part))]
-        reason = delta.finish_reason
-        if not shown and (reason is not None or delta.logprobs or self.every_token):
-            shown = [{}]
-        for i, part in enumerate(shown):
-            end = reason if i == len(shown) - 1 else None
-            yield self._event(choice, part, delta if i == 0 else None, end)
-
-    def _event(
-        self, choice: Choice, shown: dict[str, Any], delta: Delta | None, reason: str | None
-    ) -> bytes:
-        """``delta``: whose log-probabilities and token ids are shown; None for none."""
-        tokens = delta.logprobs if delta is not None else None
-        logprobs = chat_logprobs(self._names, tokens or ()) if self._logprobs else None
-        return b"".join(
-            (
-                self._start(choice),
-                encode(shown),
-                b',"logprobs":',
-                encode(logprobs),
-                b',"finish_reason":',
-                choice.end(reason),
-                self._shown.ids_of(delta.token_ids if delta is not None else ()),
-                self._shown.tail_of(choice),
-            )
-        )
-
-    def _visible(self, parts: Sequence[Part]) -> Sequence[Part]:
-        if self._reasoning:
-            return parts
-        return [part for part in parts if not isinstance(part, Reasoning)]
-
-    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        if not self._shown.usage:
-            return DONE
-        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n" + DONE
-
-    def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        answers = [
-            {
-                "index": choice.index,
-                "message": message_of(
-                    [Text(choice.text)]
-                    if choice.parser is None
-                    else [Text(choice.echoed), *self._visible(choice.parts)]
-                ),
-                "logprobs": (
-                    chat_logprobs(self._names, choice.logprobs) if self._logprobs else None
-                ),
-                "finish_reason": choice.finish_reason,
-                "stop_reason": choice.assembler.stop_reason,
-                **({"token_ids": choice.token_ids} if self._shown.token_ids else {}),
-            }
-            for choice in choices
-        ]
-        head = self._head | {"object": "chat.completion"}
-        if self._shown.token_ids:
-            head["prompt_token_ids"] = list(choices[0].prompt_token_ids)
-        answer = head | {"choices": answers, "usage": usage.json()}
-        if self._prompt_logprobs is not None:
-            scores, count = choices[0].scores, self._prompt_logprobs
-            answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, scores, count)
-        return encode(answer)
 
 
 def routes(runtime: Runtime) -> APIRouter:
