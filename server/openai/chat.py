@@ -240,10 +240,10 @@ def routes(runtime: Runtime) -> APIRouter:
         format = ChatFormat(
             served.name,
             runtime.tokenizer,
+            body.shown,
             logprobs=params.logprobs is not None,
             prompt_logprobs=body.prompt_logprobs,
             reasoning=body.include_reasoning is not False,
-            shown=body.shown,
         )
         choices = start_choices(
             runtime,

@@ -2,64 +2,44 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
 from headstart.server.answer import Part, Reasoning, Text
+from headstart.server.openai.choice_format import ChoiceFormat
 from headstart.server.openai.logprobs import chat_logprobs, prompt_logprobs
 from headstart.server.openai.parts import message_of, shown_delta
-from headstart.server.openai.reply import DONE, Choice, Format, Usage
-from headstart.server.openai.shown import Shown, TokenIdNames, TokenNames
+from headstart.server.openai.reply import Choice, Usage
+from headstart.server.openai.shown import Shown
 from headstart.server.stream import Delta
 from headstart.server.tokenizer import Tokenizer
 
 encode = msgspec.json.encode
 
 
-class ChatFormat(Format):
-    """Bytes around text: everything but the text is encoded once per request.
+class ChatFormat(ChoiceFormat):
+    """``reasoning``: thoughts are shown."""
 
-    ``reasoning``: thoughts are shown.
-    """
+    kind = "chatcmpl"
+    event_object = "chat.completion.chunk"
+    field = b'"delta":'
+    closes = b"}"
 
     def __init__(
         self,
         model: str,
         tokenizer: Tokenizer,
+        shown: Shown,
         *,
         logprobs: bool,
         prompt_logprobs: int | None,
         reasoning: bool,
-        shown: Shown,
     ) -> None:
-        """``prompt_logprobs``: how many of the likeliest tokens are shown, if any."""
-        self._head = {
-            "id": shown.answer_id("chatcmpl"),
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._prefix = b"data: " + encode(self._head)[:-1]
-        self._tokenizer = tokenizer
-        self._names: TokenNames = TokenIdNames() if shown.tokens_as_ids else tokenizer
+        super().__init__(model, tokenizer, shown, prompt_logprobs=prompt_logprobs)
         self._logprobs = logprobs
-        self._prompt_logprobs = prompt_logprobs
         self._reasoning = reasoning
-        self._shown = shown
-        self.every_token = shown.token_ids
-        self._tail = (b'}],"usage":null}' if shown.usage else b"}]}") + b"\n\n"
-        self._plain_tail = b'},"logprobs":null,"finish_reason":null' + self._tail
-        self._choice_prefix: dict[int, bytes] = {}
-
-    def _start(self, choice: Choice) -> bytes:
-        prefix = self._choice_prefix.get(choice.index)
-        if prefix is None:
-            prefix = self._prefix + b',"choices":[{"index":%d,"delta":' % choice.index
-            self._choice_prefix[choice.index] = prefix
-        return prefix
 
     def opening(self, choice: Choice) -> bytes:
         start = self._start(choice) + b'{"role":"assistant","content":' + encode(choice.echoed)
@@ -114,11 +94,6 @@ class ChatFormat(Format):
         if self._reasoning:
             return parts
         return [part for part in parts if not isinstance(part, Reasoning)]
-
-    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        if not self._shown.usage:
-            return DONE
-        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n" + DONE
 
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         answers = [

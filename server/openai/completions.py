@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from headstart.engine.messages import ModelInfo, TokenLogprobs
 from headstart.engine.sampling_params import SamplingParams
 from headstart.server.access_log import name_request
 from headstart.server.errors import bad_request
+from headstart.server.openai.choice_format import ChoiceFormat
 from headstart.server.openai.fields import (
     REFUSED_IN_COMPLETIONS,
     GenerationBody,
@@ -29,14 +29,14 @@ from headstart.server.openai.logprobs import (
     text_offsets,
 )
 from headstart.server.openai.prompts import PromptField, check_vocabulary, given_prompts
-from headstart.server.openai.reply import DONE, Choice, Echo, Format, Reply, Usage
+from headstart.server.openai.reply import Choice, Echo, Reply, Usage
 from headstart.server.openai.segment_mask import (
     NOT_DECLARED,
     CompletionMaskField,
     Spans,
     completion_spans,
 )
-from headstart.server.openai.shown import Shown, TokenIdNames, TokenNames
+from headstart.server.openai.shown import Shown
 from headstart.server.openai.start import Prompt, start_choices
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -114,44 +114,26 @@ class CompletionBody(GenerationBody):
         return self.sampling_params(max_tokens, logprobs, model, runtime, grammar)
 
 
-class CompletionFormat(Format):
-    """Bytes around text: everything but the text is encoded once per request."""
+class CompletionFormat(ChoiceFormat):
+    """``logprobs``: how many of the likeliest tokens are shown, if any. ``n``: of each prompt."""
+
+    kind = "cmpl"
+    event_object = "text_completion"
+    field = b'"text":'
 
     def __init__(
         self,
         model: str,
         tokenizer: Tokenizer,
+        shown: Shown,
         *,
         logprobs: int | None,
         prompt_logprobs: int | None,
-        shown: Shown,
         n: int,
     ) -> None:
-        """``logprobs``, ``prompt_logprobs``: how many of the likeliest tokens are shown, if any."""
-        self._head = {
-            "id": shown.answer_id("cmpl"),
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._prefix = b"data: " + encode(self._head)[:-1]
-        self._tokenizer = tokenizer
-        self._names: TokenNames = TokenIdNames() if shown.tokens_as_ids else tokenizer
+        super().__init__(model, tokenizer, shown, prompt_logprobs=prompt_logprobs)
         self._logprobs = logprobs
-        self._prompt_logprobs = prompt_logprobs
-        self._shown = shown
         self._n = n
-        self.every_token = shown.token_ids
-        self._tail = (b'}],"usage":null}' if shown.usage else b"}]}") + b"\n\n"
-        self._plain_tail = b',"logprobs":null,"finish_reason":null' + self._tail
-        self._choice_prefix: dict[int, bytes] = {}
-
-    def _start(self, choice: Choice) -> bytes:
-        prefix = self._choice_prefix.get(choice.index)
-        if prefix is None:
-            prefix = self._prefix + b',"choices":[{"index":%d,"text":' % choice.index
-            self._choice_prefix[choice.index] = prefix
-        return prefix
 
     def opening(self, choice: Choice) -> bytes:
         echo, shown = choice.echo, self._shown
@@ -225,11 +207,6 @@ class CompletionFormat(Format):
             "token_ids": choice.token_ids,
             "prompt_token_ids": list(choice.prompt_token_ids),
         }
-
-    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        if not self._shown.usage:
-            return DONE
-        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n" + DONE
 
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         answers = [
@@ -337,9 +314,9 @@ def routes(runtime: Runtime) -> APIRouter:
         format = CompletionFormat(
             served.name,
             runtime.tokenizer,
+            body.shown,
             logprobs=body.logprobs,
             prompt_logprobs=body.prompt_logprobs,
-            shown=body.shown,
             n=body.n or 1,
         )
         choices = start_choices(
