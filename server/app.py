@@ -237,18 +237,15 @@ def _add_error_handlers(app: FastAPI, routes: Sequence[APIRoute]) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = str(error.detail)
+        message, headers = str(error.detail), dict(error.headers or {})
         if error.status_code == 404:
             message = f"there is no {request.scope['path'][:200]!r} here"
         elif error.status_code == 405:
             message = f"{request.method} is not allowed on {request.scope['path'][:200]!r}"
-        headers = dict(error.headers) if error.headers else {}
-        # Where a path has several routes, Starlette names the first one's methods.
-        here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
-        if error.status_code == 405 and here:
-            headers = {
-                "Allow": ", ".join(sorted({m for route in here for m in route.methods or ()}))
-            }
+            # Where a path has several routes, Starlette names the first one's methods.
+            here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+            if methods := {m for route in here for m in route.methods or ()}:
+                headers = {"Allow": ", ".join(sorted(methods))}
         shown = APIError(error.status_code, message, headers=headers)
         return error_response(shown, request.scope["path"])
 

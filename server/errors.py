@@ -7,7 +7,7 @@ body are chosen in one place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -105,6 +105,30 @@ def string_at(value: Mapping[str, Any], key: str, path: str) -> str:
     if not isinstance(found, str):
         raise invalid(f"{path}.{key}", "must be a string")
     return found
+
+
+def refuse_extras(
+    given: Mapping[str, Any] | None,
+    refused: Mapping[str, tuple[Any, ...]],
+    prefix: str = "",
+    *,
+    known: Container[str] = (),
+) -> None:
+    """Raise APIError for the first field that is not ``known`` and asks for something.
+
+    ``refused``: fields that are not supported, and the values, beside null, that ask for nothing.
+    ``prefix``: what stands before their names.
+    """
+    for name, value in (given or {}).items():
+        if name in known:
+            continue
+        path = prefix + name[:80]
+        if name not in refused:
+            raise bad_request(f"{path} is not a known field", path, "unknown_parameter")
+        # By type too: 1 == True, but n: true is not n: 1.
+        harmless = (None, *refused[name])
+        if not any(type(value) is type(other) and value == other for other in harmless):
+            raise bad_request(f"{path} is not supported", path, "unsupported_parameter")
 
 
 def unavailable(message: str) -> APIError:

@@ -10,22 +10,13 @@ A request's own fields stand above these. Other fields of the file change nothin
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.models.config import read_json
 from headstart.engine.sampling_params import SamplingParams
-
-_NAMES = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +35,8 @@ class GenerationDefaults:
         """Those of a ``generation_config.json``; raises ModelError naming file and field."""
         raw = read_json(path)
         found: dict[str, Any] = {}
-        for name, field in _NAMES.items():
+        for field in (one.name for one in fields(cls)):
+            name = "max_new_tokens" if field == "max_tokens" else field
             value = raw.get(name)
             if value is None:
                 continue

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from llguidance import LLMatcher, grammar_from
 from pydantic import WithJsonSchema
 
-from headstart.server.errors import bad_request
+from headstart.server.errors import bad_request, refuse_extras
 from headstart.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -31,6 +31,15 @@ would go on for ever."""
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
 """In the library's error; where the schema is a part of a grammar there is more around it."""
 
+_ASKED = (
+    "json",
+    "json_object",
+    "regex",
+    "choice",
+    "grammar",
+    "disable_any_whitespace",
+    "whitespace_pattern",
+)
 _FORMATS = ("text", "json_object", "json_schema", "regex", "grammar")
 
 ObjectField = Annotated[Any, WithJsonSchema({"type": "object"}, mode="validation")]
@@ -68,16 +77,16 @@ def response_structure(value: Any, settings: ServerSettings) -> Structure | None
     kind = _object(value, path).get("type")
     match kind:
         case "text":
-            _only(value, ("type",), path)
+            refuse_extras(value, {}, f"{path}.", known=("type",))
             return None
         case "json_object":
-            _only(value, ("type",), path)
+            refuse_extras(value, {}, f"{path}.", known=("type",))
             return json_structure({"type": "object"}, path, settings)
         case "json_schema":
-            _only(value, ("type", "json_schema"), path)
+            refuse_extras(value, {}, f"{path}.", known=("type", "json_schema"))
             path = f"{path}.json_schema"
             inner = _object(value.get("json_schema"), path)
-            _only(inner, ("name", "description", "schema", "strict"), path)
+            refuse_extras(inner, {}, f"{path}.", known=("name", "description", "schema", "strict"))
             if not isinstance(inner.get("name"), str) or not 1 <= len(inner["name"]) <= 64:
                 raise bad_request(f"{path}.name must have 1 to 64 characters", f"{path}.name")
             if inner.get("strict") not in (None, True, False):
@@ -86,10 +95,10 @@ def response_structure(value: Any, settings: ServerSettings) -> Structure | None
                 raise bad_request(f"{path}.schema is missing", f"{path}.schema")
             return json_structure(inner["schema"], f"{path}.schema", settings)
         case "regex":
-            _only(value, ("type", "pattern"), path)
+            refuse_extras(value, {}, f"{path}.", known=("type", "pattern"))
             return _regex(value.get("pattern"), f"{path}.pattern", settings)
         case "grammar":
-            _only(value, ("type", "grammar"), path)
+            refuse_extras(value, {}, f"{path}.", known=("type", "grammar"))
             return _grammar(value.get("grammar"), f"{path}.grammar", settings)
     named = ", ".join(_FORMATS)
     raise bad_request(
@@ -105,12 +114,7 @@ def asked_structures(value: Any, settings: ServerSettings) -> list[Structure]:
         return []
     path = "structured_outputs"
     _object(value, path)
-    _only(
-        value,
-        ("json", "json_object", "regex", "choice", "grammar", "disable_any_whitespace",
-         "whitespace_pattern"),
-        path,
-    )  # fmt: skip
+    refuse_extras(value, {}, f"{path}.", known=_ASKED)
     compact = value.get("disable_any_whitespace")
     if compact not in (None, True, False):
         raise bad_request(f"{path}.disable_any_whitespace must be true or false", path)
@@ -224,13 +228,6 @@ def _object(value: Any, path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise bad_request(f"{path} must be an object", path)
     return value
-
-
-def _only(value: dict[str, Any], known: tuple[str, ...], path: str) -> None:
-    for key in value:
-        if key not in known:
-            where = f"{path}.{key[:80]}"
-            raise bad_request(f"{where} is not a known field", where, "unknown_parameter")
 
 
 def _depth(value: Any) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from headstart.server.errors import bad_request, invalid, string_at
+from headstart.server.errors import bad_request, invalid, refuse_extras, string_at
 from headstart.server.openai.conversation import Conversation
-from headstart.server.openai.fields import refuse_extras
 
 # Type of block -> its fields.
 _FIELDS: dict[str, tuple[str, ...]] = {
@@ -93,6 +92,5 @@ def _checked(block: Any, kinds: tuple[str, ...], path: str) -> dict[str, Any]:
         )
     if kind not in kinds:
         raise bad_request(f"{path}: a block of type {kind!r} does not belong here", path)
-    extras = {key: value for key, value in block.items() if key not in _FIELDS[kind]}
-    refuse_extras(extras, _REFUSED, f"{path}.")
+    refuse_extras(block, _REFUSED, f"{path}.", known=_FIELDS[kind])
     return block

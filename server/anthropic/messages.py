@@ -13,7 +13,7 @@ from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
 from headstart.server.anthropic.blocks import add_message, text_of
 from headstart.server.anthropic.message_format import MessageFormat
-from headstart.server.errors import bad_request
+from headstart.server.errors import bad_request, refuse_extras
 from headstart.server.generation_defaults import GenerationDefaults
 from headstart.server.openai.chat import ContentField
 from headstart.server.openai.chats import Chat, encode_chat, start_chat
@@ -24,7 +24,6 @@ from headstart.server.openai.fields import (
     StringsField,
     checked_stops,
     fit_max_tokens,
-    refuse_extras,
 )
 from headstart.server.openai.reply import Reply
 from headstart.server.openai.segment_mask import NOT_DECLARED
@@ -74,10 +73,7 @@ class CountTokensBody(Body):
 
     def check(self, refused: dict[str, tuple[Any, ...]]) -> None:
         """Raise APIError for fields that are unknown or not supported."""
-        extras = self.model_extra or {}
-        refuse_extras(
-            {k: v for k, v in extras.items() if k not in DESCRIPTIVE_IN_MESSAGES}, refused
-        )
+        refuse_extras(self.model_extra, refused, known=DESCRIPTIVE_IN_MESSAGES)
         for i, message in enumerate(self.messages):
             refuse_extras(message.model_extra, {}, f"messages[{i}].")
 
@@ -125,8 +121,7 @@ class CountTokensBody(Body):
             names = {"name": "name", "description": "description", "input_schema": "parameters"}
             names |= {"strict": "strict"}
             free = ("type", "cache_control", "eager_input_streaming")
-            extras = {k: v for k, v in tool.items() if k not in names and k not in free}
-            refuse_extras(extras, {"defer_loading": (False,)}, f"{path}.")
+            refuse_extras(tool, {"defer_loading": (False,)}, f"{path}.", known=(*names, *free))
             if not isinstance(tool.get("input_schema"), dict):
                 raise bad_request(
                     f"{path}.input_schema must be a JSON schema", f"{path}.input_schema"
@@ -137,7 +132,7 @@ class CountTokensBody(Body):
         if not isinstance(choice, dict) or not isinstance(kind, str) or kind not in _CHOICES:
             raise bad_request("tool_choice.type must be auto, any, tool or none", "tool_choice")
         known = ("type", "disable_parallel_tool_use", *(("name",) if kind == "tool" else ()))
-        refuse_extras({k: v for k, v in choice.items() if k not in known}, {}, "tool_choice.")
+        refuse_extras(choice, {}, "tool_choice.", known=known)
         only, alone = choice.get("name"), choice.get("disable_parallel_tool_use")
         if kind == "tool" and not isinstance(only, str):
             raise bad_request("tool_choice.name must be a string", "tool_choice.name")
@@ -153,8 +148,7 @@ class CountTokensBody(Body):
             return None
         if not isinstance(asked, dict) or asked.get("type") != "json_schema":
             raise bad_request(f"{path}.type must be json_schema", f"{path}.type")
-        extras = {key: value for key, value in asked.items() if key not in ("type", "schema")}
-        refuse_extras(extras, {}, f"{path}.")
+        refuse_extras(asked, {}, f"{path}.", known=("type", "schema"))
         return json_structure(asked.get("schema"), f"{path}.schema", settings)
 
     def _variables(self, template: ChatTemplate) -> dict[str, Any]:
@@ -163,8 +157,7 @@ class CountTokensBody(Body):
         config = {} if self.output_config is None else self.output_config
         if not isinstance(config, dict):
             raise bad_request("output_config must be an object", "output_config")
-        extras = {k: v for k, v in config.items() if k not in ("effort", "format")}
-        refuse_extras(extras, {}, "output_config.")
+        refuse_extras(config, {}, "output_config.", known=("effort", "format"))
         if (effort := config.get("effort")) is not None:
             if "reasoning_effort" not in template.variables or not isinstance(effort, str):
                 raise bad_request(
@@ -179,8 +172,7 @@ class CountTokensBody(Body):
         if not isinstance(thinking, dict) or kind not in ("enabled", "disabled", "adaptive"):
             raise bad_request("thinking.type must be enabled, disabled or adaptive", "thinking")
         known = ("type", *(("budget_tokens",) if kind == "enabled" else ()))
-        extras = {key: value for key, value in thinking.items() if key not in known}
-        refuse_extras(extras, {}, "thinking.")
+        refuse_extras(thinking, {}, "thinking.", known=known)
         if kind == "enabled" and type(thinking.get("budget_tokens")) is not int:
             raise bad_request(
                 "thinking.budget_tokens must be a whole number", "thinking.budget_tokens"

@@ -14,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 
 from headstart.engine.errors import RequestError
 from headstart.server.adapters import check_adapter_name, find_adapter
-from headstart.server.errors import APIError, bad_request
-from headstart.server.openai.fields import Body, refuse_extras
+from headstart.server.errors import APIError, bad_request, refuse_extras
+from headstart.server.openai.fields import Body
 from headstart.server.openai.models import describe
 from headstart.server.runtime import Runtime
 

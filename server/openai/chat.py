@@ -11,7 +11,7 @@ from pydantic import FailFast, Field, WithJsonSchema
 from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
 from headstart.server.access_log import name_request
-from headstart.server.errors import bad_request
+from headstart.server.errors import bad_request, refuse_extras
 from headstart.server.openai.chat_fields import ChatRendering
 from headstart.server.openai.chat_format import ChatFormat
 from headstart.server.openai.chats import Chat, encode_chat, read_answer
@@ -23,7 +23,6 @@ from headstart.server.openai.fields import (
     LogprobCount,
     Role,
     fit_max_tokens,
-    refuse_extras,
 )
 from headstart.server.openai.reply import Echo, Reply
 from headstart.server.openai.segment_mask import (
@@ -192,11 +191,7 @@ def _content_text(content: Any, path: str) -> str:
                 part_path,
                 "unsupported_parameter",
             )
-        refuse_extras(
-            {key: value for key, value in part.items() if key not in ("type", "text")},
-            {},
-            f"{part_path}.",
-        )
+        refuse_extras(part, {}, f"{part_path}.", known=("type", "text"))
         if not isinstance(part.get("text"), str):
             raise bad_request(f"{part_path}.text must be a string", f"{part_path}.text")
         texts.append(part["text"])

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import WithJsonSchema
 
-from headstart.server.errors import APIError, bad_request
+from headstart.server.errors import APIError, bad_request, refuse_extras
 from headstart.server.openai.fields import Body
 from headstart.server.settings import ServerSettings
 from headstart.server.structure import ObjectField
@@ -98,10 +98,7 @@ class ChatRendering(Body):
                 isinstance(value, str) for value in document.values()
             ):
                 raise bad_request(f"{path} must be an object of strings", path, "invalid_value")
-            for key in document:
-                if key not in ("title", "text"):
-                    path = f"{path}.{key[:80]}"
-                    raise bad_request(f"{path} is not a known field", path, "unknown_parameter")
+            refuse_extras(document, {}, f"{path}.", known=("title", "text"))
             if "text" not in document:
                 raise bad_request(f"{path}.text is required", f"{path}.text")
         return documents

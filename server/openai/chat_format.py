@@ -48,8 +48,7 @@ class ChatFormat(ChoiceFormat):
         ids = b""
         if self._shown.token_ids:
             ids = b',"prompt_token_ids":' + encode(list(choice.prompt_token_ids))
-        none = b'},"logprobs":null,"finish_reason":null'
-        return start + none + self._shown.tail_of(choice, ids)
+        return start + self._no_end + self._shown.tail_of(choice, ids)
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         start = self._start(choice)

@@ -46,8 +46,9 @@ class ChoiceFormat(Format):
         self._prompt_logprobs = prompt_logprobs
         self._shown = shown
         self.every_token = shown.token_ids
+        self._no_end = self.closes + b',"logprobs":null,"finish_reason":null'
         tail = (b'}],"usage":null}' if shown.usage else b"}]}") + b"\n\n"
-        self._plain_tail = self.closes + b',"logprobs":null,"finish_reason":null' + tail
+        self._plain_tail = self._no_end + tail
         self._choice_prefix: dict[int, bytes] = {}
 
     def _start(self, choice: Choice) -> bytes:

@@ -15,7 +15,7 @@ from headstart.engine.errors import RequestError
 from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from headstart.server.access_log import REQUEST_ID_PATTERN
-from headstart.server.errors import bad_request
+from headstart.server.errors import bad_request, refuse_extras
 from headstart.server.openai.shown import Shown
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -170,8 +170,7 @@ class GenerationBody(Body):
 
     def check(self, refused: Mapping[str, tuple[Any, ...]], settings: ServerSettings) -> None:
         """Raise APIError for fields that are unknown or not supported, and limits passed."""
-        extras = self.model_extra or {}
-        refuse_extras({k: v for k, v in extras.items() if k not in DESCRIPTIVE}, refused)
+        refuse_extras(self.model_extra, refused, known=DESCRIPTIVE)
         if self.stream_options is not None:
             refuse_extras(
                 self.stream_options.model_extra, REFUSED_IN_STREAM_OPTIONS, "stream_options."
@@ -384,20 +383,6 @@ def checked_stops(value: Any, name: str, settings: ServerSettings) -> tuple[str,
                 path,
             )
     return tuple(stops)
-
-
-def refuse_extras(
-    extras: Mapping[str, Any] | None, refused: Mapping[str, tuple[Any, ...]], prefix: str = ""
-) -> None:
-    """Raise APIError for the first extra field that asks for something."""
-    for name, value in (extras or {}).items():
-        path = prefix + name[:80]
-        if name not in refused:
-            raise bad_request(f"{path} is not a known field", path, "unknown_parameter")
-        # By type too: 1 == True, but n: true is not n: 1.
-        harmless = (None, *refused[name])
-        if not any(type(value) is type(other) and value == other for other in harmless):
-            raise bad_request(f"{path} is not supported", path, "unsupported_parameter")
 
 
 def is_number(value: object) -> bool:

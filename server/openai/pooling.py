@@ -20,13 +20,12 @@ from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import Pooling, PoolingParams
 from headstart.server.access_log import note_usage
 from headstart.server.engine_client import Stream
-from headstart.server.errors import APIError, bad_request, unavailable
+from headstart.server.errors import APIError, bad_request, refuse_extras, unavailable
 from headstart.server.metrics import ChoiceTimer
 from headstart.server.openai.fields import (
     DESCRIPTIVE,
     Body,
     Truncation,
-    refuse_extras,
     truncated,
 )
 from headstart.server.openai.prompts import GivenPrompt, check_vocabulary
@@ -56,8 +55,7 @@ class PooledBody(Body):
 
     def check(self, refused: Mapping[str, tuple[Any, ...]]) -> None:
         """Raise APIError for fields that are unknown or not supported."""
-        extras = self.model_extra or {}
-        refuse_extras({k: v for k, v in extras.items() if k not in DESCRIPTIVE}, refused)
+        refuse_extras(self.model_extra, refused, known=DESCRIPTIVE)
 
 
 class Vectors(NamedTuple):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from headstart.server.errors import bad_request, invalid, string_at
+from headstart.server.errors import bad_request, invalid, refuse_extras, string_at
 from headstart.server.openai.conversation import Conversation
-from headstart.server.openai.fields import refuse_extras
 from headstart.server.openai.tools import parsed_arguments
 from headstart.server.settings import ServerSettings
 
@@ -54,8 +53,7 @@ def _add_item(conversation: Conversation, item: Any, path: str) -> None:
             f"{path}.type",
             "unsupported_parameter",
         )
-    known = _FIELDS[kind]
-    refuse_extras({k: v for k, v in item.items() if k not in known}, _REFUSED, f"{path}.")
+    refuse_extras(item, _REFUSED, f"{path}.", known=_FIELDS[kind])
     match kind:
         case "message":
             role = item.get("role")
@@ -106,7 +104,6 @@ def texts(content: Any, path: str) -> str:
                 "unsupported_parameter",
             )
         known = ("type", "text", "logprobs")  # parts of answers have these
-        extras = {key: value for key, value in part.items() if key not in known}
-        refuse_extras(extras, {"annotations": ([],)}, f"{where}.")
+        refuse_extras(part, {"annotations": ([],)}, f"{where}.", known=known)
         found.append(string_at(part, "text", where))
     return "\n".join(found)

@@ -16,12 +16,12 @@ from headstart.engine.messages import ModelInfo
 from headstart.engine.sampling_params import SamplingParams
 from headstart.server.answer_blocks import Block
 from headstart.server.auth import sent_key
-from headstart.server.errors import APIError, bad_request
+from headstart.server.errors import APIError, bad_request, refuse_extras
 from headstart.server.generation_defaults import GenerationDefaults
 from headstart.server.keys import key_digest
 from headstart.server.openai.chats import Chat, start_chat
 from headstart.server.openai.conversation import Conversation
-from headstart.server.openai.fields import Body, LogprobCount, fit_max_tokens, refuse_extras
+from headstart.server.openai.fields import Body, LogprobCount, fit_max_tokens
 from headstart.server.openai.reply import Reply
 from headstart.server.openai.response_format import ResponseFormat
 from headstart.server.openai.response_items import add_input
@@ -137,8 +137,7 @@ class ResponsesBody(Body):
                     "unsupported_parameter",
                 )
             known = ("type", "name", "description", "parameters", "strict")
-            extras = {key: value for key, value in tool.items() if key not in known}
-            refuse_extras(extras, {"defer_loading": (False,)}, f"{path}.")
+            refuse_extras(tool, {"defer_loading": (False,)}, f"{path}.", known=known)
             functions.append(({key: tool[key] for key in known[1:] if key in tool}, path))
         choice = checked_choice(self.tool_choice, nested=False)
         return use_of(named_functions(functions), choice, self.parallel_tool_calls, runtime.answers)
@@ -149,8 +148,7 @@ class ResponsesBody(Body):
             return None
         if not isinstance(self.text, dict):
             raise bad_request("text must be an object", "text", "invalid_value")
-        extras = {key: value for key, value in self.text.items() if key != "format"}
-        refuse_extras(extras, {"verbosity": ("medium",)}, "text.")
+        refuse_extras(self.text, {"verbosity": ("medium",)}, "text.", known=("format",))
         asked, path = self.text.get("format"), "text.format"
         if asked is None:
             return None
@@ -166,7 +164,7 @@ class ResponsesBody(Body):
                 f"{path}.type",
                 "invalid_value",
             )
-        refuse_extras({k: v for k, v in asked.items() if k not in known}, {}, f"{path}.")
+        refuse_extras(asked, {}, f"{path}.", known=known)
         match kind:
             case "text":
                 return None

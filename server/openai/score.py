@@ -14,8 +14,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, WithJsonSchema
 
-from headstart.server.errors import bad_request
-from headstart.server.openai.fields import refuse_extras
+from headstart.server.errors import bad_request, refuse_extras
 from headstart.server.openai.pooling import (
     REFUSED_IN_POOLING,
     PooledBody,
@@ -87,8 +86,7 @@ class RerankBody(PooledBody):
         plain = []
         for i, document in enumerate(self.documents[: settings.max_prompts]):
             if isinstance(document, dict):
-                extras = {key: value for key, value in document.items() if key != "text"}
-                refuse_extras(extras, {}, f"documents[{i}].")
+                refuse_extras(document, {}, f"documents[{i}].", known=("text",))
                 document = document.get("text")
             plain.append(document)
         plain += self.documents[settings.max_prompts :]  # too many, which is told below

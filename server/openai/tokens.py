@@ -16,11 +16,11 @@ from fastapi import APIRouter, Request, Response
 from pydantic import FailFast, Field
 
 from headstart.engine.messages import ModelInfo
-from headstart.server.errors import bad_request
+from headstart.server.errors import bad_request, refuse_extras
 from headstart.server.openai.chat import ChatMessage, plain_messages
 from headstart.server.openai.chat_fields import ChatRendering
 from headstart.server.openai.chats import chat_size
-from headstart.server.openai.fields import Body, TokenIdsField, is_token_id, refuse_extras
+from headstart.server.openai.fields import Body, TokenIdsField, is_token_id
 from headstart.server.openai.tools import ToolsField, as_tools, checked_functions
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings

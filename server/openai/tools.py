@@ -11,8 +11,7 @@ import msgspec
 from pydantic import WithJsonSchema
 
 from headstart.server.answer_format import AnswerFormat
-from headstart.server.errors import APIError, bad_request, invalid, string_at
-from headstart.server.openai.fields import refuse_extras
+from headstart.server.errors import APIError, bad_request, invalid, refuse_extras, string_at
 from headstart.server.settings import ServerSettings
 from headstart.server.templates import Tools
 from headstart.server.tool_formats.format import Function
@@ -224,11 +223,12 @@ def checked_choice(choice: Any, *, nested: bool) -> ToolChoice:
         )
     path, allowed = "tool_choice", choice
     if nested:
-        refuse_extras(_others(choice, "type", "allowed_tools"), {}, f"{path}.")
+        refuse_extras(choice, {}, f"{path}.", known=("type", "allowed_tools"))
         path, allowed = f"{path}.allowed_tools", choice.get("allowed_tools")
         if not isinstance(allowed, dict):
             raise invalid(path, "must be an object")
-    refuse_extras(_others(allowed, "mode", "tools", *(() if nested else ("type",))), {}, f"{path}.")
+    known = ("mode", "tools") if nested else ("type", "mode", "tools")
+    refuse_extras(allowed, {}, f"{path}.", known=known)
     mode, tools = allowed.get("mode"), allowed.get("tools")
     if mode not in ("auto", "required"):
         raise invalid(f"{path}.mode", 'must be "auto" or "required"')
@@ -240,22 +240,15 @@ def checked_choice(choice: Any, *, nested: bool) -> ToolChoice:
 
 def _chosen(tool: Any, path: str, nested: bool) -> str:
     """The name of a tool in a choice."""
-    named, known = tool, ("type", "name")
+    named, key = tool, "name"
     if nested:
-        named, known = (
-            tool.get("function") if isinstance(tool, dict) else None,
-            ("type", "function"),
-        )
+        named, key = tool.get("function") if isinstance(tool, dict) else None, "function"
     name = named.get("name") if isinstance(named, dict) else None
     if not isinstance(name, str) or tool.get("type") != "function":
         shown = '"function": {"name": ...}' if nested else '"name": ...'
         raise invalid(path, f'must be {{"type": "function", {shown}}}')
-    refuse_extras(_others(tool, *known), {}, f"{path}.")
+    refuse_extras(tool, {}, f"{path}.", known=("type", key))
     return name
-
-
-def _others(value: dict[str, Any], *known: str) -> dict[str, Any]:
-    return {key: item for key, item in value.items() if key not in known}
 
 
 def checked_calls(calls: Any, path: str) -> list[dict[str, Any]]:
@@ -272,15 +265,12 @@ def _checked_call(call: Any, path: str) -> dict[str, Any]:
     if not isinstance(call, dict) or call.get("type", "function") != "function":
         raise invalid(path, 'must be an object of type "function"')
     # Those who put streamed calls together keep their index.
-    known = ("id", "type", "function", "index")
-    refuse_extras({k: v for k, v in call.items() if k not in known}, {}, f"{path}.")
+    refuse_extras(call, {}, f"{path}.", known=("id", "type", "function", "index"))
     call_id = string_at(call, "id", path)
     function, path = call.get("function"), f"{path}.function"
     if not isinstance(function, dict):
         raise invalid(path, "must be an object")
-    refuse_extras(
-        {k: v for k, v in function.items() if k not in ("name", "arguments")}, {}, f"{path}."
-    )
+    refuse_extras(function, {}, f"{path}.", known=("name", "arguments"))
     name, arguments = (string_at(function, key, path) for key in ("name", "arguments"))
     return {
         "id": call_id,
