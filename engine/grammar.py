@@ -147,7 +147,7 @@ class Masks(NamedTuple):
 
 
 class Grammars:
-    """The grammars of one model. Not thread-safe: one thread calls it."""
+    """The grammars of one model. Not thread-safe: one thread calls it; its own compile and fill."""
 
     def __init__(
         self,

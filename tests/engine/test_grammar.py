@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
+from headstart.bench.forced import one_by_one
 from headstart.engine import engine as engine_module
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
@@ -328,17 +329,6 @@ LONG_NAMES = {
 }
 
 
-@pytest.fixture
-def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From now on every token is sampled, those too that are certain."""
-
-    def begin() -> None:
-        monkeypatch.setattr(Constraint, "forced", lambda self: [])
-        monkeypatch.setattr(Constraint, "complete", False)
-
-    return begin
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -352,7 +342,7 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     ],
 )
 def test_certain_tokens_are_those_that_would_be_sampled(
-    tiny_model: TinyModel, one_by_one: Callable[[], None], settings: dict[str, Any]
+    tiny_model: TinyModel, settings: dict[str, Any]
 ) -> None:
     folder = tiny_model("llama")
     grammars = [schema(LONG_NAMES), choice(TEXTS), LLMatcher.grammar_from_regex("([ab]cdef){9}")]
@@ -366,9 +356,9 @@ def test_certain_tokens_are_those_that_would_be_sampled(
     at_once = make_engine(folder, **settings)
     outputs = at_once.generate(prompts, wanted)
     at_once.check()
-    one_by_one()
     stepping = make_engine(folder, **settings)
-    assert stepping.generate(prompts, wanted) == outputs
+    with one_by_one():
+        assert stepping.generate(prompts, wanted) == outputs
     assert stepping.stats.forced_tokens == 0
     generated = at_once.stats.generation_tokens
     assert generated == stepping.stats.generation_tokens == sum(map(len, outputs))
