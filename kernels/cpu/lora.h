@@ -10,13 +10,12 @@
 // different rows, so tasks need no order, and a row's sums do not depend on who is beside it.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace headstart::HEADSTART_ISA {
@@ -123,15 +122,13 @@ static void lora_tile(const LoraArgs& a, const LoraTask& task, std::vector<char>
 
 template <class Unit, class Y>
 static void lora_tasks(const LoraArgs& a, const std::vector<LoraTask>& tasks, int threads) {
-  std::atomic<size_t> next{0};
-#pragma omp parallel num_threads(threads) if (tasks.size() > 1)
-  {
+  std::atomic<int> next{0};
+  parallel(tasks.size() > 1 ? threads : 1, [&] {
     static thread_local std::vector<char> scratch;
-    for (size_t i = next.fetch_add(1, std::memory_order_relaxed); i < tasks.size();
-         i = next.fetch_add(1, std::memory_order_relaxed)) {
+    turns(next, int(tasks.size()), 1, [&](int i) {
       with_constant<kScoreRows>(tasks[i].count, [&](auto r) { lora_tile<Unit, decltype(r)::value, Y>(a, tasks[i], scratch); });
-    }
-  }
+    });
+  });
 }
 
 static void lora(const LoraArgs& a, int threads) {
