@@ -31,7 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
-CUDA_SIZE = "about 3 GB to download, 6 GB on disk"
+CUDA_SIZE = "2.7 GB to download, 5 GB on disk"
 QUIET_SECONDS = 15
 
 SHOWN = {

@@ -73,7 +73,7 @@ if [ -n "${INSTALL_TEST_WHEELS:-}" ]; then
 fi
 
 inside() { # inside COMMAND: in the clone, as the user
-    exec env -i "${settings[@]}" chroot --userspec=user:user "$root" \
+    exec chroot --userspec=user:user "$root" env -i "${settings[@]}" \
         bash -c "cd ~/headstart && $1"
 }
 
@@ -85,10 +85,11 @@ serve_and_ask() { # serve_and_ask NAME: sets `seconds` from the clone to the ans
     git clone --quiet "file://$repository" "$root/home/user/headstart"
     chroot "$root" chown -R user:user /home/user
     echo "== $1: make serve"
+    : >"$log"
     setsid bash -c "$(declare -p settings root); $(declare -f inside); inside \"make serve ARGS='--port $port'\"" \
-        >"$log" 2>&1 &
+        >>"$log" 2>&1 &
     server=$!
-    tail --pid="$server" -n +1 -f "$log" | sed 's/^/   /' &
+    tail --pid="$server" -n +1 -F "$log" 2>/dev/null | sed 's/^/   /' &
     until answer=$(curl -fsS --max-time 120 "http://127.0.0.1:$port/v1/chat/completions" \
         -H 'Content-Type: application/json' -d '{"model": "smollm2-135m", "temperature": 0,
         "messages": [{"role": "user", "content": "What is the capital of France?"}]}' 2>/dev/null); do
