@@ -36,7 +36,7 @@ QUIET_SECONDS = 15
 
 SHOWN = {
     r"Downloading (?:\S*/)?([^/\s]+?)-\S+\.whl \((\d+)(?:\.\d+)? MB\)": "downloading {} ({} MB)",
-    r"Building (?:editable|wheel) for headstart": "compiling the kernels",
+    r"Building (?:editable|wheel) for headstart \(.*\): started": "compiling the kernels",
     r"Installing collected packages: (.*)": "unpacking {}",
 }
 """Of pip's lines, those that say what takes long; and how that is told."""
@@ -88,7 +88,7 @@ def pip(*arguments: str) -> str | None:
                 line = lines.get(timeout=QUIET_SECONDS)
             except queue.Empty:
                 megabytes = sum(f.stat().st_size for f in Path(folder).rglob("*.whl")) // 10**6
-                say(f"  {time.monotonic() - begin:.0f} s, {megabytes} MB downloaded so far")
+                say(f"  {time.monotonic() - begin:.0f} s so far, {megabytes} MB downloaded")
                 continue
             if line is None:
                 break

