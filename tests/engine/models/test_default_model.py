@@ -9,6 +9,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.quantize import known_quality
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.store import fetch
 from headstart.engine.models.weights import Weights
@@ -76,3 +77,10 @@ def test_tokens_are_equal(smollm2: Path, gguf_path: Path) -> None:
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids), text
     assert ours.get_vocab_size() == len(theirs)
     assert (smollm2 / "chat_template.jinja").read_text() == theirs.chat_template
+
+
+def test_the_default_models_quality_is_known(smollm2: Path) -> None:
+    """As it is converted today: otherwise its first start takes a minute longer."""
+    known = known_quality(smollm2)
+    assert known is not None
+    assert known["int8"] == pytest.approx(known["f32"], rel=0.05)
