@@ -7,6 +7,7 @@ their books checked at each turn. test_runahead_processes.py has real ones.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import random
 import shutil
@@ -25,18 +26,20 @@ import torch
 import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headstart.engine import engine as engine_module
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
+from headstart.engine.models import quantize
 from headstart.engine.runahead import chain as chain_module
 from headstart.engine.runahead import control, measure
 from headstart.engine.runahead import rank as rank_module
 from headstart.engine.runahead.chain import Chain, Report
 from headstart.engine.runahead.cuts import Positions
-from headstart.engine.runahead.messages import Run
+from headstart.engine.runahead.messages import Hello, Run
 from headstart.engine.runahead.rank import Rank, RankConfig
 from headstart.engine.sampling_params import SamplingParams
 from headstart.engine.segments import Segments, Span
@@ -83,7 +86,7 @@ def add(engine: Engine, id_: int, prompt: Prompt) -> None:
 
 def config(folder: Path, **options: Any) -> EngineConfig:
     fields = {"weights": "f32", "threads": 1, "kv_memory": 16 << 20, "relay": "off"}
-    return EngineConfig(model_path=str(folder), **{**fields, **options})
+    return EngineConfig(**{"model_path": str(folder), **fields, **options})
 
 
 def kv_of(holder: Engine | Rank, engine: Engine, prompt: Prompt) -> Tensor:
@@ -1258,6 +1261,93 @@ def test_a_rank_with_other_weights_is_refused(refused: Callable[..., str]) -> No
     said = refused(weights="bf16", isa=instruction_sets()[-1])
     assert "rank 1 " in said
     assert "its weights is bf16" in said
+
+
+def test_a_rank_for_shorter_prompts_is_refused(refused: Callable[..., str]) -> None:
+    """Its table of rotations ends before this engine's prompts do."""
+    said = refused(max_model_len=128)
+    assert "rank 1 " in said
+    assert "its max model len is 128, the engine's is 512" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"rope_theta": 5e5}, "its rope theta is 500000.0, the engine's is 10000.0"),
+        (
+            {"rope_type": "linear", "factor": 2.0},
+            "its rope type is linear, the engine's is default",
+        ),
+        ({"rms_norm_eps": 1e-6}, "its rms norm eps is 1e-06, the engine's is 1e-05"),
+    ],
+)
+def test_a_rank_that_reads_the_same_weights_in_another_way_is_refused(
+    refused: Callable[..., str],
+    llama: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    difference: str,
+) -> None:
+    folder = with_config(llama, tmp_path / "other", changes)
+    assert difference in refused(folder)
+
+
+def with_config(model: Path, folder: Path, changes: dict[str, Any]) -> Path:
+    """A copy of ``model``; ``changes`` of RoPE's settings go where the config has those."""
+    shutil.copytree(model, folder)
+    told = json.loads((folder / "config.json").read_text())
+    rope = told["rope_parameters"]
+    for name, value in changes.items():
+        (told if name in told else rope)[name] = value
+    (folder / "config.json").write_text(json.dumps(told, sort_keys=True))
+    return folder
+
+
+def test_what_a_config_says_of_answers_keeps_no_rank_out(
+    make_cluster: MakeCluster, llama: Path, tmp_path: Path, alone: Alone
+) -> None:
+    folder = with_config(llama, tmp_path / "other", {"eos_token_id": [2, 9], "bos_token_id": 1})
+    cluster = make_cluster(1, rank={"model_path": str(folder)})
+    prompt = Prompt(some(300))
+    cluster.prove(alone, prompt, outputs=cluster.run(prompt))
+    assert cluster.num_ahead == 1
+
+
+@pytest.mark.parametrize("weights", ["f32", "int8"])
+def test_one_tensor_that_differs_is_another_model(
+    llama: Path, tmp_path: Path, weights: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    if weights == "int8":
+        quantize.quantize(folder)
+    path = folder / ("int8" if weights == "int8" else "") / "model.safetensors"
+    tensors = load_file(path)
+    assert len(tensors) > 20
+    digests = {measure.weights_digest(folder, weights)}
+    for name, tensor in tensors.items():
+        changed = (tensor.float() + 1).to(tensor.dtype)
+        save_file({**tensors, name: changed}, path)
+        digests.add(measure.weights_digest(folder, weights))
+    assert len(digests) == 1 + len(tensors)
+
+
+def test_weights_that_are_not_read_do_not_tell_models_apart(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    before = measure.weights_digest(folder, "f32")
+    quantize.quantize(folder)
+    assert measure.weights_digest(folder, "f32") == before
+    assert measure.weights_digest(folder, "int8") != before
+
+
+def test_a_greeting_of_an_older_engine_is_answered() -> None:
+    """One that lacks what has come since differs; it is not garbage."""
+    old = {"version": "0.1", "model": "m", "weights": "f32", "page_size": 32, "kv_layout": "l"}
+    hello = msgspec.msgpack.encode(["Hello", 1, old, "folder", "token"])
+    message = msgspec.msgpack.decode(hello, type=Hello)
+    own = msgspec.structs.replace(message.identity, max_model_len=512)
+    assert own.difference(message.identity) == "its max model len is 512, the engine's is 0"
 
 
 @pytest.mark.parametrize(
