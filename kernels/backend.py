@@ -446,8 +446,6 @@ def load_backend(
             isa = available[0]
         if isa not in available:
             raise ValueError(f"this machine has no {isa} kernels; it has {', '.join(available)}")
-        if weights == "f16":
-            raise ValueError("the cpu backend has no f16 weights; it has f32, bf16 and int8")
         return CpuBackend(isa=isa, weights=weights, threads=threads, page_size=page_size)
     raise ValueError(f"there is no backend {name!r}; there are gpu, cpu and reference")
 

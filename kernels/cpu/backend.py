@@ -106,6 +106,10 @@ def pack_lora(weight: Tensor, panel: int, dtype: torch.dtype) -> Tensor:
     return panels.permute(0, 2, 1, 3).contiguous()
 
 
+ACTIVATIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
+"""By the weight formats there are on this backend."""
+
+
 class CpuBackend(HostMemory):
     """See Backend. ``weights``: "f32", "bf16" or "int8"; KV is float32 for f32, else bf16."""
 
@@ -116,6 +120,10 @@ class CpuBackend(HostMemory):
             raise ValueError(
                 f"page_size must be a positive multiple of 32 on this backend, got {page_size}"
             )
+        if weights not in ACTIVATIONS:
+            raise ValueError(
+                f"the cpu backend has weights in {', '.join(ACTIVATIONS)}, not in {weights}"
+            )
         self.page_size = page_size
         self.range_step = page_size * _cpu.BLOCK_PAGES
         self.isa = isa
@@ -124,8 +132,7 @@ class CpuBackend(HostMemory):
         kv = "f32" if weights == "f32" else "bf16"
         self.device = f"{processor_name()}, {isa}, {kv} KV, {threads} threads"
         self._kernels = _cpu.Kernels(isa, threads)
-        rows = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
-        self._rows_dtype = rows[weights]
+        self._rows_dtype = ACTIVATIONS[weights]
         self._buffers: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int, int], tuple[Tensor, int]] = {}
 

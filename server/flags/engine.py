@@ -25,7 +25,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--isa",
-        choices=("auto", "avx512_bf16", "avx512", "avx2", "portable"),
+        choices=("auto", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable"),
         default="auto",
         help="instruction set of the CPU kernels",
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from headstart.kernels.backend import (
+    WEIGHT_FORMATS,
     AttentionShape,
     default_weights,
     instruction_sets,
@@ -60,6 +61,23 @@ def test_the_pool_has_the_size_that_was_planned(weights):
     assert size == 5 * backend.kv_bytes_per_page(shape, 3)
     assert (pool.data == 0).all()
     assert [p - pool.layer_ptrs[0] for p in pool.layer_ptrs] == [i * size // 3 for i in range(3)]
+
+
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
+@pytest.mark.parametrize(
+    ("name", "formats"),
+    [
+        ("cpu", ("f32", "bf16", "int8")),
+        ("gpu", ("f32", "f16", "bf16")),
+        ("reference", ("f32",)),
+    ],
+)
+def test_a_backend_has_a_weight_format_or_says_so(name, formats, weights):
+    if weights in formats:
+        assert load_backend(name, isa="auto", weights=weights, threads=1).name == name
+        return
+    with pytest.raises(ValueError, match=f"not (in )?{weights}"):
+        load_backend(name, isa="auto", weights=weights, threads=1)
 
 
 def test_threads_are_torch_s_too():

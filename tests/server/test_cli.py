@@ -21,6 +21,7 @@ import pytest
 from headstart import __version__
 from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models.store import FORMAT
+from headstart.kernels.backend import KV_FORMATS, WEIGHT_FORMATS, instruction_sets
 from headstart.server import cli
 from headstart.server.flags.limits import LIMITS
 from headstart.server.flags.runahead import SECRET_VARIABLE
@@ -113,6 +114,21 @@ def test_every_flag_gets_where_it_belongs(tmp_path):
     assert (settings.max_body_bytes, settings.max_n, settings.max_prompts) == (1024**2, 2, 3)
     assert (settings.max_choices, settings.max_stop) == (4, 5)
     assert (settings.tool_call_parser, settings.reasoning_parser) == ("mistral", "think")
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("--weights", WEIGHT_FORMATS),
+        ("--kv-format", KV_FORMATS),
+        ("--isa", instruction_sets()),
+    ],
+)
+def test_whatever_the_kernels_have_can_be_asked_for(flag, values, tmp_path):
+    field = flag[2:].replace("-", "_")
+    for value in values:
+        args = parse("serve", "m", flag, value)
+        assert getattr(cli.engine_config(args, tmp_path), field) == value
 
 
 def test_every_limit_has_a_flag_that_is_read():
