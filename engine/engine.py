@@ -55,7 +55,7 @@ from headstart.engine.runahead.chain import Ahead, Chain
 from headstart.engine.sampling.device import DeviceSampler
 from headstart.engine.sampling.grammar import RUN_SECONDS, Grammar, Grammars, Masks
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
-from headstart.engine.sampling.sampler import Sampler, Sampling
+from headstart.engine.sampling.sampler import Sampled, Sampler, Sampling
 from headstart.engine.schedule.scheduler import NOTHING, NewToken, Scheduler, SchedulerOutput
 from headstart.engine.sequence import FinishReason, Sequence, Status
 from headstart.engine.work import LongChunk
@@ -77,12 +77,20 @@ class Launched(NamedTuple):
 
     scheduled: SchedulerOutput
     sampling: Sampling
+    failed: dict[Sequence, str]  # whose grammars cannot be followed any further, and why
     books: list[Callable[[], None]]  # each waits for what was read of a prompt, and books it
 
     @property
     def sequences(self) -> list[Sequence]:
         """Those that get a token."""
         return [entry.seq for entry in self.scheduled.scheduled if entry.samples]
+
+    def tokens(self, sampled: Items[Sampled]) -> list[int | FinishReason | None]:
+        """Theirs, for ``Scheduler.commit``."""
+        return [
+            FinishReason.GRAMMAR if token_id is not None and seq in self.failed else token_id
+            for seq, (token_id, _) in zip(self.sequences, sampled, strict=True)
+        ]
 
 
 class Engine:
@@ -236,7 +244,7 @@ class Engine:
         priority: int = 0,
     ) -> None:
         """Queue a request. Raises RequestError if it can never run. One whose grammar proves to be
-        wrong, or that can't run for its length, after that is among ``take_refused``.
+        wrong or too much, or that can't run for its length, after that is among ``take_refused``.
 
         ``salt``: KV is shared only among requests of equal salt. ``segments``: spans of the prompt
         whose tokens see each other whole. ``adapter``: the name of a loaded one. ``priority``:
@@ -401,16 +409,27 @@ class Engine:
         reads: Items[Read],
         masks: Callable[[], Masks | None],
     ) -> Launched:
-        sampling = [entry for entry in scheduled.scheduled if entry.samples]
+        entries = [entry for entry in scheduled.scheduled if entry.samples]
         books = [read.reader.fetch() for read in reads]
-        return Launched(scheduled, self._sampler.launch(logits, sampling, masks()), books)
+        filled = masks()
+        sampling = self._sampler.launch(logits, entries, filled)
+        failed = {} if filled is None else filled.failed
+        return Launched(
+            scheduled, sampling, {entries[row].seq: why for row, why in failed.items()}, books
+        )
 
     def _commit(self, launched: Launched) -> list[Output]:
         """Wait for the tokens of a step, and book it."""
         sampled = launched.sampling.result()
         for book in launched.books:
             book()
-        new = self._scheduler.commit(launched.scheduled, [s.token_id for s in sampled])
+        new = self._scheduler.commit(launched.scheduled, launched.tokens(sampled))
+        for seq, why in launched.failed.items():
+            if seq.finish_reason is FinishReason.GRAMMAR:  # else aborted, or its KV is broken
+                logger.warning("request %d ends, its grammar cannot be followed: %s", seq.id, why)
+                error = RequestError(f"the answer's grammar cannot be followed any further: {why}")
+                self._refused.append((seq.id, error))
+        new = [token for token in new if token.seq.finish_reason is not FinishReason.GRAMMAR]
         until = time.perf_counter() + RUN_SECONDS
         forced = {token.seq: self._advance(token, until) for token in new if token.seq.constraint}
         logprobs = {

@@ -31,6 +31,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"  # the model's logits were not numbers
+    GRAMMAR = "grammar"  # its grammar could not be followed any further
 
 
 @dataclass(slots=True, eq=False)

@@ -75,7 +75,7 @@ class DeviceSampler:
         # The number of output tokens before this one, which the host may not know all yet.
         indices = [e.start + e.num_tokens - e.seq.num_prompt_tokens for e in entries]
         changed = self._changed(logits, sequences, indices)
-        if masks is not None:
+        if masks is not None and masks.rows:
             changed = _masked(changed, masks)
         token_ids = changed.argmax(-1)
         valid = changed.gather(1, token_ids.unsqueeze(1)).squeeze(1).isfinite()
