@@ -18,8 +18,8 @@ from headstart.engine.models.loading import INT8_TOLERANCE
 from headstart.engine.models.quality import WINDOW, perplexity, text_tokens
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.models.store import resolve
-from headstart.kernels.backend import load_backend
 from headstart.kernels.cpu.backend import ACTIVATIONS
+from headstart.kernels.devices import load_backend
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from headstart.engine.kv.memory import plan_memory
 from headstart.engine.models.adapters import Adapters
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.quantize import read_quality, read_smoothing
+from headstart.engine.models.formats.int8 import read_quality, read_smoothing
 from headstart.engine.models.ranks import OneRank, Ranks
 from headstart.engine.models.runner import (
     ModelRunner,
@@ -28,13 +28,8 @@ from headstart.engine.models.runner import (
 )
 from headstart.engine.models.share import Share
 from headstart.engine.process.cores import usable_cores
-from headstart.kernels.backend import (
-    WEIGHT_FORMATS,
-    Backend,
-    gpu_is_there,
-    instruction_sets,
-    load_backend,
-)
+from headstart.kernels.backend import WEIGHT_FORMATS, Backend
+from headstart.kernels.devices import gpu_is_there, instruction_sets, load_backend
 
 logger = logging.getLogger(__name__)
 

@@ -14,16 +14,15 @@ from typing import Any, BinaryIO
 from headstart import __version__
 from headstart.engine.batch import build_batch
 from headstart.engine.costs.measurements import keep, load_kept
-from headstart.engine.models import quantize
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.formats import int8
 from headstart.engine.models.loading import LoadedModel
 from headstart.engine.models.runner import ModelRunner
 from headstart.engine.models.weights import weight_files
 from headstart.engine.runahead.costs import RankCosts
 from headstart.engine.runahead.messages import Identity
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +41,8 @@ def weights_digest(folder: Path, weights: str) -> str:
     """Of the names and shapes of the tensors read for the format ``weights``, and of samples of
     each one's values: its beginning, middle and end."""
     if weights == "int8":
-        quantized = folder / quantize.FOLDER
-        files = [*weight_files(quantized), quantized / quantize.SMOOTHING]
+        quantized = folder / int8.FOLDER
+        files = [*weight_files(quantized), quantized / int8.SMOOTHING]
     else:
         files = weight_files(folder)
     digest = hashlib.blake2b(digest_size=16)

@@ -21,7 +21,8 @@ import pytest
 from headstart import __version__
 from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models.store import FORMAT
-from headstart.kernels.backend import KV_FORMATS, WEIGHT_FORMATS, instruction_sets
+from headstart.kernels.backend import KV_FORMATS, WEIGHT_FORMATS
+from headstart.kernels.devices import instruction_sets
 from headstart.server import cli
 from headstart.server.flags.limits import LIMITS
 from headstart.server.flags.runahead import SECRET_VARIABLE
