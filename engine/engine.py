@@ -20,6 +20,7 @@ from concurrent.futures import Future, wait
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 from torch import Tensor
 
 from headstart import __version__
@@ -263,8 +264,7 @@ class Engine:
             reading = PromptScores(token_ids, params.prompt_logprobs)
         params.validate(self.model.vocab_size)
         self._check_there_is_a_choice(params)
-        if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
-            raise self._foreign_token(token_ids)
+        self._check_vocabulary(token_ids)
         chosen = None if adapter is None else self._adapters.get(adapter)
         mask = Segments.of(segments, len(token_ids))
         seq = Sequence(
@@ -552,10 +552,14 @@ class Engine:
                 raise error
         return [outputs[index] for index in range(len(prompts))]
 
-    def _foreign_token(self, token_ids: array[int]) -> RequestError:
-        size = self.model.vocab_size
-        wrong = next(t for t in token_ids if not 0 <= t < size)
-        return RequestError(f"token id {wrong} is not in the vocabulary of {size}", "prompt")
+    def _check_vocabulary(self, token_ids: array[int]) -> None:
+        # A copy: while there is a view of it, the array cannot grow.
+        ids, size = np.array(token_ids), self.model.vocab_size
+        wrong = np.flatnonzero((ids < 0) | (ids >= size))
+        if len(wrong):
+            raise RequestError(
+                f"token id {ids[wrong[0]]} is not in the vocabulary of {size}", "prompt"
+            )
 
 
 def _namespace(salt: bytes, segments: Segments, adapter: Adapter | None) -> bytes:
