@@ -35,9 +35,10 @@ from headstart.engine.errors import ConfigError
 from headstart.engine.ranges.segments import Segments, Span
 from headstart.engine.runahead import chain as chain_module
 from headstart.engine.runahead import control, measure
+from headstart.engine.runahead import planner as planner_module
 from headstart.engine.runahead import rank as rank_module
 from headstart.engine.runahead.chain import Chain, Report
-from headstart.engine.runahead.cuts import Positions
+from headstart.engine.runahead.cuts import Plan, Positions, plan
 from headstart.engine.runahead.messages import Run
 from headstart.engine.runahead.rank import Rank, RankConfig
 from headstart.engine.sampling.params import SamplingParams
@@ -791,6 +792,114 @@ def test_others_decode_in_every_step_and_short_prompts_do_not_wait(
     cluster.prove(alone, *prompts, outputs=outputs)
 
 
+class HeldPlanner:
+    """Searches for cuts begin, and go on once ``go`` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        monkeypatch.setattr(planner_module, "plan", self._plan)
+
+    def _plan(self, *args: Any) -> Plan:
+        assert threading.current_thread() is not threading.main_thread(), "the engine waits"
+        self.begun.set()
+        assert self.go.wait(SECONDS)
+        return plan(*args)
+
+
+@pytest.fixture
+def held_planner(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldPlanner]:
+    held = HeldPlanner(monkeypatch)
+    yield held
+    held.go.set()
+
+
+def test_others_go_on_while_a_prompt_is_planned(
+    lasting: Any, alone: Alone, held_planner: HeldPlanner
+) -> None:
+    cluster = lasting(2)
+    decoding = [Prompt(some(20), new=100), Prompt(some(30), new=100)]
+    ids = [cluster.add(prompt) for prompt in decoding]
+    cluster.step_until(lambda: all(cluster.outputs[i] for i in ids))
+    long, short, ahead = Prompt(some(400)), Prompt(some(25), new=2), cluster.num_ahead
+    long_id = cluster.add(long)
+    cluster.step_until(held_planner.begun.is_set)
+    short_id = cluster.add(short)
+    for _ in range(20):
+        before = [len(cluster.outputs[i]) for i in ids]
+        cluster.step()
+        assert [len(cluster.outputs[i]) for i in ids] == [n + 1 for n in before]
+    assert len(cluster.outputs[short_id]) == 2
+    assert not cluster.outputs[long_id]
+    held_planner.go.set()
+    cluster.finish()
+    assert cluster.num_ahead == ahead + 1
+    prompts = [*decoding, long, short]
+    outputs = [cluster.outputs[i] for i in (*ids, long_id, short_id)]
+    cluster.prove(alone, *prompts, outputs=outputs)
+
+
+def test_aborts_while_prompts_are_planned(
+    lasting: Any, alone: Alone, held_planner: HeldPlanner
+) -> None:
+    """The one that is, and one that waits for its turn; a third goes on."""
+    cluster = lasting(2)
+    prompts = [Prompt(some(n)) for n in (300, 310, 320)]
+    ids = [cluster.add(prompt) for prompt in prompts]
+    cluster.step_until(lambda: [bool(job.planning) for job in jobs(cluster)] == [True] * 3)
+    ahead = cluster.num_ahead
+    cluster.engine.abort(ids[:2])
+    cluster.check()
+    assert len(jobs(cluster)) == 1
+    held_planner.go.set()
+    cluster.finish()
+    assert [bool(cluster.outputs[i]) for i in ids] == [False, False, True]
+    assert cluster.num_ahead == ahead + 1
+    cluster.prove(alone, prompts[2], outputs=[cluster.outputs[ids[2]]])
+    cluster.settle()
+    cluster.prove(alone, *prompts, outputs=cluster.run(*prompts))
+    assert cluster.chain.whole
+
+
+def test_a_rank_that_goes_while_a_prompt_is_planned(
+    make_cluster: MakeCluster,
+    alone: Alone,
+    held_planner: HeldPlanner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chain_module.Chain._hangs, "__defaults__", (0.1,))
+    cluster = make_cluster(2)
+    prompt = Prompt(some(300))
+    id_ = cluster.add(prompt)
+    cluster.step_until(held_planner.begun.is_set)
+    cluster.ranks[1].end()
+    cluster.ranks.pop().join()
+    cluster.step_until(lambda: cluster.num_failed)
+    held_planner.go.set()
+    cluster.finish()
+    assert cluster.num_ahead == 0
+    cluster.prove(alone, prompt, outputs=[cluster.outputs[id_]])
+    cluster.wait_for(lambda: cluster.chain.num_ranks == 2)
+    again = Prompt(some(300))
+    cluster.prove(alone, again, outputs=cluster.run(again))
+    assert cluster.num_ahead == 1
+
+
+def test_nobody_waits_until_it_is_known_what_pays(
+    llama: Path, tmp_path: Path, alone: Alone, held_planner: HeldPlanner
+) -> None:
+    cluster = Cluster(llama, tmp_path, options=Options(1, engine={"runahead_min": None}))
+    try:
+        cluster.wait_for(lambda: cluster.chain.num_ranks == 2 and held_planner.begun.is_set())
+        assert not cluster.chain.whole
+        prompt = Prompt(some(300))
+        assert cluster.run(prompt) == [alone(prompt)[0]]
+        assert cluster.num_ahead == cluster.num_failed == 0
+        held_planner.go.set()
+        cluster.wait_for(lambda: cluster.chain.whole)
+    finally:
+        cluster.close()
+
+
 def test_long_prompts_are_pipelined(lasting: Any, alone: Alone, transport: str) -> None:
     cluster = lasting(2, transport)
     cluster.ranks[1].hold = at_layer(1)
@@ -973,9 +1082,11 @@ def test_a_rank_with_too_little_memory(
     make_cluster: MakeCluster, alone: Alone, transport: str
 ) -> None:
     """It says so; that prompt is computed by the engine, shorter ones run ahead still."""
-    small = {"kv_memory": 6 * PAGE_BYTES, "max_model_len": 192}
-    cluster = make_cluster(2, transport, rank=small)
-    assert cluster.ranks[0].rank._pool.num_pages == 6
+    cluster = make_cluster(2, transport, rank={"kv_memory": 16 * PAGE_BYTES})
+    for rank in cluster.ranks:
+        with rank.lock:  # as if it were all it had
+            rank.rank._pool.allocate(10)
+            rank.rank.check = lambda: None  # type: ignore[method-assign]
     long, short = Prompt(some(400)), Prompt(some(150))
     chain = cluster.chain._generation
     cluster.prove(alone, long, outputs=cluster.run(long))
