@@ -160,6 +160,7 @@ class Engine:
         self._beside: list[LongChunk | Ahead] = []
         self._max_batched_tokens = loaded.max_batched_tokens
         self._adapters = loaded.adapters(config.max_adapters)
+        self._causal = model.causal
         self._steps = 0
         self._step_seconds = 0.0
         self._forced_tokens = 0
@@ -176,6 +177,7 @@ class Engine:
             version=__version__,
             segment_mask=model.segment_mask,
             pooling=declared_pooling(folder),
+            no_text=_no_text(loaded.runner.decoder),
             adapters=[self.load_adapter(*entry) for entry in config.adapters.items()],
         )
 
@@ -249,9 +251,12 @@ class Engine:
                 "priority",
             )
         reading: Reading | None = None
+        whole = [] if self._causal else [(0, len(token_ids))]
         if isinstance(params, PoolingParams):
             reading = Pooled(params.pooling, len(token_ids))
             params = SamplingParams(max_tokens=0)
+        elif self.model.no_text is not None:
+            raise RequestError(f"the model does not generate text: {self.model.no_text}", "model")
         elif params.prompt_logprobs is not None:
             reading = PromptScores(token_ids, params.prompt_logprobs)
         params.validate(self.model.vocab_size)
@@ -259,7 +264,7 @@ class Engine:
         if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
             raise self._foreign_token(token_ids)
         chosen = None if adapter is None else self._adapters.get(adapter)
-        mask = Segments.of(segments, len(token_ids))
+        mask = Segments.of(whole or segments, len(token_ids))
         seq = Sequence(
             request_id,
             token_ids,
@@ -538,6 +543,15 @@ class Engine:
         size = self.model.vocab_size
         wrong = next(t for t in token_ids if not 0 <= t < size)
         return RequestError(f"token id {wrong} is not in the vocabulary of {size}", "prompt")
+
+
+def _no_text(decoder: Decoder) -> str | None:
+    """Why the model cannot write text; None where it can."""
+    if not decoder.config.causal:
+        return "its tokens see the whole prompt (is_causal is false in its config)"
+    if decoder.head is None:
+        return "its checkpoint has no language-model head (lm_head.weight)"
+    return None
 
 
 def _namespace(salt: bytes, segments: Segments, adapter: Adapter | None) -> bytes:

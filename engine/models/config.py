@@ -106,6 +106,7 @@ class ModelConfig:
     the model's own value when the model attends through a sliding window: within one window,
     sliding and full attention are the same. ``context_limit`` then says so in a sentence to log.
     ``segment_mask``: the mask the model was tuned for, if its config says so (segments.py).
+    ``causal``: False where every token sees the whole prompt, as in some embedders.
     """
 
     architecture: str
@@ -130,6 +131,7 @@ class ModelConfig:
     rope: RopeConfig
     context_limit: str | None = None
     segment_mask: str | None = None
+    causal: bool = True
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -194,6 +196,7 @@ class ModelConfig:
             rope=rope,
             context_limit=context_limit,
             segment_mask=segment_mask(read.values, source),
+            causal=read.get("is_causal") is None or read.flag("is_causal"),
         )
 
 
@@ -277,6 +280,9 @@ def _architecture(raw: dict[str, Any], source: str) -> str:
     architecture = named[0] if isinstance(named, list) and named else None
     if not isinstance(architecture, str):
         architecture = f"unnamed (model_type {raw.get('model_type')!r})"
+    # As AutoModel saves it: without a head, which embedders do not need.
+    if (whole := architecture.removesuffix("Model") + "ForCausalLM") in FAMILIES:
+        architecture = whole
     if architecture not in FAMILIES:
         raise ModelError(
             f"{source}: architecture {architecture} is not supported; "

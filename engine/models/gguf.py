@@ -80,6 +80,8 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "torch_dtype": "float32",
         **_special_tokens(meta),
     }
+    if meta.get("attention.causal") is False:
+        config["is_causal"] = False
     scaling = _rope_scaling(meta, config)
     if scaling is not None:
         config["rope_scaling"] = scaling

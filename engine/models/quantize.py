@@ -37,7 +37,13 @@ from headstart.engine.cores import usable_cores
 from headstart.engine.errors import HeadstartError, ModelError
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.parameters import LayerParameters, Matrix, Parameters, read_float
+from headstart.engine.models.parameters import (
+    LayerParameters,
+    Matrix,
+    Parameters,
+    read_float,
+    trunk_prefix,
+)
 from headstart.engine.models.weights import FLOATS, Weights
 from headstart.kernels.backend import Backend, Linear, RopeTable, load_backend
 
@@ -153,6 +159,9 @@ def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -
 
     config = ModelConfig.from_folder(folder)
     steps, done = config.num_layers + 4, 0
+    parameters = read_float(config, folder)
+    if parameters.head is None or not config.causal:
+        raise ModelError("they are judged by how well text is predicted, which this model does not")
 
     def advance() -> None:
         nonlocal done
@@ -164,7 +173,6 @@ def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -
     advance()
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
-    parameters = read_float(config, folder)
     tensors: dict[str, Tensor] = {"embedding": parameters.embedding.bfloat16().contiguous()}
     factors: dict[str, Tensor] = {}
     for index, layer in enumerate(parameters.layers):
@@ -230,7 +238,7 @@ def read_int8(config: ModelConfig, folder: Path) -> Parameters:
         raise ModelError(
             f"{folder} has no int8 weights: pull the model again, or use --weights bf16"
         )
-    weights = Weights.open(folder / FOLDER, dtypes=(*FLOATS, "I8"))
+    weights, whole = Weights.open(folder / FOLDER, dtypes=(*FLOATS, "I8")), Weights.open(folder)
 
     def take(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         tensor = weights.take(name, shape)
@@ -268,7 +276,7 @@ def read_int8(config: ModelConfig, folder: Path) -> Parameters:
         layers(),
         take("final_norm", (hidden,)),
         matrix("head", config.vocab_size, hidden),
-        Weights.open(folder).take("model.norm.weight", (hidden,)).float(),
+        whole.take(f"{trunk_prefix(whole)}norm.weight", (hidden,)).float(),
     )
 
 

@@ -110,7 +110,12 @@ def write_gguf() -> WriteGGUF:
             writer.add_key_length(head_dim)
             writer.add_value_length(head_dim)
         for key, value in (keys or {}).items():
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add: dict[type, Callable[[str, Any], None]] = {
+                bool: writer.add_bool,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+            }
             add[type(value)](f"{arch}.{key}", value)
         add_tokenizer(writer, folder)
         stored = {}

@@ -168,6 +168,18 @@ ODD_VALUES: list[Any] = [
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_model_saved_without_its_head(tmp_path: Path, architecture: str) -> None:
+    bare = architecture.replace("ForCausalLM", "Model")
+    found = read(tmp_path, architectures=bare, model_type=MODEL_TYPES[architecture])
+    assert found == read(tmp_path, architectures=architecture, model_type=MODEL_TYPES[architecture])
+
+
+@pytest.mark.parametrize(("value", "causal"), [(False, False), (True, True), (None, True)])
+def test_is_causal(tmp_path: Path, value: bool | None, causal: bool) -> None:
+    assert read(tmp_path, is_causal=value).causal is causal
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_any_value_of_any_key_is_read_or_refused(tmp_path: Path, architecture: str) -> None:
     keys = (
         *("architectures", "vocab_size", "hidden_size", "num_hidden_layers", "head_dim"),

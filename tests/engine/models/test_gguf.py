@@ -113,6 +113,15 @@ def test_sliding_window_limits_the_context(
         assert convert(path)[0].max_position_embeddings == 64
 
 
+@pytest.mark.parametrize("causal", [False, True, None])
+def test_attention_in_both_directions(
+    tiny_model: Any, write_gguf: Any, tmp_path: Path, causal: bool | None
+) -> None:
+    keys = {} if causal is None else {"attention.causal": causal}
+    write_gguf(tiny_model("qwen2"), tmp_path / "m.gguf", arch="qwen2", keys=keys)
+    assert convert(tmp_path / "m.gguf")[0].causal is (causal is not False)
+
+
 def test_end_of_turn_ends_generation(tiny_model: Any, write_gguf: Any, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(tiny_model("llama"), path)
