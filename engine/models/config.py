@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -135,14 +135,19 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read ``config.json`` and, if present, ``generation_config.json`` of ``folder``.
+        """Read ``config.json`` and, if present, ``generation_config.json`` of ``folder``; and what
+        its tokenizer calls the end, which some fine-tunes name nowhere else.
 
         Raises ModelError naming the file and the setting that is missing, wrong or unsupported.
         """
         raw = read_json(folder / "config.json")
         generation_path = folder / "generation_config.json"
         generation = read_json(generation_path) if generation_path.exists() else {}
-        return cls.from_dict(raw, generation, source=str(folder / "config.json"))
+        config = cls.from_dict(raw, generation, source=str(folder / "config.json"))
+        end = _end_of_tokenizer(folder)
+        if end is None or end in config.eos_token_ids or end >= config.vocab_size:
+            return config
+        return replace(config, eos_token_ids=(*config.eos_token_ids, end))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], generation: dict[str, Any], source: str) -> ModelConfig:
@@ -389,3 +394,16 @@ def _eos_token_ids(read: _Reader, generation: dict[str, Any]) -> tuple[int, ...]
             if token_id not in ids:
                 ids.append(token_id)
     return tuple(ids)
+
+
+def _end_of_tokenizer(folder: Path) -> int | None:
+    """The id of the ``eos_token`` of the tokenizer in ``folder``, if it is there and names one."""
+    paths = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not all(path.exists() for path in paths):
+        return None
+    settings, tokenizer = map(read_json, paths)
+    token = settings.get("eos_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    added = tokenizer.get("added_tokens") or ()
+    return next((int(entry["id"]) for entry in added if entry["content"] == token), None)
