@@ -34,14 +34,16 @@ import numpy as np
 import torch
 
 from headstart.bench.steps import measure_peaks, progress
-from headstart.engine.attention_costs import QUERIES, filled_pool, load_costs
 from headstart.engine.batch import SharedRange, build_batch
-from headstart.engine.radix_cache import Node
-from headstart.engine.relay import Relay
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.costs.attention import QUERIES, filled_pool, load_costs
+from headstart.engine.kv.tree import Node
+from headstart.engine.ranges.shared import Relay
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.sequence import ScheduledSequence
 from headstart.engine.sequence import Sequence as EngineSequence
-from headstart.kernels.backend import AttentionShape, Backend, KVRanges, load_backend
+from headstart.kernels.backend import AttentionShape, Backend
+from headstart.kernels.devices import load_backend
+from headstart.kernels.ranges import KVRanges
 
 SHAPES = {
     "multi-head": AttentionShape(32, 32, 128),

@@ -19,7 +19,7 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.models.quantize import quantize
-from headstart.engine.sampling_params import POOLINGS, Pooling, PoolingParams, SamplingParams
+from headstart.engine.sampling.params import POOLINGS, Pooling, PoolingParams, SamplingParams
 
 TinyModel = Callable[..., Path]
 Reshape = Callable[..., Path]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling.params import SamplingParams
 
 
 def test_an_end_that_only_the_tokenizer_names(tiny_model: Callable[..., Path]) -> None:

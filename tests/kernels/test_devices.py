@@ -1,0 +1,66 @@
+"""load_backend: what there is, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headstart.kernels.backend import AttentionShape
+from headstart.kernels.devices import instruction_sets, load_backend
+
+
+def test_auto_takes_the_best_instruction_set():
+    sets = instruction_sets()
+    assert sets[-1] == "portable"
+    assert len(set(sets)) == len(sets)
+    assert load_backend("cpu", isa="auto", weights="f32", threads=1).isa == sets[0]
+
+
+def test_each_instruction_set_can_be_asked_for(isa):
+    backend = load_backend("cpu", isa=isa, weights="f32", threads=1)
+    assert backend.isa == isa
+    assert backend._kernels.name == isa
+
+
+def test_what_there_is_not():
+    with pytest.raises(ValueError, match="no backend 'tpu'; there are gpu, cpu and reference"):
+        load_backend("tpu", isa="auto", weights="f32", threads=1)
+    with pytest.raises(ValueError, match=r"no neon kernels; it has .*portable"):
+        load_backend("cpu", isa="neon", weights="f32", threads=1)
+    with pytest.raises(ValueError, match="f32 only, not int8"):
+        load_backend("reference", isa="auto", weights="int8", threads=1)
+
+
+@pytest.mark.parametrize("size", [0, 1, 16, 31, 48, -32])
+def test_a_page_that_no_tile_fits_is_refused(size):
+    with pytest.raises(ValueError, match=f"page_size must be .* got {size}"):
+        load_backend("cpu", isa="auto", weights="f32", threads=1, page_size=size)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 72, 272, 512])
+def test_a_head_size_without_kernels_is_refused(head_dim):
+    backend = load_backend("cpu", isa="auto", weights="f32", threads=1)
+    with pytest.raises(ValueError, match=f"head size {head_dim} .*--backend reference"):
+        backend.allocate_kv(AttentionShape(4, 2, head_dim), 1, 1)
+    reference = load_backend("reference", isa="auto", weights="f32", threads=1)
+    assert reference.allocate_kv(AttentionShape(4, 2, head_dim), 1, 1).shape[-1] == head_dim
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8"])
+def test_the_pool_has_the_size_that_was_planned(weights):
+    backend = load_backend("cpu", isa="auto", weights=weights, threads=1)
+    shape = AttentionShape(8, 2, 64)
+    pool = backend.allocate_kv(shape, 3, 5)
+    size = pool.data.numel() * pool.data.element_size()
+    assert size == 5 * backend.kv_bytes_per_page(shape, 3)
+    assert (pool.data == 0).all()
+    assert [p - pool.layer_ptrs[0] for p in pool.layer_ptrs] == [i * size // 3 for i in range(3)]
+
+
+def test_threads_are_torch_s_too():
+    before = torch.get_num_threads()
+    try:
+        load_backend("cpu", isa="auto", weights="f32", threads=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
