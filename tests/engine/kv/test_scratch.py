@@ -53,7 +53,7 @@ class Allocated(TorchDispatchMode):
 
 @st.composite
 def batches(draw: st.DrawFn, longest: int) -> tuple[Batch, int]:
-    """Chunks, decoding rows and segments of sequences behind a prefix, which is read once for all in
+    """Chunks, decoding rows and segments of sequences behind a prefix, read once for all of them in
     up to two ranges, or not; and the most keys that a row sees."""
     prefix = draw(st.integers(0, longest // STEP)) * STEP
     count = draw(st.integers(1, 5))
