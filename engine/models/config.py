@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 POOLING_FILE = "1_Pooling/config.json"
 """Where sentence-transformers keeps how a model's vectors are pooled."""
+MODULES_FILE = "modules.json"
+"""Where they keep what makes a vector, one module behind the other."""
+_MODULES = ("Transformer", "Pooling", "Normalize")
 _POOLING_KEYS: dict[str, Pooling] = {
     "pooling_mode_lasttoken": "last",
     "pooling_mode_mean_tokens": "mean",
@@ -369,9 +372,15 @@ def segment_mask(values: Mapping[str, Any], source: str) -> str | None:
 def declared_pooling(folder: Path) -> Pooling | None:
     """How the model's sentence-transformers settings say that vectors are pooled.
 
-    None where there are none, or what they say is not supported, which is logged. Raises ModelError
-    for a broken file.
+    None where there are none, or what they say is not supported, which is logged, as are modules
+    behind the pooling. Raises ModelError for a broken file.
     """
+    path = folder / MODULES_FILE
+    if path.exists():
+        names = [str(entry["type"]).rpartition(".")[2] for entry in _read_list(path)]
+        others = [name for name in names if name not in _MODULES]
+        if others:
+            logger.warning("%s: vectors are made without %s", path, " and ".join(others))
     path = folder / POOLING_FILE
     if not path.exists():
         return None
@@ -394,6 +403,18 @@ def _eos_token_ids(read: _Reader, generation: dict[str, Any]) -> tuple[int, ...]
             if token_id not in ids:
                 ids.append(token_id)
     return tuple(ids)
+
+
+def _read_list(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and "type" in entry for entry in entries
+    ):
+        raise ModelError(f"{path}: not a list of modules")
+    return entries
 
 
 def _end_of_tokenizer(folder: Path) -> int | None:

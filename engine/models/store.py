@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.engine.errors import ModelError
-from headstart.engine.models.config import POOLING_FILE, ModelConfig
+from headstart.engine.models.config import MODULES_FILE, POOLING_FILE, ModelConfig
 from headstart.engine.models.tokenizer import TokenizerConversion
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ HUB_FILES = [
     "merges.txt",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
+    MODULES_FILE,
     POOLING_FILE,
 ]
 
@@ -330,7 +331,7 @@ def _link_weights(source: Path, target: Path, report: Progress) -> None:
     from headstart.engine.models.weights import INDEX_FILE, check_headers, weight_files
 
     check_headers(source)  # refuses damaged files now instead of at every start
-    for name in ("config.json", "generation_config.json", INDEX_FILE):
+    for name in ("config.json", "generation_config.json", MODULES_FILE, INDEX_FILE):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
     if (source / POOLING_FILE).exists():
