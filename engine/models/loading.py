@@ -81,18 +81,25 @@ class Setup:
 
     def num_pages(self, decoder: Decoder, share: Share) -> int:
         """How many KV pages each process gets. Raises ConfigError where they are too few."""
-        settings, model, rows = self.settings, decoder.config, self.max_batched_tokens
+        settings, model, backend = self.settings, decoder.config, self.backend
+        # A step's, or those of a tile of a segment that is longer than a step.
+        longest = self.max_model_len
+        rows = max(self.max_batched_tokens, min(backend.tile_rows, longest))
         # Measuring computes a batch, which a share of a model cannot do alone.
         alone = share.ranks == 1
-        activations = measured_activations(decoder, self.backend, rows) if alone else None
+        activations = measured_activations(decoder, backend, rows) if alone else None
+        if activations is None:
+            activations = _activation_bytes(model, rows)
+        shape = attention_shape(model)
         plan = plan_memory(
-            available=self.backend.free_memory(),
+            available=backend.free_memory(),
             weights=_weight_bytes(model, settings.weights, share.ranks),
-            activations=_activation_bytes(model, rows) if activations is None else activations,
-            bytes_per_page=self.backend.kv_bytes_per_page(attention_shape(model), model.num_layers),
-            page_size=self.backend.page_size,
+            activations=activations + _segment_bytes(model, longest),
+            scratch=backend.attention_scratch(min(rows, backend.tile_rows), longest, shape),
+            bytes_per_page=backend.kv_bytes_per_page(shape, model.num_layers),
+            page_size=backend.page_size,
             kv_memory=settings.kv_memory,
-            max_model_len=self.max_model_len,
+            max_model_len=longest,
             processes=share.ranks,
         )
         logger.info("%s%s", plan, ", of each rank" if share.ranks > 1 else "")
@@ -244,3 +251,8 @@ def _activation_bytes(model: ModelConfig, rows: int) -> int:
     q_size = model.num_heads * model.head_dim
     floats = 4 * model.hidden_size + 5 * q_size + 3 * model.intermediate_size
     return rows * floats * 4 + 64 * model.vocab_size * 4
+
+
+def _segment_bytes(model: ModelConfig, rows: int) -> int:
+    """What the rows of a long segment keep from layer to layer: residual and queries."""
+    return rows * (model.hidden_size + model.num_heads * model.head_dim) * 4

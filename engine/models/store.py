@@ -3,7 +3,8 @@
     <cache>/downloads/<file>.gguf                 as fetched, checked against its SHA-256
     <cache>/models/<name>/config.json             Hugging Face style, also for GGUF
                           generation_config.json  if the source has one; 1_Pooling/config.json too
-                          tokenizer.json, tokenizer_config.json, chat_template.jinja (if any)
+                          tokenizer.json, tokenizer_config.json
+                          chat_template.jinja, additional_chat_templates/tool_use.jinja (if any)
                           model.safetensors       or shards with their index; symbolic links to
                                                   the source's own files unless converted
                           headstart.json          written last: format, source, its files
@@ -37,12 +38,12 @@ from pathlib import Path
 from typing import Any
 
 from headstart.engine.errors import ModelError
-from headstart.engine.models.config import POOLING_FILE, ModelConfig
+from headstart.engine.models.config import MODULES_FILE, POOLING_FILE, ModelConfig
 from headstart.engine.models.tokenizer import TokenizerConversion
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 5
+FORMAT = 6
 """Version of the converted folder's contents; raise it when old folders must be made again."""
 MARKER = "headstart.json"
 
@@ -83,6 +84,8 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    MODULES_FILE,
     POOLING_FILE,
 ]
 
@@ -307,12 +310,16 @@ def _gguf_config(source: Path) -> dict[str, Any]:
 
 
 def _convert_gguf(source: Path, config: dict[str, Any], target: Path, report: Progress) -> None:
-    from headstart.engine.models.gguf import write_safetensors
+    from headstart.engine.models.gguf import small_files, write_safetensors
     from headstart.engine.models.gguf_file import GGUFFile
 
+    file = GGUFFile(source)
     (target / "config.json").write_text(json.dumps(config, indent=1))
+    for name, text in small_files(file).items():
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text(text, encoding="utf-8")
     write_safetensors(
-        GGUFFile(source),
+        file,
         config,
         target / "model.safetensors",
         lambda done, total: report("weights", done, total),
@@ -324,7 +331,7 @@ def _link_weights(source: Path, target: Path, report: Progress) -> None:
     from headstart.engine.models.weights import INDEX_FILE, check_headers, weight_files
 
     check_headers(source)  # refuses damaged files now instead of at every start
-    for name in ("config.json", "generation_config.json", INDEX_FILE):
+    for name in ("config.json", "generation_config.json", MODULES_FILE, INDEX_FILE):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
     if (source / POOLING_FILE).exists():

@@ -358,9 +358,14 @@ def test_model_names(tmp_path):
 def test_a_chat_template_in_place_of_the_models_own(model_folder):
     file = model_folder / "other.jinja"
     file.write_text("{{ messages[0]['content'] }} é", encoding="utf-8")
+    for_tools = model_folder / "additional_chat_templates" / "tool_use.jinja"
+    for_tools.parent.mkdir()
+    for_tools.write_text("tools")
     args = parse("serve", str(model_folder), "--chat-template", str(file))
     tokenizer = cli.tokenizer_of(args, model_folder)
-    assert ChatTemplate(tokenizer).render([{"role": "user", "content": "hi"}]) == "hi é"
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        rendered = ChatTemplate(tokenizer).render([{"role": "user", "content": "hi"}], tools)
+        assert rendered == "hi é"
     own = cli.tokenizer_of(parse("serve", str(model_folder)), model_folder).chat_template
     assert own != tokenizer.chat_template
     file.write_bytes(b"\xff")

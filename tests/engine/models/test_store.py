@@ -19,7 +19,10 @@ from headstart.engine.errors import ModelError
 from headstart.engine.models import store
 from headstart.engine.models.config import POOLING_FILE, declared_pooling
 from headstart.engine.models.store import KNOWN_MODELS, PackagedModel, pull, resolve
+from headstart.engine.models.tokenizer import TokenizerConversion
 from headstart.engine.models.weights import Weights
+
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 
 
 @pytest.fixture(scope="session")
@@ -318,6 +321,50 @@ def test_damaged_sources(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"model\.safetensors: truncated or not") as caught:
         pull(str(folder), tmp_path / "cache")
     assert visible(tmp_path / "cache") == []
+
+
+def test_templates_by_name_in_a_folder(tiny_model: Any, tmp_path: Path) -> None:
+    """The one for chats with tools is kept beside the default."""
+    source = Path(shutil.copytree(tiny_model("llama"), tmp_path / "source"))
+    (source / "chat_template.jinja").unlink()
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    settings["chat_template"] = named
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    target = tmp_path / "target"
+    target.mkdir()
+    TokenizerConversion(source, target).wait()
+    assert (target / "chat_template.jinja").read_text() == "a"
+    assert (target / TOOL_TEMPLATE).read_text() == "b"
+
+
+@pytest.mark.usefixtures("fast_tokenizer")
+def test_a_changed_template_for_tools_is_converted_again(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_quantize", lambda *_: None)
+    source = Path(shutil.copytree(tiny_model("llama"), tmp_path / "source"))
+    (source / TOOL_TEMPLATE).parent.mkdir()
+    (source / TOOL_TEMPLATE).write_text("a")
+    folder = resolve(str(source), tmp_path / "cache")
+    before = (folder / "headstart.json").read_text()
+    (source / TOOL_TEMPLATE).write_text("longer")
+    resolve(str(source), tmp_path / "cache")
+    assert (folder / "headstart.json").read_text() != before
+
+
+@pytest.mark.usefixtures("fast_tokenizer")
+def test_what_a_gguf_file_says_beside_its_tokenizer(
+    tiny_model: Any, write_gguf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template of chats with tools, and how vectors are pooled."""
+    monkeypatch.setattr(store, "_quantize", lambda *_: None)
+    keys = {"pooling_type": 1}
+    templates = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    write_gguf(tiny_model("qwen2"), tmp_path / "m.gguf", "qwen2", keys=keys, templates=templates)
+    folder = resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")
+    assert (folder / TOOL_TEMPLATE).read_text() == "b"
+    assert declared_pooling(folder) == "mean"
 
 
 class TestHub:
