@@ -14,10 +14,7 @@ import sys
 
 import llama_cpp
 
-
-@llama_cpp.llama_log_callback
-def quiet(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-    """Nothing of what llama.cpp says while it loads."""
+QUIET = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 def tokenize(vocabulary: object, text: str, special: bool) -> list[int]:
@@ -46,7 +43,7 @@ def answer(path: str, texts: list[str], special: bool) -> list[list[int]]:
 
 def main() -> None:
     """Answer lines of stdin until it closes."""
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(QUIET, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     print(json.dumps({"ready": True, "version": llama_cpp.__version__}), flush=True)
     for line in sys.stdin:

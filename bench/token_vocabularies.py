@@ -20,6 +20,8 @@ from headstart.engine.models.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINE
 NORMAL, BYTE = 1, 6
 SIZE = 1300
 SPECIAL = {"<s>": CONTROL, "<|im_end|>": CONTROL, "<think>": USER_DEFINED, "   ": USER_DEFINED}
+SPACES = (*range(1, 15), 16)
+"""Lengths of the runs of spaces that Llama 2 and Mistral have, all with one score."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def byte_pairs(texts: list[str]) -> Vocabulary:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=SIZE, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     merges = [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     types = [NORMAL] * len(tokens) + [*SPECIAL.values()]
     return Vocabulary([*tokens, *SPECIAL], types, merges, [])
@@ -75,7 +78,7 @@ def sentence_pieces(texts: list[str]) -> Vocabulary:
         byte_fallback=True,
         normalization_rule_name="identity",
         control_symbols=["<|im_end|>"],
-        user_defined_symbols=["<think>", "   "],
+        user_defined_symbols=["<think>"],
         minloglevel=2,
     )
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -90,5 +93,10 @@ def sentence_pieces(texts: list[str]) -> Vocabulary:
             return BYTE
         return USER_DEFINED if pieces.id_to_piece(i) in SPECIAL else NORMAL
 
-    tokens = [pieces.id_to_piece(i) for i in ids]
-    return Vocabulary(tokens, [kind(i) for i in ids], [], [float(pieces.get_score(i)) for i in ids])
+    tokens, types = [pieces.id_to_piece(i) for i in ids], [kind(i) for i in ids]
+    scores = [float(pieces.get_score(i)) for i in ids]
+    for run in ("▁" * length for length in SPACES):
+        if run not in tokens:
+            tokens, types, scores = [*tokens, run], [*types, NORMAL], [*scores, 0.0]
+        scores[tokens.index(run)] = -1e9
+    return Vocabulary(tokens, types, [], scores)

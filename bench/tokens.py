@@ -36,10 +36,9 @@ TIMEOUT = 300.0
 Tokens = list[list[int]]
 APPROXIMATED = {
     *("tekken", "gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2", "granite-embed-multi-97m"),
-    *("tiny_aya", "cohere2moe", "youtu"),
 }
-"""Names where llama.cpp cuts at combining marks, and before capitals beyond ASCII not at all, which
-the models' own patterns do otherwise (pre_tokenizers.py)."""
+"""Names where llama.cpp cuts at combining marks and not before capitals beyond ASCII; the models'
+own patterns, which pre_tokenizers.py has, do it the other way round."""
 
 
 def parser() -> argparse.ArgumentParser:

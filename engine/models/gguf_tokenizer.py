@@ -168,16 +168,16 @@ class _Reader:
             self.fail("scores", "is missing")
         if not np.isfinite(scores).all():
             self.fail("scores", "holds numbers that are not finite")
-        pairs: list[tuple[float, int, int]] = []
+        pairs: list[tuple[float, int, int, str, str]] = []
         for text, token_id in self.vocabulary.items():
             if len(text) > MAX_PIECE:
                 self.fail("tokens", f"has one of {len(text)} characters")
             for cut in range(1, len(text)):
-                left = self.vocabulary.get(text[:cut])
-                right = self.vocabulary.get(text[cut:])
-                if left is not None and right is not None:
-                    pairs.append((-float(scores[token_id]), left, right))
-        merges = [(self.tokens[left], self.tokens[right]) for _, left, right in sorted(pairs)]
+                left, right = text[:cut], text[cut:]
+                if left in self.vocabulary and right in self.vocabulary:
+                    pairs.append((-float(scores[token_id]), -cut, -len(right), left, right))
+        # Of equal scores the leftmost counts: runs of spaces grow from their left.
+        merges = [(left, right) for *_, left, right in sorted(pairs)]
         unknown = self.ids.get("unknown")
         tokenizer = Tokenizer(
             models.BPE(
@@ -261,11 +261,11 @@ def _shown(value: Any) -> str:
 
 def _around(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> Any:
     """Puts the tokens given before and after a text."""
-    before, after = ([] if i is None else [f"token{i}"] for i in (bos, eos))
+    before, after = ([] if i is None else [i] for i in (bos, eos))
     return processors.TemplateProcessing(
-        single=[*before, "$A", *after],
+        single=[*(f"token{i}" for i in before), "$A", *(f"token{i}" for i in after)],
         special_tokens=[
             {"id": f"token{i}", "ids": [i], "tokens": [tokenizer.id_to_token(i)]}
-            for i in {bos, eos} - {None}
+            for i in {*before, *after}
         ],
     )

@@ -5,9 +5,10 @@ are applied one after the other, each to the pieces that the ones before have le
 matches stays a piece. They are written for Oniguruma, which the tokenizers library uses.
 
 Where llama.cpp only comes near a model's own pattern, because its regular expressions know neither
-cases nor marks beyond ASCII, the model's own stands here: in all that use _CASED. Not here are
-names whose tokens are not bytes in GPT-2's alphabet (gemma4, sarvam-moe, whitespace) and those that
-llama.cpp splits by code of its own (kimi-k2, afmoe, superbpe).
+capitals nor marks beyond ASCII, the model's own stands here: in those that use _CASED (checked with
+the patterns in tiktoken and mistral-common). Not here are names whose tokens are not bytes in
+GPT-2's alphabet (gemma4, sarvam-moe, granite-embed-multi-311m, whitespace) and those that llama.cpp
+splits by code, or near misses, of its own (kimi-k2, afmoe, superbpe, tiny_aya, cohere2moe, youtu).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _DEEPSEEK_WORDS = (
 )
 # DeepSeek's first models list the letters that have cases, without some scripts and later letters.
 _CASED_LETTER = (
-    r"[[\p{Lu}\p{Ll}\p{Lt}]&&[^\x{560}\x{588}\x{10C7}\x{10CD}\x{10D0}-\x{10FF}\x{1C80}-\x{1C8F}"
+    r"[[\p{Lu}\p{Ll}\p{Lt}]&&[^\x{560}-\x{588}\x{10C7}\x{10CD}\x{10D0}-\x{10FF}\x{1C80}-\x{1C8F}"
     r"\x{2D00}-\x{2D2D}\x{A790}-\x{A7FA}\x{AB30}-\x{AB68}\x{10570}-\x{105BC}\x{16E40}-\x{16E7F}"
     r"\x{1D400}-\x{1D7CB}\x{1DF00}-\x{1DF2A}]]"
 )
@@ -90,15 +91,6 @@ _NAMES: dict[str, PreTokenizer] = {
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
     "gpt-4o llama4 kanana2 talkie minimax-m2": PreTokenizer((_O200K,)),
     "granite-embed-multi-97m": PreTokenizer((_O200K,), ignore_merges=True),
-    "tiny_aya cohere2moe": PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", _O200K)),
-    "youtu": PreTokenizer(
-        (
-            r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|"
-            rf"[ㄅ-ㄯ]+|{_CJK}",
-            rf"{_O200K_WORDS}|\p{{N}}|{_CASED_REST}",
-        ),
-        ignore_merges=True,
-    ),
     "deepseek-llm": PreTokenizer(
         (
             r"[\r\n]",
