@@ -13,7 +13,7 @@ BIN := .venv/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: serve test lint format install bench bench-serve bench-steps perplexity peers container-test gpu-check gpu-bench fuzz soak clean
+.PHONY: serve test lint format install bench bench-serve bench-steps bench-tokens perplexity peers container-test gpu-check gpu-bench fuzz soak clean
 .DEFAULT_GOAL := test
 
 serve: install
@@ -56,6 +56,9 @@ bench-serve: install
 bench-steps: install
 	$(BIN)/python -m headstart.bench.steps $(ARGS)
 
+bench-tokens: install peers
+	$(BIN)/python -m headstart.bench.tokens $(ARGS)
+
 perplexity: install
 	$(BIN)/python -m headstart.bench.perplexity $(MODEL)
 
@@ -63,7 +66,7 @@ peers: .venv-peers/.installed
 
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install -q openvino-genai==2026.4.1.0
+	.venv-peers/bin/pip install -q openvino-genai==2026.4.1.0 llama-cpp-python==0.3.36
 	touch $@
 
 # --- long checks, not part of "make test" ---

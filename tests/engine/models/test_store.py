@@ -209,6 +209,30 @@ def test_two_pulls_at_once(gguf_path: Path, tmp_path: Path) -> None:
     assert visible(cache) == [Path(results[0][0].strip()).name]
 
 
+def test_doubts_are_told_at_each_start(
+    gguf_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gguf_path.write_bytes(gguf_path.read_bytes().replace(b"gpt-2", b"gpt-Z"))
+    for start in (pull, pull, resolve):
+        caplog.clear()
+        folder = start(str(gguf_path), tmp_path / "cache")
+        [record] = [r for r in caplog.records if "tokenizer" in r.message]
+        assert record.levelname == "WARNING"
+        assert "tokenizer.ggml.pre 'gpt-Z' is not known" in record.message
+    caplog.clear()
+    resolve(str(folder), tmp_path / "other")  # by the converted folder's own path
+    assert "'gpt-Z'" in caplog.text
+    child = start_child("live", gguf_path, tmp_path / "cache")
+    assert "'gpt-Z'" in child.communicate(timeout=60)[1]  # where nobody set up logging
+
+
+def test_a_known_name_raises_no_doubt(
+    gguf_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pull(str(gguf_path), tmp_path / "cache")
+    assert "tokenizer" not in caplog.text
+
+
 def test_linking_loads_no_torch(tiny_model: Any, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from headstart.engine.models import store\n"
@@ -310,7 +334,7 @@ def test_damaged_sources(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> No
         pull(str(gguf_path), tmp_path / "cache")
     assert_one_line(caught.value)
     gguf_path.write_bytes(whole.replace(b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez"))
-    with pytest.raises(ModelError, match="the tokenizer cannot be read") as caught:
+    with pytest.raises(ModelError, match=r"tokenizer\.ggml\.merges is missing") as caught:
         pull(str(gguf_path), tmp_path / "cache")
     assert_one_line(caught.value)
     folder = tmp_path / "folder"
