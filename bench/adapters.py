@@ -29,10 +29,10 @@ import torch
 from safetensors.torch import save_file
 
 from headstart.bench.own_engine import start_engine
-from headstart.engine.adapters import CONFIG, PREFIX, WEIGHTS, Target, targets
 from headstart.engine.engine import Engine
+from headstart.engine.models.adapters import CONFIG, PREFIX, WEIGHTS, Target, targets
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling.params import SamplingParams
 
 RUNS = 4
 KINDS = (

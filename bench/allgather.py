@@ -33,11 +33,11 @@ from headstart.bench.links import Place, free_port
 from headstart.bench.prefill_run import PrefillRun, kv_room
 from headstart.engine.batch import Batch, build_batch
 from headstart.engine.config import EngineConfig
-from headstart.engine.loading import load_model
-from headstart.engine.model_runner import warm_up
-from headstart.engine.process_groups import gloo_group, meeting
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.models.loading import load_model
+from headstart.engine.models.runner import warm_up
+from headstart.engine.process.groups import gloo_group, meeting
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.schedule.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence as Prompt
 
 CAUSAL, DENSE = "causal", "dense"

@@ -34,12 +34,12 @@ import numpy as np
 import torch
 
 from headstart.bench.steps import measure_peaks, progress
-from headstart.engine.attention_costs import QUERIES, filled_pool, load_costs
 from headstart.engine.batch import SharedRange, build_batch
-from headstart.engine.radix_cache import Node
-from headstart.engine.relay import Relay
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.costs.attention import QUERIES, filled_pool, load_costs
+from headstart.engine.kv.tree import Node
+from headstart.engine.ranges.shared import Relay
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.schedule.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence as EngineSequence
 from headstart.kernels.backend import AttentionShape, Backend, KVRanges, load_backend
 

@@ -25,9 +25,9 @@ from tokenizers import Tokenizer
 from headstart.bench.own_engine import start_engine
 from headstart.engine.config import default_home
 from headstart.engine.engine import Engine
-from headstart.engine.grammar import Constraint
 from headstart.engine.models.store import resolve
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling.grammar import Constraint
+from headstart.engine.sampling.params import SamplingParams
 from headstart.server.structure import WHITESPACE
 from headstart.server.tool_formats import FORMATS
 

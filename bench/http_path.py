@@ -27,9 +27,9 @@ import uvloop
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from headstart.engine.errors import RequestError
-from headstart.engine.messages import AdapterInfo, ModelInfo, Output, Stats
-from headstart.engine.sampling_params import PoolingParams, SamplingParams
-from headstart.engine.segments import Span
+from headstart.engine.process.messages import AdapterInfo, ModelInfo, Output, Stats
+from headstart.engine.ranges.segments import Span
+from headstart.engine.sampling.params import PoolingParams, SamplingParams
 from headstart.server.app import create_app
 from headstart.server.tokenizer import Tokenizer
 

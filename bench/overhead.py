@@ -21,16 +21,16 @@ import msgspec
 import torch
 import zmq
 
-from headstart.engine.attention_costs import load_costs
 from headstart.engine.batch import build_batch
-from headstart.engine.client import Stream
-from headstart.engine.kv_pool import PagePool
-from headstart.engine.messages import Output, Stats, Step, ToServer
-from headstart.engine.radix_cache import RadixCache
-from headstart.engine.relay import Relay
-from headstart.engine.sampler import Sampler
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import Scheduler
+from headstart.engine.costs.attention import load_costs
+from headstart.engine.kv.pool import PagePool
+from headstart.engine.kv.tree import RadixCache
+from headstart.engine.process.client import Stream
+from headstart.engine.process.messages import Output, Stats, Step, ToServer
+from headstart.engine.ranges.shared import Relay
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.sampling.sampler import Sampler
+from headstart.engine.schedule.scheduler import Scheduler
 from headstart.engine.sequence import Sequence
 from headstart.kernels.backend import AttentionShape, load_backend
 

@@ -13,10 +13,10 @@ import os
 import sys
 
 from headstart.engine.config import default_home
-from headstart.engine.loading import INT8_TOLERANCE
-from headstart.engine.model_runner import ModelRunner, load_decoder
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.loading import INT8_TOLERANCE
 from headstart.engine.models.quality import WINDOW, perplexity, text_tokens
+from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.models.store import resolve
 from headstart.kernels.backend import WEIGHT_FORMATS, load_backend
 

@@ -28,7 +28,7 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.runahead.cuts import CutTable, Positions, even_cuts, search_cuts
 from headstart.engine.runahead.tune import await_chain
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling.params import SamplingParams
 
 
 class EngineProcess:

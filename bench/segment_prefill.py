@@ -25,8 +25,8 @@ from pathlib import Path
 
 from headstart.bench.own_engine import start_engine
 from headstart.engine.engine import Engine
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.segments import CAUSAL, Segments
+from headstart.engine.ranges.segments import CAUSAL, Segments
+from headstart.engine.sampling.params import SamplingParams
 
 PAIRS = 8
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from headstart.bench.segment_task import Question
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.segments import Segments, turn_spans
+from headstart.engine.ranges.segments import Segments, turn_spans
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
 

@@ -30,11 +30,11 @@ import torch
 
 from headstart.engine.batch import Batch, build_batch
 from headstart.engine.config import default_home
-from headstart.engine.model_runner import ModelRunner, attention_shape, load_decoder
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.runner import ModelRunner, attention_shape, load_decoder
 from headstart.engine.models.store import resolve
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.schedule.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 from headstart.kernels.backend import load_backend
 

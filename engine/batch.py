@@ -33,12 +33,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from headstart.engine.reading import Read
-from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.models.reading import Read
+from headstart.engine.schedule.scheduler import ScheduledSequence
 from headstart.kernels.backend import Backend, IntArray, KVRanges, starts
 
 if TYPE_CHECKING:
-    from headstart.engine.adapters import Adapter
+    from headstart.engine.models.adapters import Adapter
     from headstart.engine.sequence import Sequence
 
 

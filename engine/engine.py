@@ -23,19 +23,23 @@ import msgspec
 from torch import Tensor
 
 from headstart import __version__
-from headstart.engine.adapters import Adapter
-from headstart.engine.attention_costs import load_costs
 from headstart.engine.batch import Batch, InFlight, SharedRange, build_batch
 from headstart.engine.config import EngineConfig
-from headstart.engine.cores import usable_cores
-from headstart.engine.device_sampler import DeviceSampler
+from headstart.engine.costs.attention import load_costs
+from headstart.engine.costs.forecast import Forecast, forecast
 from headstart.engine.errors import ConfigError, RequestError
-from headstart.engine.forecast import Forecast, forecast
-from headstart.engine.grammar import RUN_SECONDS, Grammar, Grammars, Masks
-from headstart.engine.kv_pool import PagePool
-from headstart.engine.loading import load_model
-from headstart.engine.long_chunk import LongChunk
-from headstart.engine.messages import (
+from headstart.engine.kv.pages_ahead import PagesAhead
+from headstart.engine.kv.pool import PagePool
+from headstart.engine.kv.tree import RadixCache
+from headstart.engine.models.adapters import Adapter
+from headstart.engine.models.config import declared_pooling
+from headstart.engine.models.decoder import Decoder
+from headstart.engine.models.loading import load_model
+from headstart.engine.models.reading import Pooled, PromptScores, Read, Reading
+from headstart.engine.models.runner import warm_up
+from headstart.engine.process.cores import usable_cores
+from headstart.engine.process.groups import check_gpus
+from headstart.engine.process.messages import (
     AdapterInfo,
     ModelInfo,
     Output,
@@ -44,21 +48,17 @@ from headstart.engine.messages import (
     Stats,
     TokenLogprobs,
 )
-from headstart.engine.model_runner import warm_up
-from headstart.engine.models.config import declared_pooling
-from headstart.engine.models.decoder import Decoder
-from headstart.engine.pages_ahead import PagesAhead
-from headstart.engine.process_groups import check_gpus
-from headstart.engine.radix_cache import RadixCache
-from headstart.engine.reading import Pooled, PromptScores, Read, Reading
-from headstart.engine.relay import MODES, Relay, RelayPlan
-from headstart.engine.relay_guard import RelayGuard
+from headstart.engine.ranges.guard import RelayGuard
+from headstart.engine.ranges.segments import Segments, Span
+from headstart.engine.ranges.shared import MODES, Relay, RelayPlan
 from headstart.engine.runahead.chain import Ahead, Chain
-from headstart.engine.sampler import Sampler, Sampling
-from headstart.engine.sampling_params import PoolingParams, SamplingParams
-from headstart.engine.scheduler import NOTHING, NewToken, Scheduler, SchedulerOutput
-from headstart.engine.segments import Segments, Span
+from headstart.engine.sampling.device import DeviceSampler
+from headstart.engine.sampling.grammar import RUN_SECONDS, Grammar, Grammars, Masks
+from headstart.engine.sampling.params import PoolingParams, SamplingParams
+from headstart.engine.sampling.sampler import Sampler, Sampling
+from headstart.engine.schedule.scheduler import NOTHING, NewToken, Scheduler, SchedulerOutput
 from headstart.engine.sequence import FinishReason, Sequence, Status
+from headstart.engine.work import LongChunk
 
 logger = logging.getLogger(__name__)
 
@@ -425,7 +425,7 @@ class Engine:
         if there is time, ``until``, to look for them.
 
         Their log-probabilities are not known. On a device of its own a step of single tokens is a
-        recorded one (decode_graphs.py), which a run of them would not be.
+        recorded one (models/decode_graphs.py), which a run of them would not be.
         """
         seq, constraint = token.seq, token.seq.constraint
         if constraint is None or token.token_id is None or token.finished:

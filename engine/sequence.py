@@ -8,14 +8,14 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.segments import CAUSAL, Segments
+from headstart.engine.ranges.segments import CAUSAL, Segments
+from headstart.engine.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
-    from headstart.engine.adapters import Adapter
-    from headstart.engine.grammar import Constraint
-    from headstart.engine.radix_cache import Node
-    from headstart.engine.reading import Reading
+    from headstart.engine.kv.tree import Node
+    from headstart.engine.models.adapters import Adapter
+    from headstart.engine.models.reading import Reading
+    from headstart.engine.sampling.grammar import Constraint
 
 
 class Status(enum.Enum):

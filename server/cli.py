@@ -216,8 +216,8 @@ def run_serve(args: argparse.Namespace) -> int:
     listener = bind(args.host, args.port)
     _exit_on_sigterm(0)  # uvicorn's handler takes over when it runs
     # Only now: everything below is slow to import, and --help has to be quick.
-    from headstart.engine.client import EngineClient
     from headstart.engine.models.store import resolve
+    from headstart.engine.process.client import EngineClient
     from headstart.server.access_log import log_bare_lines
     from headstart.server.app import create_app
     from headstart.server.serving import serve
@@ -261,8 +261,8 @@ def run_batch(args: argparse.Namespace) -> int:
         raise ConfigError("--runahead env is for servers; name a number of processes")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level="WARNING", format="%(levelname)s: %(message)s", stream=sys.stderr)
-    from headstart.engine.client import EngineClient
     from headstart.engine.models.store import resolve
+    from headstart.engine.process.client import EngineClient
     from headstart.server import run_batch as batch
     from headstart.server.app import create_app
     from headstart.server.batch_progress import Progress

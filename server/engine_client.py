@@ -1,11 +1,11 @@
-"""What the server needs of the engine; ``headstart.engine.client.EngineClient`` supplies it."""
+"""What the server needs of the engine; ``engine.process.client.EngineClient`` supplies it."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
-from headstart.engine.messages import AdapterInfo, ModelInfo, Output, Stats
-from headstart.engine.sampling_params import PoolingParams, SamplingParams
-from headstart.engine.segments import Span
+from headstart.engine.process.messages import AdapterInfo, ModelInfo, Output, Stats
+from headstart.engine.ranges.segments import Span
+from headstart.engine.sampling.params import PoolingParams, SamplingParams
 
 
 class Stream(Protocol):

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.models.config import read_json
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -146,7 +146,7 @@ class GrammarChecker:
 def main() -> None:
     """Answer questions until standard input ends."""
     # Imported here: the server needs none of it.
-    from headstart.engine.grammar import MANY, Grammar, Grammars, load_vocabulary
+    from headstart.engine.sampling.grammar import MANY, Grammar, Grammars, load_vocabulary
 
     os.nice(5)
     # Not RLIMIT_AS: with a thread for each of many cores, reserved addresses alone may be more.

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
 from headstart.engine.errors import RequestError
-from headstart.engine.messages import ModelInfo
+from headstart.engine.process.messages import ModelInfo
 from headstart.server.answer_format import AnswerFormat
 from headstart.server.deadline import Deadline
 from headstart.server.engine_client import EngineClient

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from headstart.engine.sampling_params import Pooling
+from headstart.engine.sampling.params import Pooling
 from headstart.server.keys import Keys
 
 MIB = 1024 * 1024

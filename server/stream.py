@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from headstart.engine.messages import Output, TokenLogprobs
+from headstart.engine.process.messages import Output, TokenLogprobs
 from headstart.server.answer import Part
 from headstart.server.detokenizer import Detokenizer
 from headstart.server.tokenizer import Tokenizer

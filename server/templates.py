@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jinja2
 
 from headstart.engine.errors import ModelError, RequestError
-from headstart.engine.segments import Turn
+from headstart.engine.ranges.segments import Turn
 from headstart.server.template_sandbox import LimitedTemplate, TemplateLimitError, TemplateLimits
 from headstart.server.tokenizer import Tokenizer, private_characters
 from headstart.server.turn_marks import NUM_SIGNS, Message, Signs, Tools

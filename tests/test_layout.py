@@ -69,7 +69,7 @@ def test_the_server_process_loads_no_torch() -> None:
         ".".join(("headstart.server", *path.relative_to(server).with_suffix("").parts))
         for path in modules("server")
     ]
-    names = [name.removesuffix(".__init__") for name in names] + ["headstart.engine.client"]
+    names = [name.removesuffix(".__init__") for name in names] + ["headstart.engine.process.client"]
     code = (
         "import importlib, json, sys\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"
@@ -82,7 +82,7 @@ def test_one_openmp_runtime_in_the_engine_process() -> None:
     """Two teams on the same cores stall each other for whole time slices."""
     code = (
         "import json, torch\n"
-        "import headstart.engine.service, headstart.engine.engine\n"
+        "import headstart.engine.process.service, headstart.engine.engine\n"
         "from headstart.kernels.backend import load_backend\n"
         "from threadpoolctl import threadpool_info\n"
         "backend = load_backend('cpu', isa='auto', weights='f32', threads=2)\n"

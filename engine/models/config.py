@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from headstart.engine.errors import ModelError
-from headstart.engine.sampling_params import Pooling
-from headstart.engine.segments import MASKS
+from headstart.engine.ranges.segments import MASKS
+from headstart.engine.sampling.params import Pooling
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class ModelConfig:
     ``max_position_embeddings`` is the longest sequence the engine may compute. It is smaller than
     the model's own value when the model attends through a sliding window: within one window,
     sliding and full attention are the same. ``context_limit`` then says so in a sentence to log.
-    ``segment_mask``: the mask the model was tuned for, if its config says so (segments.py).
+    ``segment_mask``: the mask the model was tuned for, if its config says so (ranges/segments.py).
     """
 
     architecture: str

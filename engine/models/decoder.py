@@ -21,7 +21,7 @@ from headstart.engine.batch import AdapterRows, Batch
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.parameters import Matrix, Parameters
 from headstart.engine.models.ranks import OneRank, Ranks
-from headstart.engine.reading import Read
+from headstart.engine.models.reading import Read
 from headstart.kernels.backend import AttentionShape, Backend, FixedBatch, Linear, RopeTable
 
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741

@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer
 
 from headstart.engine.batch import build_batch
-from headstart.engine.model_runner import ModelRunner
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.models.runner import ModelRunner
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.schedule.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 
 TEXTS = Path(__file__).parent / "text"

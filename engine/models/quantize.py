@@ -33,12 +33,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headstart.engine.cores import usable_cores
 from headstart.engine.errors import HeadstartError, ModelError
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.parameters import LayerParameters, Matrix, Parameters, read_float
 from headstart.engine.models.weights import FLOATS, Weights
+from headstart.engine.process.cores import usable_cores
 from headstart.kernels.backend import Backend, Linear, RopeTable, load_backend
 
 ALPHA = {"qkv": 0.6, "o": 0.4, "gate_up": 0.6, "down": 0.6, "head": 0.6}
@@ -292,9 +292,9 @@ def _backend(weights: str) -> Backend:
 
 
 def _runner(folder: Path, config: ModelConfig, backend: Any, weights: str) -> Any:
-    from headstart.engine.model_runner import ModelRunner
     from headstart.engine.models.quality import WINDOW
     from headstart.engine.models.rope import rope_tables
+    from headstart.engine.models.runner import ModelRunner
 
     read = read_int8 if weights == "int8" else read_float
     length = min(WINDOW, config.max_position_embeddings)

@@ -39,12 +39,11 @@ from torch import Tensor
 from zmq.utils.monitor import recv_monitor_message
 
 from headstart.engine.config import EngineConfig
-from headstart.engine.cores import kernel_environment
 from headstart.engine.errors import ConfigError
-from headstart.engine.kv_pool import PagePool
-from headstart.engine.loading import LoadedModel
-from headstart.engine.long_chunk import LongChunk
-from headstart.engine.messages import RunaheadStats
+from headstart.engine.kv.pool import PagePool
+from headstart.engine.models.loading import LoadedModel
+from headstart.engine.process.cores import kernel_environment
+from headstart.engine.process.messages import RunaheadStats
 from headstart.engine.runahead import control, costs
 from headstart.engine.runahead.cuts import CutTable, Plan, Positions, even_cuts, plan
 from headstart.engine.runahead.links import Pool, Receiver, Sender, readable
@@ -69,8 +68,9 @@ from headstart.engine.runahead.messages import (
 )
 from headstart.engine.runahead.opening import Opening
 from headstart.engine.runahead.rank import OPENING_SECONDS, JobNeighbours, RankConfig
-from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.schedule.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
+from headstart.engine.work import LongChunk
 
 logger = logging.getLogger(__name__)
 

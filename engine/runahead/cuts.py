@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from headstart.engine.measurements import keep, load_kept
+from headstart.engine.costs.measurements import keep, load_kept
+from headstart.engine.ranges.segments import CAUSAL, Segments
 from headstart.engine.runahead.costs import Chain, first_token_seconds
-from headstart.engine.segments import CAUSAL, Segments
 
 
 class Positions:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.engine.process_groups import first_line
+from headstart.engine.process.groups import first_line
 from headstart.engine.runahead.costs import LinkCosts
 from headstart.engine.runahead.links import UNEXPECTED, Pool
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from headstart.engine.model_runner import ModelRunner
+from headstart.engine.models.runner import ModelRunner
 from headstart.engine.runahead.costs import LinkCosts
 from headstart.kernels.shared_memory import SharedMemory
 

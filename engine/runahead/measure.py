@@ -11,13 +11,13 @@ from typing import Any
 
 from headstart import __version__
 from headstart.engine.batch import build_batch
-from headstart.engine.loading import LoadedModel
-from headstart.engine.measurements import keep, load_kept
-from headstart.engine.model_runner import ModelRunner
+from headstart.engine.costs.measurements import keep, load_kept
+from headstart.engine.models.loading import LoadedModel
+from headstart.engine.models.runner import ModelRunner
 from headstart.engine.runahead.costs import RankCosts
 from headstart.engine.runahead.messages import Identity
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.schedule.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)

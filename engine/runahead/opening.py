@@ -14,8 +14,8 @@ import msgspec
 import torch
 from torch import distributed
 
-from headstart.engine import process_groups
-from headstart.engine.process_groups import Store, meeting, own_address
+from headstart.engine.process import groups as process_groups
+from headstart.engine.process.groups import Store, meeting, own_address
 from headstart.engine.runahead.group_links import GroupReceiver, Groups, GroupSender, reason
 from headstart.engine.runahead.links import Pool
 from headstart.engine.runahead.messages import LinkEnd

@@ -46,7 +46,7 @@ class Placement:
             ) from error
         if not 0 <= rank < world or world < 2:
             raise ConfigError(f"RANK {rank} of WORLD_SIZE {world}: there is no chain of these")
-        from headstart.engine.process_groups import meeting, own_address
+        from headstart.engine.process.groups import meeting, own_address
 
         hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:

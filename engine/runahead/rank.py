@@ -28,15 +28,15 @@ from typing import Any
 import msgspec
 import zmq
 
-from headstart.engine.adapters import Adapter
 from headstart.engine.config import EngineConfig
 from headstart.engine.errors import ConfigError, HeadstartError
-from headstart.engine.kv_pool import PagePool
-from headstart.engine.loading import load_model
-from headstart.engine.long_chunk import LongChunk
-from headstart.engine.pages_ahead import PagesAhead
-from headstart.engine.process_groups import Store, use_gpu
-from headstart.engine.radix_cache import Node, RadixCache
+from headstart.engine.kv.pages_ahead import PagesAhead
+from headstart.engine.kv.pool import PagePool
+from headstart.engine.kv.tree import Node, RadixCache
+from headstart.engine.models.adapters import Adapter
+from headstart.engine.models.loading import load_model
+from headstart.engine.process.groups import Store, use_gpu
+from headstart.engine.ranges.segments import Segments
 from headstart.engine.runahead import control
 from headstart.engine.runahead.links import Pool, Receiver, Sender
 from headstart.engine.runahead.measure import identity, rank_costs
@@ -58,10 +58,10 @@ from headstart.engine.runahead.messages import (
     Welcome,
 )
 from headstart.engine.runahead.opening import Opening
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import ScheduledSequence
-from headstart.engine.segments import Segments
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.schedule.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
+from headstart.engine.work import LongChunk
 
 logger = logging.getLogger(__name__)
 

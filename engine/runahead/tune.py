@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
 from headstart.engine.runahead.cuts import Positions, Trial, even_cuts, search_cuts
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling.params import SamplingParams
 
 FORMING_SECONDS = 120.0
 """How long ranks may take to be there."""

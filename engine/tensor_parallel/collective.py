@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headstart.engine.errors import RankError
 from headstart.engine.models.share import Share
-from headstart.engine.process_groups import check_gpus, dist, first_line, gloo_group, nccl_group
+from headstart.engine.process.groups import check_gpus, dist, first_line, gloo_group, nccl_group
 
 HOST = "127.0.0.1"
 """Ranks are processes of one machine."""

@@ -20,12 +20,12 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from headstart.engine.adapters import Adapter, load_adapter
 from headstart.engine.errors import HeadstartError, ModelError, RankError
-from headstart.engine.loading import set_up
-from headstart.engine.model_runner import ModelRunner
+from headstart.engine.models.adapters import Adapter, load_adapter
+from headstart.engine.models.loading import set_up
+from headstart.engine.models.runner import ModelRunner
 from headstart.engine.models.share import Share
-from headstart.engine.process_groups import meeting, use_gpu
+from headstart.engine.process.groups import meeting, use_gpu
 from headstart.engine.tensor_parallel.collective import HANG_SECONDS, HOST, Collective
 from headstart.engine.tensor_parallel.messages import (
     AdapterRead,

@@ -21,13 +21,13 @@ from typing import NamedTuple, Protocol, TypeVar
 import msgspec
 import torch
 
-from headstart.engine.adapters import Adapter
 from headstart.engine.batch import Batch
 from headstart.engine.config import EngineConfig
-from headstart.engine.cores import kernel_environment
 from headstart.engine.errors import ModelError, RankError
+from headstart.engine.models.adapters import Adapter
 from headstart.engine.models.share import Share
-from headstart.engine.process_groups import Store
+from headstart.engine.process.cores import kernel_environment
+from headstart.engine.process.groups import Store
 from headstart.engine.tensor_parallel import collective
 from headstart.engine.tensor_parallel.collective import HOST, Collective
 from headstart.engine.tensor_parallel.messages import (

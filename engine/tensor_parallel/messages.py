@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.engine.adapters import Adapter
 from headstart.engine.batch import AdapterRows, Batch
 from headstart.engine.config import EngineConfig
-from headstart.engine.reading import Read, Unread
+from headstart.engine.models.adapters import Adapter
+from headstart.engine.models.reading import Read, Unread
 from headstart.kernels.backend import KVRanges
 
 _LENGTH = 4  # bytes before each message

@@ -9,8 +9,8 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import FailFast, Field
 
-from headstart.engine.messages import ModelInfo
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.process.messages import ModelInfo
+from headstart.engine.sampling.params import SamplingParams
 from headstart.server.anthropic.blocks import add_message, text_of
 from headstart.server.anthropic.message_format import MessageFormat
 from headstart.server.errors import bad_request, refuse_extras

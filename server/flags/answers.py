@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from headstart.engine.sampling_params import POOLINGS
+from headstart.engine.sampling.params import POOLINGS
 from headstart.server.settings import REASONING_PARSERS, TOOL_CALL_PARSERS
 
 

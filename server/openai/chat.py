@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import FailFast, Field, WithJsonSchema
 
-from headstart.engine.messages import ModelInfo
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.process.messages import ModelInfo
+from headstart.engine.sampling.params import SamplingParams
 from headstart.server.access_log import name_request
 from headstart.server.errors import bad_request, refuse_extras
 from headstart.server.openai.chat_fields import ChatRendering

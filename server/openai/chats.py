@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.segments import Span, turn_spans
+from headstart.engine.ranges.segments import Span, turn_spans
+from headstart.engine.sampling.params import SamplingParams
 from headstart.server.answer import AnswerParser
 from headstart.server.errors import bad_request
 from headstart.server.openai.reply import Choice

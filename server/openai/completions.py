@@ -11,8 +11,8 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from headstart.engine.messages import ModelInfo, TokenLogprobs
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.process.messages import ModelInfo, TokenLogprobs
+from headstart.engine.sampling.params import SamplingParams
 from headstart.server.access_log import name_request
 from headstart.server.errors import bad_request
 from headstart.server.openai.choice_format import ChoiceFormat

@@ -11,7 +11,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from headstart.engine.messages import ModelInfo
+from headstart.engine.process.messages import ModelInfo
 from headstart.server.errors import bad_request
 from headstart.server.openai.pooling import (
     REFUSED_IN_POOLING,

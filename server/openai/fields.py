@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from headstart.engine.errors import RequestError
-from headstart.engine.messages import ModelInfo
-from headstart.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from headstart.engine.process.messages import ModelInfo
+from headstart.engine.sampling.params import MAX_LOGPROBS, SamplingParams
 from headstart.server.access_log import REQUEST_ID_PATTERN
 from headstart.server.errors import bad_request, refuse_extras
 from headstart.server.openai.shown import Shown

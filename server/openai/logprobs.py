@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from headstart.engine.messages import ScoredToken, TokenLogprobs
+from headstart.engine.process.messages import ScoredToken, TokenLogprobs
 from headstart.server.detokenizer import Detokenizer
 from headstart.server.openai.reply import Echo
 from headstart.server.openai.shown import TokenNames

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from fastapi import Request
 from pydantic import Field
 
-from headstart.engine.messages import ModelInfo
-from headstart.engine.sampling_params import Pooling, PoolingParams
+from headstart.engine.process.messages import ModelInfo
+from headstart.engine.sampling.params import Pooling, PoolingParams
 from headstart.server.access_log import note_usage
 from headstart.server.engine_client import Stream
 from headstart.server.errors import APIError, bad_request, refuse_extras, unavailable

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import WithJsonSchema
 
-from headstart.engine.messages import ModelInfo
+from headstart.engine.process.messages import ModelInfo
 from headstart.server.errors import APIError, bad_request
 from headstart.server.openai.fields import is_token_id
 from headstart.server.settings import ServerSettings

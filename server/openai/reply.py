@@ -23,7 +23,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from headstart.engine.messages import Output, ScoredToken, TokenLogprobs
+from headstart.engine.process.messages import Output, ScoredToken, TokenLogprobs
 from headstart.server.access_log import note_usage
 from headstart.server.answer import AnswerParser, Part, Reasoning
 from headstart.server.deadline import Deadline

@@ -12,8 +12,8 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, WithJsonSchema
 
-from headstart.engine.messages import ModelInfo
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.process.messages import ModelInfo
+from headstart.engine.sampling.params import SamplingParams
 from headstart.server.answer_blocks import Block
 from headstart.server.auth import sent_key
 from headstart.server.errors import APIError, bad_request, refuse_extras

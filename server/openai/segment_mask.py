@@ -1,4 +1,4 @@
-"""The field ``segment_mask``: which spans of a prompt are segments (engine/segments.py).
+"""The field ``segment_mask``: which spans of a prompt are segments (engine/ranges/segments.py).
 
     chat           null | "causal" | "turns"
     completions    null | "causal" | {"characters": [[start, end], ...]} | {"tokens": ...}
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import WithJsonSchema
 
-from headstart.engine.segments import MASKS, Span
+from headstart.engine.ranges.segments import MASKS, Span
 from headstart.server.errors import bad_request
 from headstart.server.settings import ServerSettings
 from headstart.server.tokenizer import Place

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.segments import Span
+from headstart.engine.ranges.segments import Span
+from headstart.engine.sampling.params import SamplingParams
 from headstart.server.answer import AnswerParser
 from headstart.server.metrics import ChoiceTimer
 from headstart.server.openai.fields import choice_seed

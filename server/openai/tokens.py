@@ -15,7 +15,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import FailFast, Field
 
-from headstart.engine.messages import ModelInfo
+from headstart.engine.process.messages import ModelInfo
 from headstart.server.errors import bad_request, refuse_extras
 from headstart.server.openai.chat import ChatMessage, plain_messages
 from headstart.server.openai.chat_fields import ChatRendering

@@ -23,7 +23,7 @@ from headstart.bench.segment_training import Batch, Encoder
 from headstart.bench.segments import Estimate, Trained
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling.params import SamplingParams
 from headstart.server.tokenizer import Tokenizer
 
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.engine.batch import Batch, SharedRange, build_batch
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import ScheduledSequence
-from headstart.engine.segments import CAUSAL, Segments
+from headstart.engine.ranges.segments import CAUSAL, Segments
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.schedule.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 
 PARAMS = SamplingParams(max_tokens=1)

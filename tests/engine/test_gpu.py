@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.engine.attention_costs import AttentionCosts
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
+from headstart.engine.costs.attention import AttentionCosts
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
-from headstart.engine.loading import set_up
-from headstart.engine.sampling_params import PoolingParams, SamplingParams
-from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.models.loading import set_up
+from headstart.engine.sampling.params import PoolingParams, SamplingParams
+from headstart.engine.schedule.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 
 NEW = 4

@@ -21,9 +21,9 @@ from torch import Tensor
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.models.quantize import quantize
-from headstart.engine.sampler import Sampled
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.segments import Span
+from headstart.engine.ranges.segments import Span
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.sampling.sampler import Sampled
 from headstart.engine.sequence import Sequence
 from headstart.kernels.backend import instruction_sets
 from headstart.kernels.cpu.backend import CpuBackend

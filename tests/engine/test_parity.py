@@ -22,13 +22,13 @@ from tokenizers import Tokenizer
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
-from headstart.engine.loading import INT8_TOLERANCE
-from headstart.engine.model_runner import ModelRunner, load_decoder
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.loading import INT8_TOLERANCE
 from headstart.engine.models.quality import perplexity, text_tokens
 from headstart.engine.models.quantize import read_quality
-from headstart.engine.sampling_params import SamplingParams
-from headstart.engine.scheduler import ScheduledSequence
+from headstart.engine.models.runner import ModelRunner, load_decoder
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.schedule.scheduler import ScheduledSequence
 from headstart.engine.sequence import Sequence
 from headstart.kernels.backend import instruction_sets, load_backend
 
@@ -180,7 +180,7 @@ def test_equal_to_decoding_by_transformers(
 
 
 def load_shape(folder: Path) -> Any:
-    from headstart.engine.model_runner import attention_shape
+    from headstart.engine.models.runner import attention_shape
 
     return attention_shape(ModelConfig.from_folder(folder))
 

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from headstart.engine.errors import EngineDeadError, RequestError
-from headstart.engine.messages import (
+from headstart.engine.process.messages import (
     AdapterInfo,
     ModelInfo,
     Output,
@@ -29,8 +29,8 @@ from headstart.engine.messages import (
     Stats,
     TokenLogprobs,
 )
-from headstart.engine.sampling_params import PoolingParams, SamplingParams
-from headstart.engine.segments import Span
+from headstart.engine.ranges.segments import Span
+from headstart.engine.sampling.params import PoolingParams, SamplingParams
 from headstart.server.app import create_app
 from headstart.server.serving import ServingConfig
 from headstart.server.settings import ServerSettings

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headstart.engine.errors import EngineDeadError, RequestError
-from headstart.engine.messages import AdapterInfo
+from headstart.engine.process.messages import AdapterInfo
 from headstart.server.adapters import find_adapter
 from headstart.server.app import create_app
 from headstart.server.settings import ServerSettings

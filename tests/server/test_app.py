@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from headstart.engine.errors import ModelError
-from headstart.engine.messages import RelayStats, Stats
+from headstart.engine.process.messages import RelayStats, Stats
 from headstart.server.app import create_app
 from headstart.server.openai.field_table import field_tables
 

@@ -452,7 +452,7 @@ def test_the_password_is_needed_and_not_asked_for(certificate):
 HTTPS = """
 import sys
 from pathlib import Path
-from headstart.engine import client
+from headstart.engine.process import client
 from headstart.engine.models import store
 from headstart.server import cli
 sys.path.insert(0, sys.argv[1])

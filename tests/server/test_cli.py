@@ -459,7 +459,7 @@ SERVER = """
 import asyncio, socket, sys, time
 from pathlib import Path
 from headstart.engine.errors import ModelError
-from headstart.engine.messages import ModelInfo, Output, Stats
+from headstart.engine.process.messages import ModelInfo, Output, Stats
 from headstart.server import cli
 from headstart.server.app import create_app
 from headstart.server.serving import serve

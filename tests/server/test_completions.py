@@ -163,7 +163,7 @@ async def test_prompt_logprobs(client, engine, body, say):
 
 
 async def test_no_infinity_in_json(client, engine, body, monkeypatch):
-    from headstart.engine.messages import TokenLogprobs
+    from headstart.engine.process.messages import TokenLogprobs
 
     add = engine.add
 

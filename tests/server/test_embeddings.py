@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from headstart.engine.errors import EngineDeadError, RequestError
-from headstart.engine.messages import AdapterInfo
-from headstart.engine.sampling_params import PoolingParams
+from headstart.engine.process.messages import AdapterInfo
+from headstart.engine.sampling.params import PoolingParams
 from headstart.server.app import create_app
 
 URL = "/v1/embeddings"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.engine.messages import Output
+from headstart.engine.process.messages import Output
 from headstart.server.stream import StopStrings, TextAssembler, TextOptions
 
 CHAT = "/v1/chat/completions"

@@ -12,7 +12,7 @@ import signal
 import pytest
 
 from headstart.engine.errors import ConfigError, EngineDeadError, HeadstartError
-from headstart.engine.messages import Stats
+from headstart.engine.process.messages import Stats
 from headstart.server import cli, run_batch
 from headstart.server.app import create_app
 from headstart.server.batch_progress import Progress, TokenMeter

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, processors
 
-from headstart.engine.messages import AdapterInfo
-from headstart.engine.segments import Segments
+from headstart.engine.process.messages import AdapterInfo
+from headstart.engine.ranges.segments import Segments
 from headstart.server.app import create_app
 from headstart.server.errors import APIError
 from headstart.server.openai.segment_mask import Spans

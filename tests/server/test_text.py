@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from headstart.engine.errors import ModelError, RequestError
-from headstart.engine.messages import Output, TokenLogprobs
+from headstart.engine.process.messages import Output, TokenLogprobs
 from headstart.server.detokenizer import MAX_HELD_TOKENS, Detokenizer
 from headstart.server.stream import StopStrings, TextAssembler, TextOptions
 from headstart.server.templates import ChatTemplate

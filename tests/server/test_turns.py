@@ -19,7 +19,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers.utils import chat_template_utils
 
 from headstart.engine.errors import RequestError
-from headstart.engine.segments import turn_spans
+from headstart.engine.ranges.segments import turn_spans
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
 

@@ -73,7 +73,8 @@ class Server:
         (child,) = (
             p
             for p in psutil.Process(self.process.pid).children()
-            if p.status() != psutil.STATUS_ZOMBIE and "headstart.engine.service" in p.cmdline()
+            if p.status() != psutil.STATUS_ZOMBIE
+            and "headstart.engine.process.service" in p.cmdline()
         )
         return child
 

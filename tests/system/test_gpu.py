@@ -26,7 +26,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
-from headstart.engine.sampling_params import SamplingParams
+from headstart.engine.sampling.params import SamplingParams
 import headstart.server.cli, headstart.server.app
 engine = Engine(EngineConfig(model_path=sys.argv[1], kv_memory=16 << 20, weights="f32"))
 print(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)))

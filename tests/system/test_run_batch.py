@@ -12,7 +12,7 @@ import psutil
 
 def engine_of(process: subprocess.Popen) -> psutil.Process | None:
     children = psutil.Process(process.pid).children()
-    return next((c for c in children if "headstart.engine.service" in c.cmdline()), None)
+    return next((c for c in children if "headstart.engine.process.service" in c.cmdline()), None)
 
 
 def test_an_engine_that_is_killed_costs_no_line(default_flags, tmp_path):

@@ -1,0 +1,1 @@
+"""Pages of KV memory: who holds them, which prompts share them, how many there are."""

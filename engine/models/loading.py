@@ -1,0 +1,268 @@
+"""load_model: from the settings of a process to a model with its KV memory, ready to run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from headstart.engine.config import EngineConfig
+from headstart.engine.costs.measurements import KeptChoices
+from headstart.engine.errors import ConfigError
+from headstart.engine.kv.memory import plan_memory
+from headstart.engine.models.adapters import Adapters
+from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.decoder import Decoder
+from headstart.engine.models.quantize import read_quality, read_smoothing
+from headstart.engine.models.ranks import OneRank, Ranks
+from headstart.engine.models.runner import (
+    ModelRunner,
+    attention_shape,
+    load_decoder,
+    measured_activations,
+)
+from headstart.engine.models.share import Share
+from headstart.engine.process.cores import usable_cores
+from headstart.kernels.backend import (
+    WEIGHT_FORMATS,
+    Backend,
+    default_weights,
+    gpu_is_there,
+    instruction_sets,
+    load_backend,
+)
+
+logger = logging.getLogger(__name__)
+
+SMALL_STEP, GPU_STEP = (512, 64), (2048, 256)
+"""Tokens and sequences of a step unless told otherwise. A core is busy with few rows, a GPU is not;
+steps should not take so long that those who decode notice."""
+
+CPU_FORMATS = ("f32", "bf16", "int8")
+
+INT8_TOLERANCE = 1.01
+"""int8 is chosen by "auto" while its perplexity is at most this many times that of bf16."""
+
+
+AUTO_WEIGHTS = "HEADSTART_AUTO_WEIGHTS"
+"""Variable: the format of weights that "auto" means on a CPU, however fast it is there."""
+
+
+def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
+    """The weight format: as asked, or the fastest one this machine and model allow.
+
+    AUTO_WEIGHTS decides instead of the machine; int8 is taken only where the model has it good.
+    """
+    if asked != "auto":
+        if asked not in WEIGHT_FORMATS:
+            raise ConfigError(f"--weights must be auto, {', '.join(WEIGHT_FORMATS)}; got {asked}")
+        return asked
+    if backend == "gpu":
+        return "bf16" if gpu_is_there() else "f32"  # the interpreter has no bf16
+    if backend == "reference":
+        return "f32"
+    held = os.environ.get(AUTO_WEIGHTS)
+    if held and held not in CPU_FORMATS:
+        raise ConfigError(f"{AUTO_WEIGHTS} must be {', '.join(CPU_FORMATS)}; got {held}")
+    fastest = held or default_weights(isa)
+    if fastest != "int8":
+        return fastest
+    quality = read_quality(folder)
+    if quality is None:
+        reason = "the model has no int8 weights"
+    elif quality["int8"] <= quality["bf16"] * INT8_TOLERANCE:
+        return "int8"
+    else:
+        reason = f"int8 perplexity is {quality['int8']:.3f}, bf16 {quality['bf16']:.3f}"
+    logger.info("weights: not int8, because %s", reason)
+    return "bf16" if isa == "avx512_bf16" else "f32"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is decided before weights are read. ``settings``: with nothing left open."""
+
+    settings: EngineConfig
+    folder: Path
+    model: ModelConfig
+    backend: Backend
+    max_model_len: int
+    max_batched_tokens: int
+    max_running: int
+
+    def decoder(self, share: Share, ranks: Ranks) -> Decoder:
+        """The process's share of the model, its weights read."""
+        weights, length = self.settings.weights, self.max_model_len
+        return load_decoder(self.folder, self.model, self.backend, weights, length, share, ranks)
+
+    def num_pages(self, decoder: Decoder, share: Share) -> int:
+        """How many KV pages each process gets. Raises ConfigError where they are too few."""
+        settings, model, rows = self.settings, decoder.config, self.max_batched_tokens
+        # Measuring computes a batch, which a share of a model cannot do alone.
+        alone = share.ranks == 1
+        activations = measured_activations(decoder, self.backend, rows) if alone else None
+        plan = plan_memory(
+            available=self.backend.free_memory(),
+            weights=_weight_bytes(model, settings.weights, share.ranks),
+            activations=_activation_bytes(model, rows) if activations is None else activations,
+            bytes_per_page=self.backend.kv_bytes_per_page(attention_shape(model), model.num_layers),
+            page_size=self.backend.page_size,
+            kv_memory=settings.kv_memory,
+            max_model_len=self.max_model_len,
+            processes=share.ranks,
+        )
+        logger.info("%s%s", plan, ", of each rank" if share.ranks > 1 else "")
+        return plan.num_pages
+
+    def smoothing(self) -> list[dict[str, Tensor]] | None:
+        """What the layers' inputs are divided by, of the whole model; None: by nothing."""
+        return read_smoothing(self.model, self.folder) if self.settings.weights == "int8" else None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """``config``: of the whole model. ``weights``: their format. ``device``: what computes, for
+    people. ``share``: what of the model this process has."""
+
+    folder: Path
+    config: ModelConfig
+    backend: Backend
+    runner: ModelRunner
+    weights: str
+    device: str
+    threads: int
+    max_model_len: int
+    max_batched_tokens: int
+    max_running: int
+    share: Share
+    smoothing: Callable[[], list[dict[str, Tensor]] | None]
+
+    def adapters(self, most: int) -> Adapters:
+        """A place for LoRA adapters of this model."""
+        smoothing, announce = cache(self.smoothing), self.runner.followers.load_adapter
+        return Adapters(self.config, self.backend, smoothing, most, self.share, announce)
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load the model and allocate its KV pool. Raises ConfigError and ModelError.
+
+    With ``tensor_parallel`` the other ranks are started; ``runner.followers.close`` ends them.
+    """
+    setup = set_up(config)
+    settings, backend = setup.settings, setup.backend
+    share = Share(0, settings.tensor_parallel)
+    logger.info(
+        "backend %s (%s), weights %s, %d threads",
+        *(settings.backend, backend.device, settings.weights, settings.threads),
+    )
+    if share.ranks > 1:
+        runner = _lead(setup, share)
+    else:
+        decoder = setup.decoder(share, OneRank())
+        runner = ModelRunner(decoder, backend, setup.num_pages(decoder, share))
+    return LoadedModel(
+        folder=setup.folder,
+        config=setup.model,
+        backend=backend,
+        runner=runner,
+        weights=settings.weights,
+        device=f"cpu {settings.isa}" if settings.backend == "cpu" else settings.backend,
+        threads=settings.threads or 1,
+        max_model_len=setup.max_model_len,
+        max_batched_tokens=setup.max_batched_tokens,
+        max_running=setup.max_running,
+        share=share,
+        smoothing=setup.smoothing,
+    )
+
+
+def set_up(config: EngineConfig) -> Setup:
+    """Decide what ``config`` leaves open. Raises ConfigError and ModelError."""
+    if config.tensor_parallel > 1 and (config.runahead > 1 or config.runahead_hosts):
+        raise ConfigError("--tensor-parallel and --runahead cannot be combined")
+    folder = Path(config.model_path)
+    model = ModelConfig.from_folder(folder)
+    Share(0, config.tensor_parallel).config(model)  # raises if it cannot be divided so
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} is beyond the model's "
+            f"{model.max_position_embeddings} tokens"
+        )
+    if model.context_limit:
+        logger.info("%s", model.context_limit)
+    # The processes compute at the same time, each with its share of the cores.
+    processes = max(config.runahead, config.tensor_parallel)
+    threads = config.threads or max(usable_cores() // processes, 1)
+    name = config.backend
+    if name == "auto":
+        name = "gpu" if gpu_is_there() else "cpu"
+    try:
+        isa = instruction_sets()[0] if config.isa == "auto" else config.isa
+        weights = choose_weights(config.weights, name, isa, folder)
+        backend = load_backend(
+            name,
+            isa=isa,
+            weights=weights,
+            threads=threads,
+            kv_format=config.kv_format,
+            choices=KeptChoices(config.machine_folder),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    tokens, sequences = GPU_STEP if name == "gpu" else SMALL_STEP
+    tokens, sequences = config.max_batched_tokens or tokens, config.max_running or sequences
+    settings = msgspec.structs.replace(
+        config,
+        backend=name,
+        isa=isa,
+        weights=weights,
+        threads=threads,
+        max_model_len=max_model_len,
+        max_batched_tokens=tokens,
+        max_running=sequences,
+    )
+    return Setup(settings, folder, model, backend, max_model_len, tokens, sequences)
+
+
+def _lead(setup: Setup, share: Share) -> ModelRunner:
+    """Rank 0's runner, with the other ranks started and ready."""
+    # Imported here: torch.distributed is for those who need it.
+    from headstart.engine.process.groups import use_gpu
+    from headstart.engine.tensor_parallel.leader import Leader
+
+    use_gpu(share.rank)
+    leader = Leader(setup.settings, setup.model.vocab_size)
+    try:
+        decoder = setup.decoder(share, leader.ranks)
+        leader.wait_until_loaded()  # so that the memory they take is known
+        num_pages = setup.num_pages(decoder, share)
+        leader.allocate(num_pages)
+        runner = ModelRunner(decoder, setup.backend, num_pages, leader)
+        leader.connect(setup.backend.kv_pages(runner.kv).device)
+    except BaseException:
+        leader.close()
+        raise
+    return runner
+
+
+def _weight_bytes(model: ModelConfig, weights: str, ranks: int) -> int:
+    """Of one rank, whose layers ``model`` describes; it has the whole embedding."""
+    size = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1}[weights]
+    q_size, kv_size = (n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
+    layer = model.hidden_size * (2 * q_size + 2 * kv_size + 3 * model.intermediate_size)
+    table = model.vocab_size * model.hidden_size
+    embedding = 2 if weights != "f32" else 4
+    return model.num_layers * layer * size + table * embedding + table * size // ranks
+
+
+def _activation_bytes(model: ModelConfig, rows: int) -> int:
+    q_size = model.num_heads * model.head_dim
+    floats = 4 * model.hidden_size + 5 * q_size + 3 * model.intermediate_size
+    return rows * floats * 4 + 64 * model.vocab_size * 4

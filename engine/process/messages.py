@@ -1,0 +1,215 @@
+"""What the server process and the engine process say to each other (msgspec over ZeroMQ).
+
+server -> engine   Add, Abort, LoadAdapter, UnloadAdapter, Shutdown
+engine -> server   Ready (once), Step (one per engine step, for all sequences), Rejected,
+                   AdapterLoaded, AdapterUnloaded
+"""
+
+import msgspec
+
+from headstart.engine.sampling.params import Pooling, PoolingParams, SamplingParams
+
+
+class Add(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Start a request. ``token_ids``: the prompt as little-endian int32. ``id`` is the client's.
+
+    ``salt``: KV is shared only among requests of equal salt. ``segments``: see ranges/segments.py.
+    ``adapter``: the name of a loaded one, or None for the model itself. ``priority``: lower ones
+    come first.
+    """
+
+    id: int
+    token_ids: bytes
+    params: SamplingParams | PoolingParams
+    salt: bytes = b""
+    segments: list[tuple[int, int]] = []
+    adapter: str | None = None
+    priority: int = 0
+
+
+class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Stop these requests and free what they hold. Unknown ids are ignored."""
+
+    ids: list[int]
+
+
+class LoadAdapter(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Load the LoRA adapter in folder ``path`` of the engine's machine, and call it ``name``."""
+
+    id: int
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Take no more requests for the adapter; those that run keep it to their end."""
+
+    id: int
+    name: str
+
+
+class Shutdown(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """End the engine process; running requests are dropped."""
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """Log-probability of one sampled token and of the most likely ones, best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class ScoredToken(TokenLogprobs, array_like=True, frozen=True):
+    """The same of a token of a prompt. ``rank``: its place by likelihood; the likeliest has 1."""
+
+    rank: int
+
+
+class Output(msgspec.Struct, array_like=True, frozen=True):
+    """New tokens of one request. ``finish_reason`` is set on the last one.
+
+    ``cached_tokens`` counts prompt tokens whose KV came from the cache. ``prompt_logprobs`` come
+    with the first one: of all tokens of the prompt but the first. ``pooled``: the prompt's vector,
+    little-endian float32, beside no token.
+    """
+
+    id: int
+    token_ids: list[int]
+    finish_reason: str | None = None
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[ScoredToken] | None = None
+    pooled: bytes | None = None
+
+
+class RelayStats(msgspec.Struct, array_like=True, frozen=True):
+    """What RelayAttention did. Seconds and bytes are of the steps in which prefixes were shared by
+    several sequences, whether it paid to read them once or not.
+    """
+
+    enabled: bool = False
+    refused: bool = False  # its logits were not those of plain attention
+    steps: int = 0  # that read a prefix once for several sequences
+    ranges: int = 0
+    seconds: float = 0.0  # inside attention
+    predicted_seconds: float = 0.0
+    predicted_plain_seconds: float = 0.0  # had nothing been read once
+    bytes_read: int = 0  # of keys and values
+    bytes_distinct: int = 0  # had every page been read once
+    checks: int = 0
+    largest_difference: float = 0.0  # of a logit in a check, relative to the largest logit
+
+
+class RunaheadStats(msgspec.Struct, array_like=True, frozen=True):
+    """What KV-Runahead did. ``ranks``: of the whole chain with the engine; 1: there is none."""
+
+    ranks: int = 1
+    ranks_live: int = 1
+    prompts: int = 0  # that ran ahead to their first token
+    failed: int = 0  # that began to, and were computed by the engine alone
+    left_out: int = 0  # how often a rank was
+    tokens: int = 0  # of the prompts that ran ahead, computed by any rank
+    seconds: float = 0.0  # of those prompts, to the first token
+    predicted_seconds: float = 0.0
+    idle_seconds: float = 0.0  # in which the engine waited for their KV
+    bytes_sent: int = 0  # of keys and values, from rank to rank
+
+
+class Stats(msgspec.Struct, array_like=True, frozen=True):
+    """The engine's counters after a step. Totals count from the start of the engine process."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_used: int = 0  # held by sequences or by the radix cache
+    pages_cached: int = 0  # held by the radix cache alone: free on demand
+    prompt_tokens: int = 0  # total, cached ones included
+    cached_tokens: int = 0  # total, prompt tokens found in the radix cache
+    generation_tokens: int = 0
+    forced_tokens: int = 0  # of these: not chosen, since a grammar left no choice
+    preemptions: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0  # total time inside steps
+    relay: RelayStats = RelayStats()
+    runahead: RunaheadStats = RunaheadStats()
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A loaded LoRA adapter. ``targets``: the matrices it changes, as q_proj.
+
+    ``num_bytes``: of its file. ``segment_mask``: what its config declares, a name in
+    segments.MASKS, or None.
+    """
+
+    name: str
+    path: str
+    rank: int
+    targets: list[str]
+    num_bytes: int
+    segment_mask: str | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server needs to know of the model the engine has loaded.
+
+    ``pooling``: how its sentence-transformers settings, if it has any, say that vectors are made.
+    """
+
+    max_model_len: int
+    vocab_size: int
+    hidden_size: int
+    page_size: int
+    num_pages: int
+    eos_token_ids: list[int]
+    backend: str
+    weights: str
+    version: str
+    max_running: int = 64  # sequences computed in one step
+    segment_mask: str | None = None  # what its config declares
+    pooling: Pooling | None = None
+    adapters: list[AdapterInfo] = []  # loaded at start-up
+
+
+class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """The engine has loaded its model and takes requests."""
+
+    model: ModelInfo
+
+
+class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """The engine could not start; ``message`` is one line for the user."""
+
+    message: str
+
+
+class Step(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Everything one engine step produced."""
+
+    outputs: list[Output]
+    stats: Stats
+
+
+class AdapterLoaded(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Answers LoadAdapter."""
+
+    id: int
+    adapter: AdapterInfo
+
+
+class AdapterUnloaded(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Answers UnloadAdapter."""
+
+    id: int
+
+
+class Rejected(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """A request, or an adapter, that the engine could not accept, with the reason."""
+
+    id: int
+    message: str
+    param: str | None = None
+
+
+ToEngine = Add | Abort | LoadAdapter | UnloadAdapter | Shutdown
+ToServer = Ready | Failed | Step | Rejected | AdapterLoaded | AdapterUnloaded

@@ -1,0 +1,1 @@
+"""Which KV ranges a step reads: one emitter a file."""

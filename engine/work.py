@@ -1,0 +1,116 @@
+"""LongChunk: rows of one sequence computed beside the steps of others, some layers with each step.
+
+Between two layers nothing is half done, so it advances by a step's worth of work at a time, and
+those that decode wait no longer than beside a chunk of a causal prompt. Two kinds of chunks need
+that: a segment longer than a step's token budget, whose rows go through each layer together; and
+what is left of a prompt that runs ahead on other processes, layer by layer (engine/runahead).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from headstart.engine.batch import build_batch
+from headstart.engine.models.runner import ModelRunner
+from headstart.engine.schedule.scheduler import ScheduledSequence
+from headstart.engine.sequence import Sequence
+
+
+class Neighbours(Protocol):
+    """The processes that compute other rows of the sequence, as a chunk sees them."""
+
+    def arrived(self, layer: int) -> bool:
+        """Whether the earlier rows' KV of this layer is in the sequence's pages by now."""
+        ...
+
+    def written(self, layer: int) -> bool:
+        """The chunk's KV of this layer, and what came before it, is in the pages; False: ask again
+        before anything else is computed."""
+        ...
+
+
+class Alone:
+    """All rows are in the chunk, or in the cache."""
+
+    def arrived(self, layer: int) -> bool:
+        return True
+
+    def written(self, layer: int) -> bool:
+        return True
+
+
+class LongChunk:
+    """``entry`` on its way through the layers. Dropping it between two calls leaves no trace.
+
+        neighbours       KV of layer 0 ──╮  KV of layer 1 ──╮
+        this chunk       q k v of 0, attention of 0 ... q k v of 1, attention of 1 ...
+                                 ╰── KV of layer 0           ╰── KV of layer 1         neighbours
+
+    A chunk that begins inside a page writes into a page that arrives: its layers arrive first.
+    """
+
+    def __init__(
+        self,
+        entry: ScheduledSequence,
+        runner: ModelRunner,
+        page_size: int,
+        neighbours: Neighbours | None = None,
+    ) -> None:
+        self.entry = entry
+        self._neighbours = neighbours or Alone()
+        batch = build_batch([entry], page_size)
+        self.reads = batch.reads
+        self._layers = runner.run_beside(batch)
+        self._num_layers = runner.decoder.config.num_layers
+        self._backend = runner.backend
+        self._tile_rows = runner.backend.tile_rows
+        self._shares_page = entry.start % page_size > 0
+        self._layer = -1  # whose keys are written, and are read next
+        self._sent = -1
+        self.waits = False
+        """Whether the last ``advance`` ended for want of a neighbour."""
+
+    @property
+    def seq(self) -> Sequence:
+        return self.entry.seq
+
+    @property
+    def layer(self) -> int:
+        """The layer it has come to; -1 before the first."""
+        return self._layer
+
+    def pieces(self, num_tokens: int) -> int:
+        """How many of its pieces are as much work as ``num_tokens`` tokens, roughly."""
+        return max(num_tokens // self._tile_rows, 1) * self._num_layers
+
+    def advance(self, pieces: int) -> Tensor | None:
+        """Compute so many tiles of one layer, or as many of them as the neighbours allow; the
+        logits, once done."""
+        # The very first is the keys of layer 0 alone.
+        for _ in range(pieces + (self._layer < 0)):
+            self.waits = not self._may_go_on()
+            if self.waits:
+                return None
+            try:
+                self._layer = next(self._layers)
+            except StopIteration as end:
+                logits: Tensor = end.value
+                return logits
+        return None
+
+    def synchronize(self) -> None:
+        """Wait until what it launched is computed, for its time to be known."""
+        self._backend.synchronize()
+
+    def _may_go_on(self) -> bool:
+        ahead = self._layer + 1 if self._shares_page else self._layer
+        for layer in {self._layer, min(ahead, self._num_layers - 1)} - {-1}:
+            if not self._neighbours.arrived(layer):
+                return False
+        if self._sent < self._layer:
+            if not self._neighbours.written(self._layer):
+                return False
+            self._sent = self._layer
+        return True

@@ -1,0 +1,335 @@
+"""int8 weights: smoothing changes nothing but ranges, the error is bounded, damage is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from headstart.engine.batch import build_batch
+from headstart.engine.config import EngineConfig
+from headstart.engine.engine import Engine
+from headstart.engine.errors import ConfigError, ModelError
+from headstart.engine.models import quality
+from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.decoder import Decoder
+from headstart.engine.models.loading import choose_weights
+from headstart.engine.models.parameters import Matrix, read_float
+from headstart.engine.models.quantize import (
+    ALPHA,
+    calibrate,
+    quantize,
+    quantize_matrix,
+    read_int8,
+    read_quality,
+    read_smoothing,
+    smooth_layer,
+    smoothing,
+)
+from headstart.engine.models.rope import rope_tables
+from headstart.engine.models.runner import ModelRunner, load_decoder
+from headstart.engine.sampling.params import SamplingParams
+from headstart.engine.schedule.scheduler import ScheduledSequence
+from headstart.engine.sequence import Sequence
+from headstart.kernels.backend import RopeTable, instruction_sets, load_backend
+
+TEXT_TOKENS = 700
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "llama3": {"tie_word_embeddings": True},
+    "mistral": {"num_key_value_heads": 1},
+    "qwen2": {},
+    "qwen3": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled text is many tokens to a tokenizer of bytes."""
+    whole = quality.text_tokens
+
+    def part(folder: Path, name: str, limit: int | None = None) -> list[int]:
+        return whole(folder, name, min(limit or TEXT_TOKENS, TEXT_TOKENS))
+
+    monkeypatch.setattr(quality, "text_tokens", part)
+
+
+@pytest.fixture(params=MODELS)
+def folder(request: pytest.FixtureRequest, tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy that may be written into. Small initial weights: activations like a real model's."""
+    made = tiny_model(request.param, initializer_range=0.1, **MODELS[request.param])
+    return Path(shutil.copytree(made, tmp_path / "model"))
+
+
+@pytest.fixture
+def quantised(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    made = tiny_model("llama", initializer_range=0.1, **MODELS["llama"])
+    copy = Path(shutil.copytree(made, tmp_path / "model"))
+    quantize(copy)
+    return copy
+
+
+TOKENS = torch.randint(0, 320, (100,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def logits_of(runner: ModelRunner) -> torch.Tensor:
+    seq = Sequence(0, array("i", TOKENS), 100, SamplingParams(max_tokens=1), pages=[0, 1, 2, 3])
+    batch = build_batch([ScheduledSequence(seq, 0, 100, False)], 32)
+    return runner.run(batch.with_all_logits()).clone()
+
+
+def run(folder: Path, weights: str, isa: str = "auto") -> torch.Tensor:
+    backend = load_backend("cpu", isa=isa, weights=weights, threads=2)
+    config = ModelConfig.from_folder(folder)
+    return logits_of(ModelRunner(load_decoder(folder, config, backend, weights, 512), backend, 4))
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference, relative to that of the expected."""
+    return float((result - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
+
+
+def test_smoothing_leaves_the_float_function_alone(folder: Path) -> None:
+    config = ModelConfig.from_folder(folder)
+    ranges, head_range = calibrate(folder, config)
+    parameters = read_float(config, folder)
+    layers = list(parameters.layers)
+    before = [layer.down.weight.clone() for layer in layers]
+    for layer, recorded in zip(layers, ranges, strict=True):
+        smooth_layer(layer, config, recorded)
+    assert not torch.equal(layers[0].down.weight, before[0])
+    head = parameters.head.weight.float()
+    factor = smoothing(head_range, head.abs().amax(dim=0), ALPHA["head"])
+    smoothed = replace(
+        parameters,
+        layers=iter(layers),
+        final_norm=parameters.final_norm / factor,
+        head=Matrix(head * factor),
+    )
+    backend = load_backend("reference", isa="auto", weights="f32", threads=2)
+    decoder = Decoder(config, backend, smoothed, RopeTable(*rope_tables(config, 512)))
+    assert error(logits_of(ModelRunner(decoder, backend, 4)), run(folder, "f32")) < 1e-5
+
+
+def test_channels_that_nothing_excites_or_reads_are_left_alone() -> None:
+    factor = smoothing(torch.tensor([0.0, 2.0, 8.0]), torch.tensor([3.0, 0.0, 2.0]), 0.5)
+    assert factor.tolist() == [1.0, 1.0, 2.0]
+
+
+def test_the_error_of_a_weight_is_at_most_half_a_step() -> None:
+    weight = torch.randn(50, 33, generator=torch.Generator().manual_seed(2)) * torch.logspace(
+        -6, 6, 50
+    ).unsqueeze(1)
+    weight[4] = 0
+    result = quantize_matrix(Matrix(weight))
+    assert result.scale is not None
+    assert result.weight.dtype is torch.int8
+    restored = result.weight.float() * result.scale[:, None]
+    assert ((restored - weight).abs() <= 0.501 * result.scale[:, None]).all()
+    assert (restored[4] == 0).all()
+    assert result.weight.abs().amax(dim=1)[torch.arange(50) != 4].eq(127).all()
+
+
+def test_every_architecture_stays_close(folder: Path) -> None:
+    found = quantize(folder)
+    assert read_quality(folder) == found
+    assert found["tokens"] == TEXT_TOKENS
+    assert found["int8"] == pytest.approx(found["f32"], rel=0.05)
+    assert found["bf16"] == pytest.approx(found["f32"], rel=0.02)
+    expected = run(folder, "f32")
+    results = [run(folder, "int8", isa) for isa in instruction_sets()]
+    for result in results:
+        assert error(result, expected) < 0.05
+        # bf16 KV is rounded alike everywhere; the sums differ in their order.
+        assert error(result, results[0]) < 0.02
+    engine = Engine(
+        EngineConfig(
+            model_path=str(folder), weights="int8", threads=2, kv_memory=1 << 24, max_model_len=256
+        )
+    )
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    prompts = [TOKENS[:n] for n in (1, 33, 64, 90)]
+    together = engine.generate(prompts, params)
+    assert engine.model.weights == "int8"
+    # A row's int8 products do not depend on its neighbours.
+    assert [engine.generate([prompt], params)[0] for prompt in prompts] == together
+
+
+def test_a_context_shorter_than_a_window(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """The windows of the text follow the model: no position and no page beyond its own."""
+    made = tiny_model("llama", max_position_embeddings=80)
+    copy = Path(shutil.copytree(made, tmp_path / "model"))
+    assert quantize(copy)["int8"] > 1
+
+
+def test_missing_weights(tiny_model: Callable[..., Path]) -> None:
+    made = tiny_model("llama")
+    with pytest.raises(ModelError, match="no int8 weights: pull the model again"):
+        read_int8(ModelConfig.from_folder(made), made)
+    assert read_quality(made) is None
+
+
+def read_all(folder: Path) -> None:
+    list(read_int8(ModelConfig.from_folder(folder), folder).layers)
+
+
+def test_damaged_weights_are_named(quantised: Path) -> None:
+    path = quantised / "int8" / "model.safetensors"
+    good = path.read_bytes()
+    tensors = load_file(path)
+    read_all(quantised)
+    for size in (0, 5, 1000, len(good) - 1):
+        path.write_bytes(good[:size])
+        with pytest.raises(ModelError, match=r"model\.safetensors.*truncated"):
+            read_all(quantised)
+
+    def damaged(**changes: torch.Tensor | None) -> None:
+        changed = {**tensors, **changes}
+        save_file({name: t for name, t in changed.items() if t is not None}, path)
+
+    down = "layers.1.down.weight"
+    damaged(**{down: None})
+    with pytest.raises(ModelError, match=rf"{down} is missing"):
+        read_all(quantised)
+    damaged(**{down: tensors[down][:, :-4].contiguous()})
+    with pytest.raises(ModelError, match=rf"{down} .* has shape"):
+        read_all(quantised)
+    # As long in elements, not in bytes: the kernels would read past its end.
+    damaged(final_norm=tensors["final_norm"].half())
+    with pytest.raises(ModelError, match=r"final_norm .*float16, not torch\.float32"):
+        read_all(quantised)
+    damaged(stray=torch.zeros(1))
+    with pytest.raises(ModelError, match="stray"):
+        read_all(quantised)
+
+
+def test_the_smoothing_is_kept(folder: Path) -> None:
+    """The int8 weights without it are the model's own, within half a step of rounding."""
+    quantize(folder)
+    config = ModelConfig.from_folder(folder)
+    factors = read_smoothing(config, folder)
+    originals, rounded = read_float(config, folder).layers, read_int8(config, folder).layers
+    # Rows that are not divided themselves: q of qkv, gate of gate_up, all of the other two.
+    rows = {"qkv": config.num_heads * config.head_dim, "gate_up": config.intermediate_size}
+    for kept, original, layer in zip(factors, originals, rounded, strict=True):
+        assert kept.keys() == {"qkv", "o", "gate_up", "down"}
+        for name, factor in kept.items():
+            assert factor.dtype is torch.float32
+            assert factor.max() > 1.2 * factor.min()
+            matrix, weight = getattr(layer, name), getattr(original, name).weight
+            error = (matrix.weight * matrix.scale[:, None] / factor - weight).abs()
+            within = error <= 0.501 * matrix.scale[:, None] / factor
+            assert within[: rows.get(name)].all()
+
+
+def test_missing_and_damaged_smoothing_is_named(quantised: Path) -> None:
+    config = ModelConfig.from_folder(quantised)
+    path = quantised / "int8" / "smoothing.safetensors"
+    good, tensors = path.read_bytes(), load_file(path)
+    name = "layers.1.down"
+    for size in (0, 5, 300, len(good) - 1):
+        path.write_bytes(good[:size])
+        with pytest.raises(ModelError, match=r"smoothing\.safetensors: truncated"):
+            read_smoothing(config, quantised)
+    for changes, said in (
+        ({name: tensors[name][:-1]}, rf"{name} in .*smoothing\.safetensors has shape \[95\]"),
+        ({name: None}, rf"{name} is missing from .*smoothing\.safetensors"),
+        ({name: tensors[name].int()}, rf"{name} in .*smoothing\.safetensors is stored as I32"),
+        ({"layers.2.down": torch.ones(96)}, r"smoothing\.safetensors: holds .* layers\.2\.down"),
+    ):
+        changed = {**tensors, **changes}
+        path.unlink()
+        save_file({k: t.contiguous() for k, t in changed.items() if t is not None}, path)
+        with pytest.raises(ModelError, match=said):
+            read_smoothing(config, quantised)
+    path.unlink()
+    with pytest.raises(ModelError, match=r"smoothing\.safetensors is missing: pull the model ag"):
+        read_smoothing(config, quantised)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"int8": "many"}', "null"])
+def test_a_damaged_quality_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8" / "quality.json").write_text(text)
+    with pytest.raises(ModelError, match=r"quality\.json is damaged"):
+        read_quality(tmp_path)
+
+
+def record_quality(folder: Path, int8: float) -> None:
+    (folder / "int8").mkdir()
+    recorded = {"tokens": 5000, "f32": 20.0, "bf16": 20.0, "int8": int8}
+    (folder / "int8" / "quality.json").write_text(json.dumps(recorded))
+
+
+@pytest.mark.parametrize(
+    ("backend", "isa", "int8", "expected"),
+    [
+        ("cpu", "avx512_bf16", 20.19, "int8"),
+        ("cpu", "avx512_vnni", 20.19, "int8"),
+        ("cpu", "avx512_bf16", 20.21, "bf16"),
+        ("cpu", "avx512_vnni", 20.21, "f32"),
+        ("cpu", "avx512_bf16", float("nan"), "bf16"),
+        ("cpu", "avx512_bf16", None, "bf16"),
+        ("cpu", "avx512", 20.0, "f32"),
+        ("cpu", "avx2", 20.0, "f32"),
+        ("cpu", "portable", 20.0, "f32"),
+        ("reference", "avx512_bf16", 20.0, "f32"),
+    ],
+)
+def test_auto_takes_int8_where_it_is_fast_and_good(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    isa: str,
+    int8: float | None,
+    expected: str,
+) -> None:
+    monkeypatch.delenv("HEADSTART_AUTO_WEIGHTS", raising=False)
+    if int8 is not None:
+        record_quality(tmp_path, int8)
+    assert choose_weights("auto", backend, isa, tmp_path) == expected
+    assert choose_weights("bf16", backend, isa, tmp_path) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("held", "isa", "int8", "expected"),
+    [
+        ("f32", "avx512_vnni", 20.0, "f32"),
+        ("bf16", "avx2", 20.0, "bf16"),
+        ("int8", "avx2", 20.0, "int8"),
+        ("int8", "avx2", 21.0, "f32"),
+        ("int8", "avx2", None, "f32"),
+    ],
+)
+def test_what_auto_takes_can_be_held(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held: str,
+    isa: str,
+    int8: float | None,
+    expected: str,
+) -> None:
+    monkeypatch.setenv("HEADSTART_AUTO_WEIGHTS", held)
+    if int8 is not None:
+        record_quality(tmp_path, int8)
+    assert choose_weights("auto", "cpu", isa, tmp_path) == expected
+    assert choose_weights("auto", "reference", isa, tmp_path) == "f32"
+    assert choose_weights("bf16", "cpu", isa, tmp_path) == "bf16"
+
+
+def test_an_unknown_weight_format_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="--weights must be auto, f32, f16, bf16, int8; got int3"):
+        choose_weights("int3", "cpu", "avx2", tmp_path)
+    monkeypatch.setenv("HEADSTART_AUTO_WEIGHTS", "int3")
+    with pytest.raises(ConfigError, match="HEADSTART_AUTO_WEIGHTS must be f32, bf16, int8"):
+        choose_weights("auto", "cpu", "avx2", tmp_path)
