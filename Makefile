@@ -13,14 +13,21 @@ BIN := .venv/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: serve test lint format install bench bench-serve bench-steps perplexity peers container-test gpu-check gpu-bench fuzz soak clean
+.PHONY: serve test test-all test-gpu-interpreter lint format install bench bench-serve bench-steps perplexity peers container-test gpu-check gpu-bench fuzz soak clean
 .DEFAULT_GOAL := test
 
 serve: install
 	$(BIN)/headstart serve $(MODEL) $(ARGS)
 
 test: install
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -m 'not slow and not interpreter' $(ARGS)
+
+# Everything, with as many random examples as the tests ask for.
+test-all: install
+	$(BIN)/pytest --hypothesis-profile=all $(ARGS)
+
+test-gpu-interpreter: install
+	$(BIN)/pytest --hypothesis-profile=all tests/kernels/gpu tests/engine/test_gpu.py tests/engine/models/test_decode_graphs.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check

@@ -28,9 +28,49 @@ if not torch.cuda.is_available():
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# How long an example takes says more about the machine than about the code.
-hypothesis.settings.register_profile("tests", deadline=None)
+# How long an example takes says more about the machine than about the code. "all" is chosen by
+# `make test-all`: tests that want more or fewer examples say so as multiples of the profile's.
+hypothesis.settings.register_profile("all", deadline=None)
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks that follow from what a test asks for, and `covering` ones from their parameters."""
+    products: dict[Any, list[pytest.Function]] = {}
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        if "smollm2" in item.fixturenames:
+            item.add_marker("model")
+        if Path(__file__).parent / "system" in item.path.parents:
+            item.add_marker("process")
+        if not any(item.iter_markers("process")) and not any(item.iter_markers("model")):
+            item.add_marker("unit")
+        if any(item.iter_markers("covering")) and hasattr(item, "callspec"):
+            products.setdefault((item.path, item.originalname), []).append(item)
+    for product in products.values():
+        kept = covering(product)
+        for item in product:
+            if item not in kept:
+                item.add_marker("slow")
+
+
+def covering(product: list[pytest.Function]) -> list[pytest.Function]:
+    """As few of a test's cases as have every value of every parameter, the fullest first.
+
+    A parameter called ``seed`` is not one to cover: one random case is as good as another.
+    """
+    values = {
+        item: {pair for pair in item.callspec.indices.items() if pair[0] != "seed"}
+        for item in product
+    }
+    kept = [product[0]]
+    missing = set().union(*values.values()) - values[product[0]]
+    while missing:
+        kept.append(max(product, key=lambda item: len(values[item] & missing)))
+        missing -= values[kept[-1]]
+    return kept
+
 
 TINY_VOCAB_SIZE = 320
 """256 bytes, 3 special tokens, and as many merges as fit."""

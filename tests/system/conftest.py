@@ -123,7 +123,9 @@ class Server:
         )
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=GUARD)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=GUARD
+        )
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
@@ -307,8 +309,8 @@ def text() -> Callable[[int, int], str]:
 def token_bytes(smollm2: Path) -> int:
     """Bytes of KV of one token of the default model, in the format that is chosen here."""
     from headstart.engine.config import EngineConfig
-    from headstart.engine.loading import set_up
-    from headstart.engine.model_runner import attention_shape
+    from headstart.engine.models.loading import set_up
+    from headstart.engine.models.runner import attention_shape
 
     setup = set_up(EngineConfig(model_path=str(smollm2)))
     page = setup.backend.kv_bytes_per_page(attention_shape(setup.model), setup.model.num_layers)

@@ -13,7 +13,6 @@ import httpx
 import psutil
 import pytest
 
-
 GUARD = 300
 """Seconds after which a wait is given up."""
 

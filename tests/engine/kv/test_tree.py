@@ -266,4 +266,6 @@ class Tree(RuleBasedStateMachine):
 
 
 TestTree = Tree.TestCase
-TestTree.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestTree.settings = settings(
+    max_examples=3 * settings.default.max_examples // 2, stateful_step_count=40, deadline=None
+)

@@ -158,7 +158,7 @@ def plan_of(relay: Relay, some: list[ScheduledSequence]) -> RelayPlan:
 # ---------------------------------------------------------------- runs
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples // 2, deadline=None)
 @given(steps())
 def test_runs_are_all_that_is_shared(step: Step) -> None:
     runs = shared_runs(step.scheduled)
@@ -179,7 +179,7 @@ def test_runs_are_all_that_is_shared(step: Step) -> None:
     assert len(set(groups)) == len(groups)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=6 * settings.default.max_examples // 5, deadline=None)
 @given(steps())
 def test_runs_come_deepest_first_and_know_their_branches(step: Step) -> None:
     runs = shared_runs(step.scheduled)
@@ -207,7 +207,7 @@ def test_equal_tokens_of_two_namespaces_are_not_shared() -> None:
 # ---------------------------------------------------------------- plans
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=6 * settings.default.max_examples // 5, deadline=None)
 @given(steps(), cost_tables(), st.sampled_from(["on", "auto"]), st.sampled_from([4, 8, 12]))
 def test_ranges_can_be_read(step: Step, costs: AttentionCosts, mode: str, size: int) -> None:
     plan = relay(mode, size, costs).plan(step.scheduled)
@@ -249,7 +249,7 @@ def keys_read(ranges: KVRanges, num_rows: int) -> list[list[tuple[int, int]]]:
     return seen
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=6 * settings.default.max_examples // 5, deadline=None)
 @given(steps(), cost_tables(), st.sampled_from(["on", "auto"]), st.sampled_from([4, 8, 12]))
 def test_every_row_sees_the_same_keys(
     step: Step, costs: AttentionCosts, mode: str, size: int
@@ -302,7 +302,7 @@ def predicted(step: Step, costs: AttentionCosts, ranges: Items[SharedRange]) -> 
     return total
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples // 2, deadline=None)
 @given(steps(), cost_tables(), st.sampled_from(["on", "auto"]), st.sampled_from([4, 8, 12]))
 def test_predicted_seconds(step: Step, costs: AttentionCosts, mode: str, size: int) -> None:
     plan = relay(mode, size, costs).plan(step.scheduled)
@@ -331,7 +331,7 @@ def test_what_a_deeper_range_costs_above_it_is_counted() -> None:
     assert plan.seconds == pytest.approx(plan.plain_seconds)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples // 2, deadline=None)
 @given(steps(), cost_tables())
 def test_alone_in_its_tree_a_run_is_read_once_if_that_pays(
     step: Step, costs: AttentionCosts
@@ -349,7 +349,7 @@ def test_alone_in_its_tree_a_run_is_read_once_if_that_pays(
         assert saved <= 0.031 * read_apart or one in plan.ranges
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=settings.default.max_examples, deadline=None)
 @given(steps(), st.sampled_from([4, 8]))
 def test_free_sharing_is_taken_and_dear_sharing_is_not(step: Step, size: int) -> None:
     everything = relay("on", size).plan(step.scheduled)
@@ -517,7 +517,7 @@ def test_turned_off_it_plans_nothing(cache: RadixCache) -> None:
     assert on.plan(five(cache)) is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=settings.default.max_examples, deadline=None)
 @given(cost_tables(), st.integers(1, 12), st.sampled_from([4, 8]))
 def test_break_even_is_where_plans_begin_to_share(
     costs: AttentionCosts, pages: int, size: int

@@ -488,7 +488,11 @@ def test_measured_and_modelled_cuts(make_cluster: MakeCluster, alone: Alone) -> 
 
 
 @given(data=st.data(), length=st.integers(34, 300))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=settings.default.max_examples // 4,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 def test_any_cuts(lasting: Any, alone: Alone, data: st.DataObject, length: int) -> None:
     """Of a prompt of which the engine knows the beginning, or nothing."""
     cluster: Cluster = lasting(3, data.draw(st.sampled_from(["auto", "gloo"])))
@@ -578,7 +582,11 @@ def test_what_only_the_ranks_know_is_not_computed_again(
 
 
 @given(data=st.data(), length=st.sampled_from([255, 256, 257, 288, 289, 300]))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=3 * settings.default.max_examples // 10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 def test_all_know_the_beginning_to_different_depths(
     lasting: Any, alone: Alone, data: st.DataObject, length: int
 ) -> None:
@@ -674,7 +682,11 @@ def test_segments(
     data=st.data(),
     layout=st.lists(st.tuples(st.integers(0, 50), st.integers(2, 120)), min_size=1, max_size=6),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=settings.default.max_examples // 4,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 def test_any_cuts_between_any_segments(
     lasting: Any, alone: Alone, data: st.DataObject, layout: list[Span]
 ) -> None:

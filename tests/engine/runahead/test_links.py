@@ -402,7 +402,7 @@ DEEDS = st.lists(
     to=st.lists(PAGE, min_size=8, max_size=8, unique=True),
     deeds=DEEDS,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples // 5, deadline=None)
 def test_random_use(lasting: Link, of: list[int], to: list[int], deeds: list[Any]) -> None:
     """Four jobs of two pages, sent and dropped in any order. Pages change as soon as they may."""
     link, first = lasting, next(JOBS) * 10

@@ -873,7 +873,9 @@ class Use(RuleBasedStateMachine):
 
 
 TestUse = Use.TestCase
-TestUse.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestUse.settings = settings(
+    max_examples=2 * settings.default.max_examples, stateful_step_count=40, deadline=None
+)
 
 
 # ------------------------------------------------------------------------------- steps that overlap
@@ -1263,4 +1265,6 @@ class OverlappingUse(RuleBasedStateMachine):
 
 
 TestOverlappingUse = OverlappingUse.TestCase
-TestOverlappingUse.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestOverlappingUse.settings = settings(
+    max_examples=2 * settings.default.max_examples, stateful_step_count=30, deadline=None
+)
