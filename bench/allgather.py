@@ -37,7 +37,7 @@ from headstart.engine.models.loading import load_model
 from headstart.engine.models.runner import warm_up
 from headstart.engine.process.groups import gloo_group, meeting
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
+from headstart.engine.sequence import ScheduledSequence
 from headstart.engine.sequence import Sequence as Prompt
 
 CAUSAL, DENSE = "causal", "dense"

@@ -39,9 +39,11 @@ from headstart.engine.costs.attention import QUERIES, filled_pool, load_costs
 from headstart.engine.kv.tree import Node
 from headstart.engine.ranges.shared import Relay
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
+from headstart.engine.sequence import ScheduledSequence
 from headstart.engine.sequence import Sequence as EngineSequence
-from headstart.kernels.backend import AttentionShape, Backend, KVRanges, load_backend
+from headstart.kernels.backend import AttentionShape, Backend
+from headstart.kernels.devices import load_backend
+from headstart.kernels.ranges import KVRanges
 
 SHAPES = {
     "multi-head": AttentionShape(32, 32, 128),

@@ -31,8 +31,9 @@ import numpy as np
 import torch
 
 from headstart.bench.gpu_layer import LayerCase, Work, layer_cases
-from headstart.kernels.backend import AttentionShape, KVRanges, Range
+from headstart.kernels.backend import AttentionShape
 from headstart.kernels.gpu.kv import PageLayout
+from headstart.kernels.ranges import KVRanges, Range
 
 if TYPE_CHECKING:
     from headstart.kernels.gpu.backend import GpuBackend
@@ -238,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.roofline:
         print(report(H100, None, args.page_size), end="")
         return 0
-    from headstart.kernels.backend import load_backend
+    from headstart.kernels.devices import load_backend
 
     try:
         backend = load_backend("gpu", isa="auto", weights="bf16", threads=1)

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from headstart.kernels.backend import instruction_sets
 from headstart.kernels.cpu.backend import CpuBackend, Rows
+from headstart.kernels.devices import instruction_sets
 
 HIDDEN, INNER, QKV, VOCAB, LAYERS = 576, 1536, 960, 49152, 30
 SHAPES = [(QKV, HIDDEN), (HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)]

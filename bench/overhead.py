@@ -32,7 +32,8 @@ from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sampling.sampler import Sampler
 from headstart.engine.schedule.scheduler import Scheduler
 from headstart.engine.sequence import Sequence
-from headstart.kernels.backend import AttentionShape, load_backend
+from headstart.kernels.backend import AttentionShape
+from headstart.kernels.devices import load_backend
 
 PROMPT, STEPS = 1748, 200
 SYSTEM, TENANT, TENANTS = 1024, 512, 4

@@ -18,7 +18,8 @@ from headstart.engine.models.loading import INT8_TOLERANCE
 from headstart.engine.models.quality import WINDOW, perplexity, text_tokens
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.models.store import resolve
-from headstart.kernels.backend import WEIGHT_FORMATS, load_backend
+from headstart.kernels.backend import WEIGHT_FORMATS
+from headstart.kernels.devices import load_backend
 
 
 def main() -> None:

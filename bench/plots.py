@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from headstart.bench.runahead_report import ALONE, BASELINES, Row
 
 if TYPE_CHECKING:
-    from headstart.bench.relay import Point
+    from headstart.bench.relay_report import Point
     from headstart.bench.samples import Result
 
 DPI = 150

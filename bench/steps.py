@@ -34,9 +34,8 @@ from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.runner import ModelRunner, attention_shape, load_decoder
 from headstart.engine.models.store import resolve
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
-from headstart.kernels.backend import load_backend
+from headstart.engine.sequence import ScheduledSequence, Sequence
+from headstart.kernels.devices import load_backend
 
 BATCHES = (1, 4, 16, 64)
 CONTEXTS = (256, 1024, 2048, 4096, 8192)

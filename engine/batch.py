@@ -26,20 +26,16 @@ from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from headstart.engine.models.reading import Read
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.kernels.backend import Backend, IntArray, KVRanges, starts
-
-if TYPE_CHECKING:
-    from headstart.engine.models.adapters import Adapter
-    from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import Adapter, Reader, ScheduledSequence, Sequence
+from headstart.kernels.backend import Backend
+from headstart.kernels.ranges import IntArray, KVRanges, starts
 
 
 class AdapterRows(NamedTuple):
@@ -132,6 +128,22 @@ class Batch:
     def with_all_logits(self) -> Batch:
         """The same batch, with the logits of every row wanted."""
         return replace(self, logit_rows=None)
+
+
+class Read(NamedTuple):
+    """Rows ``[first, end)`` of a batch, and who reads them."""
+
+    first: int
+    end: int
+    reader: Reader
+
+    def meets(self, first: int, end: int) -> bool:
+        """Whether some are among rows ``[first, end)``."""
+        return self.first < end and first < self.end
+
+    def within(self, first: int, end: int) -> Read:
+        """Those that are, by their place there."""
+        return Read(max(self.first, first) - first, min(self.end, end) - first, self.reader)
 
 
 class SharedRange(NamedTuple):

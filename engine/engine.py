@@ -23,7 +23,7 @@ import msgspec
 from torch import Tensor
 
 from headstart import __version__
-from headstart.engine.batch import Batch, InFlight, SharedRange, build_batch
+from headstart.engine.batch import Batch, InFlight, Read, SharedRange, build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.costs.attention import load_costs
 from headstart.engine.costs.forecast import Forecast, forecast
@@ -31,11 +31,10 @@ from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.kv.pages_ahead import PagesAhead
 from headstart.engine.kv.pool import PagePool
 from headstart.engine.kv.tree import RadixCache
-from headstart.engine.models.adapters import Adapter
 from headstart.engine.models.config import declared_pooling
 from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.loading import load_model
-from headstart.engine.models.reading import Pooled, PromptScores, Read, Reading
+from headstart.engine.models.reading import Pooled, PromptScores, Reading
 from headstart.engine.models.runner import warm_up
 from headstart.engine.process.cores import usable_cores
 from headstart.engine.process.groups import check_gpus
@@ -57,7 +56,7 @@ from headstart.engine.sampling.grammar import RUN_SECONDS, Grammar, Grammars, Ma
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
 from headstart.engine.sampling.sampler import Sampler, Sampling
 from headstart.engine.schedule.scheduler import NOTHING, NewToken, Scheduler, SchedulerOutput
-from headstart.engine.sequence import FinishReason, Sequence, Status
+from headstart.engine.sequence import Adapter, FinishReason, Sequence, Status
 from headstart.engine.work import LongChunk
 
 logger = logging.getLogger(__name__)

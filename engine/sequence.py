@@ -1,20 +1,26 @@
-"""Sequence: one request on its way from the scheduler to the sampler."""
+"""Sequence: one request on its way from the scheduler to the sampler.
+
+The ground of the engine: what a sequence carries (an adapter, a reading) is known here by protocols
+alone; models/adapters.py and models/reading.py supply them.
+"""
 
 from __future__ import annotations
 
 import enum
 import os
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from torch import Tensor
 
 from headstart.engine.ranges.segments import CAUSAL, Segments
 from headstart.engine.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from headstart.engine.kv.tree import Node
-    from headstart.engine.models.adapters import Adapter
-    from headstart.engine.models.reading import Reading
+    from headstart.engine.process.messages import AdapterInfo
     from headstart.engine.sampling.grammar import Constraint
 
 
@@ -31,6 +37,62 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"  # the model's logits were not numbers
+
+
+class Adapter(Protocol):
+    """LoRA weights that a sequence is computed with, compared by identity.
+
+    ``weights``: the backend's ``lora_adapter``. ``digest``: of all its numbers, a part of the cache
+    key.
+    """
+
+    @property
+    def info(self) -> AdapterInfo: ...
+
+    @property
+    def digest(self) -> bytes: ...
+
+    @property
+    def weights(self) -> Any: ...
+
+
+class Reader(Protocol):
+    """Takes some rows of a batch, in order and maybe in several parts."""
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether it takes logits ``[rows, vocab]``, or hidden states ``[rows, hidden]``."""
+        ...
+
+    def take(self, rows: Tensor) -> None:
+        """The next rows, float32, valid until this returns. Must not wait for the device."""
+        ...
+
+    def fetch(self) -> Callable[[], None]:
+        """Queue the way of the results to the host; what is returned waits for them, and books
+        them."""
+        ...
+
+
+class Reading(Protocol):
+    """What a request wants of its prompt beside KV and an answer.
+
+    ``next``: the first position whose row is still to be read; ``end``: the last one's plus 1.
+    """
+
+    next: int
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Of a sequence that ends with its prompt."""
+        ...
+
+    def reader(self, first: int, end: int) -> Reader:
+        """For the rows of positions ``[first, end)``, which follow those booked or in flight."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -108,3 +170,21 @@ class Sequence:
             return self.token_ids
         self.segments.extend_keys(self._keys, self.token_ids, page_size)
         return self._keys
+
+
+class ScheduledSequence(NamedTuple):
+    """Compute positions ``[start, start + num_tokens)`` of ``seq``.
+
+    ``samples``: they reach its last token, so the logits of their last row are wanted, unless it
+    ends with its prompt. A ``start`` behind the known tokens is that of the one token that the step
+    in flight samples.
+    """
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens

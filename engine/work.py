@@ -14,8 +14,7 @@ from torch import Tensor
 
 from headstart.engine.batch import build_batch
 from headstart.engine.models.runner import ModelRunner
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 
 
 class Neighbours(Protocol):

@@ -1,6 +1,6 @@
 """The C++ module (cpu/module.cpp). Addresses are integers; types: 0 float32, 1 bf16, 2 uint8."""
 
-from headstart.kernels.backend import IntArray
+from headstart.kernels.ranges import IntArray
 
 BLOCK_PAGES: int
 DOWN_PANEL: int

@@ -1,30 +1,20 @@
-"""Backend: the operations a device must supply. The only place that asks about devices.
+"""Backend: the operations a device must supply.
 
 A model is written against this protocol (engine/models/decoder.py) and never learns which device,
-number format or attention method is active. Attention is a list of **KV ranges**: a run of pages,
-the rows that read it, and per row how many of its keys that row sees. Each range yields
-``(out, lse)`` per row; partial results of one row are merged (reference.py has the algebra).
+number format or attention method is active. What attention reads is in ranges.py, what there is on
+this machine in devices.py, and what every operation means in reference.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import itertools
-import os
-import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from headstart.kernels.ranges import IntArray, KVRanges
 from headstart.kernels.shared_memory import SharedMemory
-
-IntArray = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,90 +29,6 @@ class AttentionShape:
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads
-
-
-@dataclass(frozen=True, slots=True)
-class KVRanges:
-    """The KV ranges of one batch, as flat arrays (int32).
-
-        page_start  [ 0       3    4 ]        range i reads pages[page_start[i] : page_start[i+1]]
-        pages       [ 7  3  9 | 4 ]
-        first_key   [ 0        | 96 ]         and its first key is key first_key[i] of a sequence
-        row_start   [ 0   2          5 ]      and is read by rows[row_start[i] : row_start[i+1]]
-        rows        [ 0   1 | 2   3   4 ]
-        visible     [ 64 65 | 8   9  10 ]     row sees keys [0, visible) of its range
-
-    Key k of a range lies in page k // page_size of its run, at offset k % page_size. A range
-    begins with a page, and the ranges of one row come in the order of their keys.
-    """
-
-    page_start: IntArray
-    pages: IntArray
-    first_key: IntArray
-    row_start: IntArray
-    rows: IntArray
-    visible: IntArray
-
-    def __len__(self) -> int:
-        return len(self.page_start) - 1
-
-    def __getitem__(self, i: int) -> Range:
-        pages = slice(self.page_start[i], self.page_start[i + 1])
-        entries = slice(self.row_start[i], self.row_start[i + 1])
-        return Range(
-            self.pages[pages], self.rows[entries], self.visible[entries], int(self.first_key[i])
-        )
-
-    @classmethod
-    def of(cls, ranges: Sequence[Range]) -> KVRanges:
-        """The ranges of a list, in its order."""
-
-        def joined(parts: Iterable[Sequence[int] | IntArray]) -> IntArray:
-            return np.concatenate([np.zeros(0), *parts]).astype(np.int32)
-
-        return cls(
-            page_start=starts([len(each.pages) for each in ranges]),
-            pages=joined(each.pages for each in ranges),
-            first_key=np.array([each.first_key for each in ranges], dtype=np.int32),
-            row_start=starts([len(each.rows) for each in ranges]),
-            rows=joined(each.rows for each in ranges),
-            visible=joined(each.visible for each in ranges),
-        )
-
-    @classmethod
-    def of_sequences(cls, count: int, keys: int, rows: int, page_size: int) -> KVRanges:
-        """``count`` sequences of ``keys`` keys in pages of their own: of each the last ``rows``
-        rows, which are a staircase."""
-        pages = -(-keys // page_size)
-        visible = np.arange(keys - rows + 1, keys + 1, dtype=np.int32)
-        return cls.of(
-            [
-                Range(
-                    np.arange(i * pages, (i + 1) * pages, dtype=np.int32),
-                    np.arange(i * rows, (i + 1) * rows, dtype=np.int32),
-                    visible,
-                )
-                for i in range(count)
-            ]
-        )
-
-    def chosen(self, which: Iterable[int]) -> KVRanges:
-        """These ranges alone."""
-        return KVRanges.of([self[i] for i in which])
-
-
-class Range(NamedTuple):
-    """One of KVRanges: the pages, who reads them, how far, and the key they begin with."""
-
-    pages: Sequence[int] | IntArray
-    rows: Sequence[int] | IntArray
-    visible: Sequence[int] | IntArray
-    first_key: int = 0
-
-
-def starts(counts: npt.ArrayLike) -> IntArray:
-    """Where runs of these lengths begin, one after the other, and where the last one ends."""
-    return np.cumsum(np.append(np.zeros(1, np.int32), counts), dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,115 +289,3 @@ class HostMemory:
 
 WEIGHT_FORMATS = ("f32", "f16", "bf16", "int8")
 KV_FORMATS = ("auto", "fp8", "int8")
-
-
-AUTO_ISA = "HEADSTART_AUTO_ISA"
-"""Variable: the best instruction set that may be chosen unasked, as if the machine had no other."""
-
-
-def instruction_sets() -> list[str]:
-    """CPU instruction sets of this machine that may be chosen unasked, best first.
-
-    All the kernels can use, or those up to AUTO_ISA. Raises ValueError if that is none of them.
-    """
-    from headstart.kernels import _cpu
-
-    sets = list(_cpu.supported())
-    best = os.environ.get(AUTO_ISA) or sets[0]
-    if best not in sets:
-        raise ValueError(
-            f"{AUTO_ISA}: this machine has no {best} kernels; it has {', '.join(sets)}"
-        )
-    return sets[sets.index(best) :]
-
-
-def processor_name() -> str:
-    """The processor's model, as far as the system tells."""
-    fields: dict[str, str] = {}
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in itertools.takewhile(str.strip, lines):
-            name, _, value = line.partition(":")
-            fields[name.strip()] = value.strip()
-    known = ("model name", "cpu family", "model", "stepping")
-    return " ".join(fields[name] for name in known if name in fields) or platform.machine()
-
-
-def default_weights(isa: str) -> str:
-    """The weight format that suits an instruction set, quality aside."""
-    if isa in ("avx512_bf16", "avx512_vnni"):
-        return "int8"
-    return "f32"
-
-
-def load_backend(
-    name: str,
-    *,
-    isa: str,
-    weights: str,
-    threads: int,
-    page_size: int = 32,
-    kv_format: str = "auto",
-    choices: KernelChoices | None = None,
-) -> Backend:
-    """The backend called ``name`` ("gpu", "cpu" or "reference") for one weight format.
-
-    ``kv_format``: of keys and values, "auto" for as wide as activations. ``choices``: where
-    the gpu backend keeps what it measures of its kernels; None: nowhere.
-    Raises ValueError, saying what there is, for a name or instruction set this machine lacks.
-    """
-    torch.set_num_threads(threads)
-    if name == "gpu":
-        return _load_gpu(weights, page_size, kv_format, choices)
-    if kv_format != "auto":
-        raise ValueError(
-            f"the {name} backend has no {kv_format} KV: --kv-format is for the gpu one"
-        )
-    if name == "reference":
-        if weights != "f32":
-            raise ValueError(f"the reference backend computes in f32 only, not {weights}")
-        from headstart.kernels.reference import ReferenceBackend
-
-        return ReferenceBackend(page_size=page_size)
-    if name == "cpu":
-        from headstart.kernels import _cpu
-        from headstart.kernels.cpu.backend import CpuBackend
-
-        if isa == "auto":
-            isa = instruction_sets()[0]
-        available = list(_cpu.supported())
-        if isa not in available:
-            raise ValueError(f"this machine has no {isa} kernels; it has {', '.join(available)}")
-        if weights == "f16":
-            raise ValueError("the cpu backend has no f16 weights; it has f32, bf16 and int8")
-        return CpuBackend(isa=isa, weights=weights, threads=threads, page_size=page_size)
-    raise ValueError(f"there is no backend {name!r}; there are gpu, cpu and reference")
-
-
-def gpu_is_there() -> bool:
-    """Whether the gpu backend can run here: a CUDA device, and Triton."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-
-
-def _load_gpu(
-    weights: str, page_size: int, kv_format: str, choices: KernelChoices | None
-) -> Backend:
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError(
-            "the gpu backend needs an NVIDIA GPU and Triton, which is not installed: use "
-            "--backend cpu, or install headstart[cuda]"
-        )
-    from headstart.kernels.gpu.backend import GpuBackend
-    from headstart.kernels.gpu.device import find_device
-    from headstart.kernels.gpu.flash import find_flash
-    from headstart.kernels.gpu.tuning import Tuner
-
-    device = find_device()
-    tuner = Tuner(device, choices)
-    return GpuBackend(
-        device,
-        tuner,
-        weights=weights,
-        kv_format=kv_format,
-        page_size=page_size,
-        flash_attn=find_flash() if device.measures else None,
-    )

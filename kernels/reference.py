@@ -22,16 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.kernels.backend import (
-    AttentionShape,
-    DenseLinear,
-    HostMemory,
-    IntArray,
-    KVRanges,
-    LoraPart,
-    RopeTable,
-    processor_name,
-)
+from headstart.kernels.backend import AttentionShape, DenseLinear, HostMemory, LoraPart, RopeTable
+from headstart.kernels.processor import processor_name
+from headstart.kernels.ranges import IntArray, KVRanges
 
 
 def attend(

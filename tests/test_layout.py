@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ ALLOWED = {
     "kernels": {"kernels"},
     "engine": {"engine", "kernels"},
     "server": {"server", "engine"},
+    "bench": {"bench", "server", "engine", "kernels"},
 }
 
 
@@ -46,6 +48,28 @@ def test_imports_go_one_way(folder: str) -> None:
             parts = name.split(".")
             if parts[0] == "headstart" and len(parts) > 1 and (ROOT / parts[1]).is_dir():
                 assert parts[1] in ALLOWED[folder], f"{path} imports {name}"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent.parent).with_suffix("").parts
+    return ".".join(("headstart", *parts)).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, known: Iterable[str]) -> set[str]:
+    """The modules among ``known`` that ``path`` imports: names and what they are names in."""
+    names = set(imports(path))
+    return (names | {name.rpartition(".")[0] for name in names}) & set(known)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count, and those for types alone."""
+    paths = {module_name(path): path for folder in ALLOWED for path in modules(folder)}
+    graph = {
+        name: imported_modules(path, paths) - {name.rpartition(".")[0]}
+        for name, path in paths.items()
+    }
+    assert sum(map(len, graph.values())) > len(graph)
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 def run(code: str, *arguments: str) -> str:
@@ -83,7 +107,7 @@ def test_one_openmp_runtime_in_the_engine_process() -> None:
     code = (
         "import json, torch\n"
         "import headstart.engine.process.service, headstart.engine.engine\n"
-        "from headstart.kernels.backend import load_backend\n"
+        "from headstart.kernels.devices import load_backend\n"
         "from threadpoolctl import threadpool_info\n"
         "backend = load_backend('cpu', isa='auto', weights='f32', threads=2)\n"
         "torch.randn(300, 300) @ torch.randn(300, 300)\n"

@@ -36,7 +36,8 @@ import numpy as np
 import torch
 
 from headstart.engine.costs.measurements import keep, load_kept
-from headstart.kernels.backend import AttentionShape, Backend, KVRanges, RopeTable
+from headstart.kernels.backend import AttentionShape, Backend, RopeTable
+from headstart.kernels.ranges import KVRanges
 
 logger = logging.getLogger(__name__)
 

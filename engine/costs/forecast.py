@@ -16,8 +16,7 @@ from headstart.engine.kv.tree import Node
 from headstart.engine.models.runner import ModelRunner
 from headstart.engine.ranges.shared import Relay, RelayPlan
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 
 REPEATS = 5
 

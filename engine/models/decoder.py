@@ -17,18 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from headstart.engine.batch import AdapterRows, Batch
+from headstart.engine.batch import AdapterRows, Batch, Read
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.parameters import Matrix, Parameters
 from headstart.engine.models.ranks import OneRank, Ranks
-from headstart.engine.models.reading import Read
+from headstart.engine.models.spec import DOWN, GATE_UP, MATRICES, QKV, O
 from headstart.kernels.backend import AttentionShape, Backend, FixedBatch, Linear, RopeTable
-
-QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741
-MATRICES = 4
-"""Dense layers of a decoder layer that adapters change, in this order: layer i's matrix m is
-number i * MATRICES + m of an adapter's weights."""
-
 
 HEAD_ROWS = 64
 """Rows of a prompt whose logits are made at a time, for a reader: they are never all there."""

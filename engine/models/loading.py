@@ -19,7 +19,7 @@ from headstart.engine.kv.memory import plan_memory
 from headstart.engine.models.adapters import Adapters
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.quantize import read_quality, read_smoothing
+from headstart.engine.models.formats.int8 import read_quality, read_smoothing
 from headstart.engine.models.ranks import OneRank, Ranks
 from headstart.engine.models.runner import (
     ModelRunner,
@@ -29,14 +29,8 @@ from headstart.engine.models.runner import (
 )
 from headstart.engine.models.share import Share
 from headstart.engine.process.cores import usable_cores
-from headstart.kernels.backend import (
-    WEIGHT_FORMATS,
-    Backend,
-    default_weights,
-    gpu_is_there,
-    instruction_sets,
-    load_backend,
-)
+from headstart.kernels.backend import WEIGHT_FORMATS, Backend
+from headstart.kernels.devices import gpu_is_there, instruction_sets, load_backend
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +64,7 @@ def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
     held = os.environ.get(AUTO_WEIGHTS)
     if held and held not in CPU_FORMATS:
         raise ConfigError(f"{AUTO_WEIGHTS} must be {', '.join(CPU_FORMATS)}; got {held}")
-    fastest = held or default_weights(isa)
+    fastest = held or ("int8" if isa in ("avx512_bf16", "avx512_vnni") else "f32")
     if fastest != "int8":
         return fastest
     quality = read_quality(folder)

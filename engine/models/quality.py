@@ -12,8 +12,7 @@ from tokenizers import Tokenizer
 from headstart.engine.batch import build_batch
 from headstart.engine.models.runner import ModelRunner
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 
 TEXTS = Path(__file__).parent / "text"
 WINDOW = 1024

@@ -18,49 +18,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from headstart.engine.copies import copy_to_host, upload
 from headstart.engine.process.messages import ScoredToken
-from headstart.engine.sampling.device import copy_to_host, upload
 from headstart.engine.sampling.params import Pooling
-from headstart.engine.sequence import FinishReason
-
-
-class Reader(Protocol):
-    """Takes some rows of a batch, in order and maybe in several parts."""
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether it takes logits ``[rows, vocab]``, or hidden states ``[rows, hidden]``."""
-        ...
-
-    def take(self, rows: Tensor) -> None:
-        """The next rows, float32, valid until this returns. Must not wait for the device."""
-        ...
-
-    def fetch(self) -> Callable[[], None]:
-        """Queue the way of the results to the host; what is returned waits for them, and books
-        them."""
-        ...
-
-
-class Read(NamedTuple):
-    """Rows ``[first, end)`` of a batch, and who reads them."""
-
-    first: int
-    end: int
-    reader: Reader
-
-    def meets(self, first: int, end: int) -> bool:
-        """Whether some are among rows ``[first, end)``."""
-        return self.first < end and first < self.end
-
-    def within(self, first: int, end: int) -> Read:
-        """Those that are, by their place there."""
-        return Read(max(self.first, first) - first, min(self.end, end) - first, self.reader)
+from headstart.engine.sequence import FinishReason, Reader
 
 
 class Unread(NamedTuple):

@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -16,18 +16,14 @@ from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decode_graphs import DecodeGraphs
 from headstart.engine.models.decoder import Decoder
+from headstart.engine.models.formats.int8 import read_int8
 from headstart.engine.models.parameters import read_float
-from headstart.engine.models.quantize import read_int8
 from headstart.engine.models.ranks import OneRank, Ranks
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.share import WHOLE, Share
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import Adapter, ScheduledSequence, Sequence
 from headstart.kernels.backend import AttentionShape, Backend, RopeTable
-
-if TYPE_CHECKING:
-    from headstart.engine.models.adapters import Adapter
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,7 @@ from headstart.engine.models.quality import text_tokens
 from headstart.engine.models.runner import ModelRunner
 from headstart.engine.ranges.shared import Relay, RelayPlan
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from typing import NamedTuple
 from headstart.engine.batch import SharedRange
 from headstart.engine.costs.attention import AttentionCosts
 from headstart.engine.kv.tree import Node
-from headstart.engine.schedule.scheduler import ScheduledSequence
+from headstart.engine.sequence import ScheduledSequence
 
 MODES = ("auto", "on", "off")
 """auto: what is predicted to pay. on: whatever is shared. off: nothing."""

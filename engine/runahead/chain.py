@@ -68,8 +68,7 @@ from headstart.engine.runahead.messages import (
 )
 from headstart.engine.runahead.opening import Opening
 from headstart.engine.runahead.rank import OPENING_SECONDS, JobNeighbours, RankConfig
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 from headstart.engine.work import LongChunk
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,7 @@ from headstart.engine.models.runner import ModelRunner
 from headstart.engine.runahead.costs import RankCosts
 from headstart.engine.runahead.messages import Identity
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 
 logger = logging.getLogger(__name__)
 

@@ -59,8 +59,7 @@ from headstart.engine.runahead.messages import (
 )
 from headstart.engine.runahead.opening import Opening
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 from headstart.engine.work import LongChunk
 
 logger = logging.getLogger(__name__)

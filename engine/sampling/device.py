@@ -18,15 +18,15 @@ All steps are launched on one stream, in order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Items
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from headstart.engine.copies import copy_to_host, upload
 from headstart.engine.process.messages import TokenLogprobs
-from headstart.engine.sampling.grammar import Mask, Masks
+from headstart.engine.sampling.grammar import Masks
 from headstart.engine.sampling.sampler import (
     GREEDY_BELOW,
     Sampled,
@@ -36,8 +36,7 @@ from headstart.engine.sampling.sampler import (
     is_restricted,
     uniform,
 )
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 
 _BLOCK = 256  # weights summed at a time when drawing
 
@@ -259,29 +258,3 @@ def _sampled(arrived: list[Tensor], logprobs: _Logprobs | None) -> list[Sampled]
         Sampled(token_id, found.get(row)) if ok else Sampled(None)
         for row, (token_id, ok) in enumerate(zip(token_ids, valid, strict=True))
     ]
-
-
-def upload(values: Items[int | float | tuple[float, ...]] | Mask, dtype: torch.dtype,
-            like: Tensor) -> Tensor:  # fmt: skip
-    """``values`` on the device of ``like``. From pinned memory, which alone is copied without
-    the host waiting; torch gives a pinned block out again only when its copies are done."""
-    pinned = like.device.type == "cuda"
-    host = torch.tensor(values, dtype=dtype, pin_memory=pinned)
-    return host.to(like.device, non_blocking=True)
-
-
-def copy_to_host(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """Queue copies of tensors of one device; the result waits for them, and returns them."""
-    if tensors[0].device.type != "cuda":
-        return lambda: tensors
-    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-    for host, tensor in zip(copies, tensors, strict=True):
-        host.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
-
-    def arrive() -> list[Tensor]:
-        copied.synchronize()
-        return copies
-
-    return arrive

@@ -43,8 +43,7 @@ from torch import Tensor
 from headstart.engine.process.messages import TokenLogprobs
 from headstart.engine.sampling.grammar import Mask, Masks
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 
 GREEDY_BELOW = 1e-5  # temperatures under it are greedy: float32 could not tell the difference
 _BLOCK = 256  # weights summed at a time when drawing

@@ -63,27 +63,9 @@ from typing import NamedTuple
 from headstart.engine.errors import RequestError
 from headstart.engine.kv.pool import AccountingError, PagePool
 from headstart.engine.kv.tree import Match, Node, RadixCache
-from headstart.engine.sequence import FinishReason, Sequence, Status
+from headstart.engine.sequence import FinishReason, ScheduledSequence, Sequence, Status
 
 _by_rank = attrgetter("priority", "arrival")
-
-
-class ScheduledSequence(NamedTuple):
-    """Compute positions ``[start, start + num_tokens)`` of ``seq``.
-
-    ``samples``: they reach its last token, so the logits of their last row are wanted, unless it
-    ends with its prompt. A ``start`` behind the known tokens is that of the one token that the step
-    in flight samples.
-    """
-
-    seq: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
 
 
 class SchedulerOutput(NamedTuple):

@@ -24,10 +24,10 @@ import torch
 from headstart.engine.batch import Batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.errors import ModelError, RankError
-from headstart.engine.models.adapters import Adapter
 from headstart.engine.models.share import Share
 from headstart.engine.process.cores import kernel_environment
 from headstart.engine.process.groups import Store
+from headstart.engine.sequence import Adapter
 from headstart.engine.tensor_parallel import collective
 from headstart.engine.tensor_parallel.collective import HOST, Collective
 from headstart.engine.tensor_parallel.messages import (

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.engine.batch import AdapterRows, Batch
+from headstart.engine.batch import AdapterRows, Batch, Read
 from headstart.engine.config import EngineConfig
-from headstart.engine.models.adapters import Adapter
-from headstart.engine.models.reading import Read, Unread
-from headstart.kernels.backend import KVRanges
+from headstart.engine.models.reading import Unread
+from headstart.engine.sequence import Adapter
+from headstart.kernels.ranges import KVRanges
 
 _LENGTH = 4  # bytes before each message
 

@@ -18,16 +18,9 @@ import torch
 from torch import Tensor
 
 from headstart.kernels import _cpu
-from headstart.kernels.backend import (
-    AttentionShape,
-    DenseLinear,
-    HostMemory,
-    IntArray,
-    KVRanges,
-    LoraPart,
-    RopeTable,
-    processor_name,
-)
+from headstart.kernels.backend import AttentionShape, DenseLinear, HostMemory, LoraPart, RopeTable
+from headstart.kernels.processor import processor_name
+from headstart.kernels.ranges import IntArray, KVRanges
 from headstart.kernels.shared_memory import SharedMemory
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}

@@ -35,9 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headstart.kernels.gpu.device import Device
+from headstart.kernels.gpu.device import Config, Device
 from headstart.kernels.gpu.rows import power_of_two
-from headstart.kernels.gpu.tuning import Config
 
 MERGE = Config(block_m=1, block_n=1, warps=1)
 

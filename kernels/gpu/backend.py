@@ -16,19 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.kernels.backend import (
-    KV_FORMATS,
-    AttentionShape,
-    DenseLinear,
-    IntArray,
-    KVRanges,
-    LoraPart,
-    RopeTable,
-)
+from headstart.kernels.backend import KV_FORMATS, AttentionShape, DenseLinear, LoraPart, RopeTable
 from headstart.kernels.gpu import attention, flash, kv, lora, rows
-from headstart.kernels.gpu.device import Device
+from headstart.kernels.gpu.device import Config, Device
 from headstart.kernels.gpu.plan import ITEMS_PER_PROCESSOR, Capacity, Cut, cut
-from headstart.kernels.gpu.tuning import Config, Tuner
+from headstart.kernels.gpu.tuning import Tuner
+from headstart.kernels.ranges import IntArray, KVRanges
 
 logger = logging.getLogger(__name__)
 

@@ -30,12 +30,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from headstart.kernels.gpu import attention, lora, rows
+from headstart.kernels.gpu.device import Config
 from headstart.kernels.gpu.tuning import (
     ARCHITECTURES,
     HEAD_SIZES,
     SHARED_MEMORY,
     SHIPPED,
-    Config,
     Key,
     candidates,
     shipped,

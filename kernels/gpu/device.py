@@ -9,7 +9,7 @@ truncate, dot products are garbage), so it is refused there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +17,25 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from headstart.kernels.gpu.tuning import Config
-
 NO_GPU = (
     "the gpu backend needs an NVIDIA GPU of compute capability 8.0 or later, and torch "
     "{what}; use --backend cpu, or install a CUDA build of torch"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """block_m: vectors (or rows) of a tile; block_n: keys (or columns) of one. warps of 32
+    threads; stages of the pipeline that loads ahead."""
+
+    block_m: int
+    block_n: int
+    warps: int = 4
+    stages: int = 1
+
+    def at_least(self, block_m: int) -> Config:
+        """The same with at least so many vectors in a tile."""
+        return self if self.block_m >= block_m else replace(self, block_m=block_m)
 
 
 class Device(Protocol):

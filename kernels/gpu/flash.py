@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.kernels.backend import KVRanges, starts
 from headstart.kernels.gpu.kv import KVPool, PageLayout
+from headstart.kernels.ranges import KVRanges, starts
 
 PAGE_MULTIPLE = 256
 LEAST_VERSION = (2, 8)

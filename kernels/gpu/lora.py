@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headstart.kernels.backend import IntArray, LoraPart
-from headstart.kernels.gpu.device import Device
-from headstart.kernels.gpu.tuning import Config
+from headstart.kernels.backend import LoraPart
+from headstart.kernels.gpu.device import Config, Device
+from headstart.kernels.ranges import IntArray
 
 MOST_PARTS = 3
 """Of one dense layer: q, k and v."""

@@ -29,8 +29,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from headstart.kernels.backend import IntArray, KVRanges
 from headstart.kernels.gpu.attention import ITEM_FIELDS
+from headstart.kernels.ranges import IntArray, KVRanges
 
 Int64s = npt.NDArray[np.int64]
 

@@ -12,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headstart.kernels.backend import AttentionShape, RopeTable
-from headstart.kernels.gpu.device import Device
+from headstart.kernels.gpu.device import Config, Device
 from headstart.kernels.gpu.kv import KVLayer, PageLayout
-from headstart.kernels.gpu.tuning import Config
 
 SILU_BLOCK = 1024
 

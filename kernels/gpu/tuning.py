@@ -1,4 +1,4 @@
-"""Config and Tuner: how each kernel is cut, by device, measured on first use and kept.
+"""Tuner: how each kernel is cut, by device, measured on first use and kept.
 
 ``tuning.json`` holds one entry per (kernel, architecture, head size, number formats): the choice
 until a device has been measured. ``python -m headstart.kernels.gpu.compile --choose`` makes it: the
@@ -12,17 +12,14 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from triton import OutOfResources
 
 from headstart.kernels.backend import KernelChoices
-
-if TYPE_CHECKING:
-    from headstart.kernels.gpu.device import Device
+from headstart.kernels.gpu.device import Config, Device
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +29,6 @@ ARCHITECTURES = (80, 90, 100, 120)
 """Compute capabilities times ten that kernels are compiled for ahead of time."""
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """block_m: vectors (or rows) of a tile; block_n: keys (or columns) of one. warps of 32
-    threads; stages of the pipeline that loads ahead."""
-
-    block_m: int
-    block_n: int
-    warps: int = 4
-    stages: int = 1
-
-    def at_least(self, block_m: int) -> Config:
-        """The same with at least so many vectors in a tile."""
-        return self if self.block_m >= block_m else replace(self, block_m=block_m)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,11 @@ from headstart.bench.gpu import (
     work_in,
 )
 from headstart.bench.gpu_layer import LayerCase, Sizes, layer_cases
-from headstart.kernels.backend import AttentionShape, KVRanges
+from headstart.kernels.backend import AttentionShape
 from headstart.kernels.gpu.backend import GpuBackend
 from headstart.kernels.gpu.device import find_device
 from headstart.kernels.gpu.tuning import Tuner
+from headstart.kernels.ranges import KVRanges
 
 
 def test_bytes_and_flops_of_decoding():
@@ -78,7 +79,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("the gpu backend needs an NVIDIA GPU")
 
-    monkeypatch.setattr("headstart.kernels.backend.load_backend", refuse)
+    monkeypatch.setattr("headstart.kernels.devices.load_backend", refuse)
     assert main([]) == 1
     assert "needs an NVIDIA GPU (--roofline needs none)" in capsys.readouterr().err
     assert main(["--roofline"]) == 0

@@ -12,7 +12,8 @@ import pytest
 import headstart.bench
 from headstart.bench import relay
 from headstart.bench.prompts import Calibration
-from headstart.bench.relay import Point, main, ratio_table, tables, workload
+from headstart.bench.relay import main, workload
+from headstart.bench.relay_report import Point, ratio_table, tables
 from headstart.bench.samples import Result
 
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from headstart.engine.batch import Batch, SharedRange, build_batch
 from headstart.engine.ranges.segments import CAUSAL, Segments
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 
 PARAMS = SamplingParams(max_tokens=1)
 ADAPTERS: list[Any] = [None, None, "a", "b"]

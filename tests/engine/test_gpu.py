@@ -22,8 +22,7 @@ from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
 from headstart.engine.models.loading import set_up
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 
 NEW = 4
 

@@ -25,8 +25,8 @@ from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sampling.sampler import Sampled
 from headstart.engine.sequence import Sequence
-from headstart.kernels.backend import instruction_sets
 from headstart.kernels.cpu.backend import CpuBackend
+from headstart.kernels.devices import instruction_sets
 
 LENGTHS = (31, 65, 300, 700, 1333)
 PARAMS = SamplingParams(max_tokens=8, temperature=0.8, seed=5, ignore_eos=True)

@@ -23,14 +23,13 @@ from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.formats.int8 import read_quality
 from headstart.engine.models.loading import INT8_TOLERANCE
 from headstart.engine.models.quality import perplexity, text_tokens
-from headstart.engine.models.quantize import read_quality
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
-from headstart.kernels.backend import instruction_sets, load_backend
+from headstart.engine.sequence import ScheduledSequence, Sequence
+from headstart.kernels.devices import instruction_sets, load_backend
 
 F32_LOGITS = 1e-4  # largest difference of a logit, relative to the largest logit; measured 1e-5
 DEFAULT_NEW, TINY_NEW = 64, 24

@@ -8,15 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.kernels.backend import (
-    AttentionShape,
-    Backend,
-    KVRanges,
-    Range,
-    RopeTable,
-    instruction_sets,
-    load_backend,
-)
+from headstart.kernels.backend import AttentionShape, Backend, RopeTable
+from headstart.kernels.devices import instruction_sets, load_backend
+from headstart.kernels.ranges import KVRanges, Range
 
 
 @pytest.fixture(params=instruction_sets())

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from headstart.kernels.backend import LoraPart, load_backend
+from headstart.kernels.backend import LoraPart
 from headstart.kernels.cpu.backend import Rows
+from headstart.kernels.devices import load_backend
 
 RANKS = (1, 2, 7, 8, 16, 33, 256)
 # A word is 1 or 2 elements, a panel 16 outputs: below, on and between.

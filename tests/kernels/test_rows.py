@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from headstart.kernels import _cpu
-from headstart.kernels.backend import AttentionShape, KVRanges, RopeTable, load_backend
+from headstart.kernels.backend import AttentionShape, RopeTable
+from headstart.kernels.devices import load_backend
+from headstart.kernels.ranges import KVRanges
 
 FORMATS = ["f32", "bf16", "int8"]
 # A vector is 4, 8 or 16 elements: below, on and between its multiples, and enough for threads.

@@ -21,7 +21,8 @@ from headstart.engine.costs.attention import (
     load_costs,
     measure_costs,
 )
-from headstart.kernels.backend import AttentionShape, Backend, load_backend
+from headstart.kernels.backend import AttentionShape, Backend
+from headstart.kernels.devices import load_backend
 
 SHAPE = AttentionShape(4, 2, 64)
 TABLE: dict[str, Any] = {

@@ -23,7 +23,7 @@ from headstart.engine.errors import ModelError
 from headstart.engine.models.adapters import HARMLESS, Adapter, load_adapter
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.sampling.params import SamplingParams
-from headstart.kernels.backend import load_backend
+from headstart.kernels.devices import load_backend
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LAYER = "base_model.model.model.layers.1"

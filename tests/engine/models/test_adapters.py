@@ -27,10 +27,10 @@ from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.ranges.segments import Segments, Span
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
+from headstart.engine.sequence import ScheduledSequence
 from headstart.engine.sequence import Sequence as EngineSequence
-from headstart.kernels.backend import instruction_sets, load_backend
 from headstart.kernels.cpu.backend import CpuBackend
+from headstart.kernels.devices import instruction_sets, load_backend
 
 NEW = 12
 F32_LOGITS = 1e-4  # as in test_parity.py

@@ -26,14 +26,15 @@ from headstart.engine.models import quality
 from headstart.engine.models.adapters import Adapter, load_adapter
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
+from headstart.engine.models.formats.int8 import read_smoothing
 from headstart.engine.models.parameters import read_float
-from headstart.engine.models.quantize import calibrate, quantize, read_smoothing, smooth_layer
+from headstart.engine.models.quantize import calibrate, quantize, smooth_layer
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
-from headstart.kernels.backend import Backend, RopeTable, instruction_sets, load_backend
+from headstart.engine.sequence import ScheduledSequence, Sequence
+from headstart.kernels.backend import Backend, RopeTable
+from headstart.kernels.devices import instruction_sets, load_backend
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},

@@ -19,9 +19,8 @@ from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decode_graphs import DecodeGraphs
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
-from headstart.kernels.backend import load_backend
+from headstart.engine.sequence import ScheduledSequence, Sequence
+from headstart.kernels.devices import load_backend
 
 # Spare rows compute whatever memory held, and the interpreter is numpy, which mentions infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

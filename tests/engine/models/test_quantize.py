@@ -21,6 +21,7 @@ from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models import quality
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
+from headstart.engine.models.formats.int8 import read_int8, read_quality, read_smoothing
 from headstart.engine.models.loading import choose_weights
 from headstart.engine.models.parameters import Matrix, read_float
 from headstart.engine.models.quantize import (
@@ -28,18 +29,15 @@ from headstart.engine.models.quantize import (
     calibrate,
     quantize,
     quantize_matrix,
-    read_int8,
-    read_quality,
-    read_smoothing,
     smooth_layer,
     smoothing,
 )
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
-from headstart.kernels.backend import RopeTable, instruction_sets, load_backend
+from headstart.engine.sequence import ScheduledSequence, Sequence
+from headstart.kernels.backend import RopeTable
+from headstart.kernels.devices import instruction_sets, load_backend
 
 TEXT_TOKENS = 700
 MODELS: dict[str, dict[str, Any]] = {

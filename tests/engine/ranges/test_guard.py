@@ -26,8 +26,9 @@ from headstart.engine.ranges import shared as relay_module
 from headstart.engine.ranges.guard import difference, prompt_tokens
 from headstart.engine.ranges.shared import RelayPlan, shared_runs
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.kernels.backend import AttentionShape, KVRanges
+from headstart.engine.sequence import ScheduledSequence
+from headstart.kernels.backend import AttentionShape
+from headstart.kernels.ranges import KVRanges
 
 PAGE = 32
 PAGE_BYTES = 2 * PAGE * 2 * 2 * 16 * 4  # layers, keys, key and value, heads, head size, float32

@@ -24,10 +24,10 @@ from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.ranges.segments import Segments, Span
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
-from headstart.kernels.backend import Backend, instruction_sets, load_backend
+from headstart.engine.sequence import ScheduledSequence, Sequence
+from headstart.kernels.backend import Backend
 from headstart.kernels.cpu.backend import CpuBackend
+from headstart.kernels.devices import instruction_sets, load_backend
 
 F32_LOGITS = 1e-4  # largest difference of a logit, relative to the largest logit; measured 1e-5
 PAGE = 32

@@ -20,9 +20,8 @@ from headstart.engine.kv.pool import PagePool
 from headstart.engine.kv.tree import RadixCache
 from headstart.engine.ranges.shared import Relay, RelayPlan, shared_runs
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
-from headstart.kernels.backend import KVRanges
+from headstart.engine.sequence import ScheduledSequence, Sequence
+from headstart.kernels.ranges import KVRanges
 
 PAGE = 4
 PARAMS = SamplingParams(max_tokens=1)

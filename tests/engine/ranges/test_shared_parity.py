@@ -19,7 +19,7 @@ import pytest
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.sampling.params import SamplingParams
-from headstart.kernels.backend import instruction_sets
+from headstart.kernels.devices import instruction_sets
 
 PART = 130
 """Tokens of a prefix's level: more than a range must have, and no multiple of a page."""

@@ -41,7 +41,7 @@ from headstart.engine.runahead.messages import Run
 from headstart.engine.runahead.rank import Rank, RankConfig
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sequence import Sequence as EngineSequence
-from headstart.kernels.backend import instruction_sets
+from headstart.kernels.devices import instruction_sets
 
 PAGE = 32
 NEW = 4

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from headstart.engine.sampling.device import DeviceSampler
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sampling.sampler import Sampled, Sampler
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 
 EOS = (0,)
 

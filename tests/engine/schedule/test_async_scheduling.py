@@ -26,9 +26,8 @@ from headstart.engine.sampling.device import DeviceSampler
 from headstart.engine.sampling.grammar import Masks
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sampling.sampler import Sampled, Sampler, Sampling
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
-from headstart.kernels.backend import load_backend
+from headstart.engine.sequence import ScheduledSequence, Sequence
+from headstart.kernels.devices import load_backend
 
 PAGE_BYTES = 2 * 32 * 2 * 2 * 16 * 4
 """A page of the tiny model: layers, tokens, keys and values, heads, head size, float32."""

@@ -20,11 +20,10 @@ from headstart.engine.schedule.scheduler import (
     LONGEST_RUN,
     NOTHING,
     NewToken,
-    ScheduledSequence,
     Scheduler,
     SchedulerOutput,
 )
-from headstart.engine.sequence import FinishReason, Sequence, Status
+from headstart.engine.sequence import FinishReason, ScheduledSequence, Sequence, Status
 
 EOS = 2
 

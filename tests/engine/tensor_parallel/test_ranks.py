@@ -30,8 +30,7 @@ from headstart.engine.models.loading import load_model
 from headstart.engine.process.messages import Output
 from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
-from headstart.engine.schedule.scheduler import ScheduledSequence
-from headstart.engine.sequence import Sequence
+from headstart.engine.sequence import ScheduledSequence, Sequence
 from headstart.engine.tensor_parallel import follower, leader
 from headstart.engine.tensor_parallel.messages import Channel, ToRank
 from headstart.engine.work import LongChunk

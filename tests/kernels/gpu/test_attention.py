@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from headstart.kernels import reference
-from headstart.kernels.backend import AttentionShape, KVRanges, Range
+from headstart.kernels.backend import AttentionShape
 from headstart.kernels.gpu.backend import GpuBackend
-from headstart.kernels.gpu.tuning import Config, Tuner
+from headstart.kernels.gpu.device import Config
+from headstart.kernels.gpu.tuning import Tuner
+from headstart.kernels.ranges import KVRanges, Range
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WEIGHTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}

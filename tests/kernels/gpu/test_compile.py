@@ -13,14 +13,8 @@ import sys
 import pytest
 
 from headstart.kernels.gpu.compile import TENSOR_CORES, Compiled, fits, keys, table, wanted
-from headstart.kernels.gpu.tuning import (
-    Config,
-    Key,
-    Tuner,
-    candidates,
-    nearest_architecture,
-    shipped,
-)
+from headstart.kernels.gpu.device import Config
+from headstart.kernels.gpu.tuning import Key, Tuner, candidates, nearest_architecture, shipped
 
 
 def test_what_is_chosen_compiles_fits_and_is_in_the_table():

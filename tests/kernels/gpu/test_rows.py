@@ -13,7 +13,7 @@ import triton.language as tl
 
 from headstart.kernels.backend import AttentionShape, RopeTable
 from headstart.kernels.gpu import kv, rows
-from headstart.kernels.gpu.tuning import Config
+from headstart.kernels.gpu.device import Config
 from headstart.kernels.reference import ReferenceBackend, rms_norm, rotate
 
 # The interpreter is numpy, which mentions infinities.

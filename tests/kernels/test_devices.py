@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headstart.kernels.backend import (
-    AttentionShape,
-    default_weights,
-    instruction_sets,
-    load_backend,
-)
+from headstart.kernels.backend import AttentionShape
+from headstart.kernels.devices import instruction_sets, load_backend
 
 
 def test_auto_takes_the_best_instruction_set():
@@ -36,7 +32,6 @@ def test_each_instruction_set_can_be_asked_for(isa):
     backend = load_backend("cpu", isa=isa, weights="f32", threads=1)
     assert backend.isa == isa
     assert backend._kernels.name == isa
-    assert default_weights(isa) in ("f32", "int8")
 
 
 def test_what_there_is_not():

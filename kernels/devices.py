@@ -1,0 +1,107 @@
+"""What computes on this machine: its instruction sets, its GPU, and the backend for either.
+
+The only file that asks about devices, and the only one that knows all backends.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from headstart.kernels.backend import Backend, KernelChoices
+
+AUTO_ISA = "HEADSTART_AUTO_ISA"
+"""Variable: the best instruction set that may be chosen unasked, as if the machine had no better
+one."""
+
+
+def instruction_sets() -> list[str]:
+    """CPU instruction sets of this machine that may be chosen unasked, best first.
+
+    All the kernels can use, or those up to AUTO_ISA. Raises ValueError if that is none of them.
+    """
+    from headstart.kernels import _cpu
+
+    sets = list(_cpu.supported())
+    best = os.environ.get(AUTO_ISA) or sets[0]
+    if best not in sets:
+        raise ValueError(
+            f"{AUTO_ISA}: this machine has no {best} kernels; it has {', '.join(sets)}"
+        )
+    return sets[sets.index(best) :]
+
+
+def load_backend(
+    name: str,
+    *,
+    isa: str,
+    weights: str,
+    threads: int,
+    page_size: int = 32,
+    kv_format: str = "auto",
+    choices: KernelChoices | None = None,
+) -> Backend:
+    """The backend called ``name`` ("gpu", "cpu" or "reference") for one weight format.
+
+    ``kv_format``: of keys and values, "auto" for as wide as activations. ``choices``: where
+    the gpu backend keeps what it measures of its kernels; None: nowhere.
+    Raises ValueError, saying what there is, for a name or instruction set this machine lacks.
+    """
+    torch.set_num_threads(threads)
+    if name == "gpu":
+        return _load_gpu(weights, page_size, kv_format, choices)
+    if kv_format != "auto":
+        raise ValueError(
+            f"the {name} backend has no {kv_format} KV: --kv-format is for the gpu one"
+        )
+    if name == "reference":
+        if weights != "f32":
+            raise ValueError(f"the reference backend computes in f32 only, not {weights}")
+        from headstart.kernels.reference import ReferenceBackend
+
+        return ReferenceBackend(page_size=page_size)
+    if name == "cpu":
+        from headstart.kernels import _cpu
+        from headstart.kernels.cpu.backend import CpuBackend
+
+        if isa == "auto":
+            isa = instruction_sets()[0]
+        available = list(_cpu.supported())
+        if isa not in available:
+            raise ValueError(f"this machine has no {isa} kernels; it has {', '.join(available)}")
+        if weights == "f16":
+            raise ValueError("the cpu backend has no f16 weights; it has f32, bf16 and int8")
+        return CpuBackend(isa=isa, weights=weights, threads=threads, page_size=page_size)
+    raise ValueError(f"there is no backend {name!r}; there are gpu, cpu and reference")
+
+
+def gpu_is_there() -> bool:
+    """Whether the gpu backend can run here: a CUDA device, and Triton."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def _load_gpu(
+    weights: str, page_size: int, kv_format: str, choices: KernelChoices | None
+) -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "the gpu backend needs an NVIDIA GPU and Triton, which is not installed: use "
+            "--backend cpu, or install headstart[cuda]"
+        )
+    from headstart.kernels.gpu.backend import GpuBackend
+    from headstart.kernels.gpu.device import find_device
+    from headstart.kernels.gpu.flash import find_flash
+    from headstart.kernels.gpu.tuning import Tuner
+
+    device = find_device()
+    tuner = Tuner(device, choices)
+    return GpuBackend(
+        device,
+        tuner,
+        weights=weights,
+        kv_format=kv_format,
+        page_size=page_size,
+        flash_attn=find_flash() if device.measures else None,
+    )
