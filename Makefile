@@ -27,7 +27,7 @@ test-all: install
 	$(BIN)/pytest --hypothesis-profile=all $(ARGS)
 
 test-gpu-interpreter: install
-	$(BIN)/pytest --hypothesis-profile=all tests/kernels/gpu tests/engine/test_gpu.py tests/engine/models/test_decode_graphs.py $(ARGS)
+	$(BIN)/pytest --hypothesis-profile=all -m 'interpreter or smoke' $(ARGS)
 
 lint: install
 	$(BIN)/ruff check

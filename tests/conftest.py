@@ -7,8 +7,10 @@ smollm2      the default model, converted, in the user's own cache (pulled there
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import hypothesis
@@ -35,19 +37,32 @@ hypothesis.settings.register_profile("tests", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("tests")
 
 
+TESTS = Path(__file__).parent
+INTERPRETED = (
+    TESTS / "engine" / "test_gpu.py",
+    TESTS / "engine" / "models" / "test_decode_graphs.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks that follow from what a test asks for, and `covering` ones from their parameters."""
     products: dict[Any, list[pytest.Function]] = {}
+    smoke: set[Any] = set()
     for item in items:
         assert isinstance(item, pytest.Function)
+        function = item.path, item.originalname
+        if item.path in INTERPRETED or TESTS / "kernels" / "gpu" in item.path.parents:
+            if not any(item.iter_markers("smoke")) or function in smoke:
+                item.add_marker("interpreter")
+            smoke.add(function)
         if "smollm2" in item.fixturenames:
             item.add_marker("model")
-        if Path(__file__).parent / "system" in item.path.parents:
+        if TESTS / "system" in item.path.parents:
             item.add_marker("process")
         if not any(item.iter_markers("process")) and not any(item.iter_markers("model")):
             item.add_marker("unit")
         if any(item.iter_markers("covering")) and hasattr(item, "callspec"):
-            products.setdefault((item.path, item.originalname), []).append(item)
+            products.setdefault(function, []).append(item)
     for product in products.values():
         kept = covering(product)
         for item in product:
@@ -219,6 +234,28 @@ def greedy_reference() -> GreedyReference:
         return output
 
     return generate
+
+
+@pytest.fixture(scope="session")
+def count_calls() -> Callable[[Callable[[], object]], int]:
+    """``count_calls(work)``: functions that ``work()`` calls, C's too. What it costs in Python,
+    by a measure that is the same on every machine."""
+
+    def count(work: Callable[[], object]) -> int:
+        calls = 0
+
+        def note(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(note)
+        try:
+            work()
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    return count
 
 
 @pytest.fixture(scope="session")

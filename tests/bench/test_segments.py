@@ -199,6 +199,7 @@ def test_filling_is_not_seen(folder: Path) -> None:
 # --- what it learns ---
 
 
+@pytest.mark.slow
 def test_both_masks_start_equal_and_learn(folder: Path) -> None:
     runs = {}
     for mask in ("causal", "turns"):

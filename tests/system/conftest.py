@@ -306,13 +306,20 @@ def text() -> Callable[[int, int], str]:
 
 
 @pytest.fixture(scope="session")
-def token_bytes(smollm2: Path) -> int:
-    """Bytes of KV of one token of the default model, in the format that is chosen here."""
+def default_setup(smollm2: Path) -> Any:
+    """What is decided of the default model on this machine: `engine.models.loading.Setup`."""
     from headstart.engine.config import EngineConfig
     from headstart.engine.models.loading import set_up
+
+    return set_up(EngineConfig(model_path=str(smollm2)))
+
+
+@pytest.fixture(scope="session")
+def token_bytes(default_setup: Any) -> int:
+    """Bytes of KV of one token of the default model, in the format that is chosen here."""
     from headstart.engine.models.runner import attention_shape
 
-    setup = set_up(EngineConfig(model_path=str(smollm2)))
+    setup = default_setup
     page = setup.backend.kv_bytes_per_page(attention_shape(setup.model), setup.model.num_layers)
     return page // setup.backend.page_size
 

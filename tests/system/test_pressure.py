@@ -18,6 +18,7 @@ def small_server(start_server, smollm2, token_bytes):
     )
 
 
+@pytest.mark.slow
 async def test_24_requests_where_two_fit(small_server, text):
     async def ask(client, i: int) -> str:
         wanted = 16 + 37 * i % 200

@@ -36,6 +36,8 @@ from headstart.engine.sequence import ScheduledSequence, Sequence
 from headstart.kernels.backend import Backend, RopeTable
 from headstart.kernels.devices import instruction_sets, load_backend
 
+pytestmark = pytest.mark.covering
+
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
     "mistral": {"num_key_value_heads": 1},

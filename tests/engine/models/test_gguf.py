@@ -20,6 +20,8 @@ from headstart.engine.models.gguf import TYPES, hf_config, write_safetensors
 from headstart.engine.models.gguf_file import GGUFFile
 from headstart.engine.models.rope import rope_tables
 
+pytestmark = pytest.mark.covering
+
 
 def convert(path: Path) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
     file = GGUFFile(path)

@@ -39,6 +39,8 @@ from headstart.engine.sequence import ScheduledSequence, Sequence
 from headstart.kernels.backend import RopeTable
 from headstart.kernels.devices import instruction_sets, load_backend
 
+pytestmark = pytest.mark.covering
+
 TEXT_TOKENS = 700
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},

@@ -24,6 +24,8 @@ from headstart.engine.process.client import EngineClient
 from headstart.engine.process.messages import Abort, AdapterInfo, Stats, Step
 from headstart.engine.sampling.params import SamplingParams
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 async def client():

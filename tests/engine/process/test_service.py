@@ -22,6 +22,8 @@ from headstart.engine.errors import EngineDeadError, HeadstartError, RequestErro
 from headstart.engine.process.client import EngineClient
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
 
+pytestmark = pytest.mark.process
+
 PROMPT = [7, 8, 9] * 30
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 from array import array
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -537,33 +537,25 @@ def test_break_even_of_less_than_a_step_is_never() -> None:
     assert relay("auto", 8).break_even(8) == 2
 
 
-# ---------------------------------------------------------------- the time it takes
+# ---------------------------------------------------------------- what it costs
 
 
-def best_time(relay: Relay, some: list[ScheduledSequence]) -> tuple[float, RelayPlan]:
-    best = 1.0
-    for _ in range(7):
-        begin = time.perf_counter()
-        plan = plan_of(relay, some)
-        best = min(best, time.perf_counter() - begin)
-    return best, plan
-
-
-def test_planning_a_step_of_64_sequences_is_cheap() -> None:
-    """0.3 ms is the promise; the limit leaves room for a busy machine."""
+def test_planning_a_step_of_64_sequences_is_cheap(count_calls: Callable[..., int]) -> None:
+    """0.3 ms where it was written."""
     pool = PagePool(2000, PAGE)
     cache = RadixCache(pool)
     prompts = [[1] * 400 + [2 + i % 4] * 200 + [6 + i % 16] * 100 for i in range(64)]
     for prompt in prompts[:16]:
         put(cache, pool, prompt)
     some = [scheduled(cache, prompt, first_page=1000 * i) for i, prompt in enumerate(prompts, 1)]
-    seconds, plan = best_time(relay(), some)
+    plan = plan_of(relay(), some)
     assert len(plan.ranges) == 1 + 4 + 16
-    assert seconds < 5e-3
+    planner = relay()
+    assert count_calls(lambda: plan_of(planner, some)) < 50 * 64
 
 
-def test_planning_on_a_chain_of_200_nodes_is_cheap() -> None:
-    """One sequence more at each node of a path: every run lies below another. 10 ms are fine."""
+def test_planning_on_a_chain_of_200_nodes_is_cheap(count_calls: Callable[..., int]) -> None:
+    """One sequence more at each node of a path: every run lies below another."""
     pool = PagePool(300, PAGE)
     cache = RadixCache(pool)
     prompt = list(itertools.chain.from_iterable([i] * PAGE for i in range(200)))
@@ -573,6 +565,7 @@ def test_planning_on_a_chain_of_200_nodes_is_cheap() -> None:
         for i in random.Random(0).sample(range(1, 201), 200)
     ]
     assert len({entry.seq.node for entry in some}) == 200
-    seconds, plan = best_time(relay(), some)
+    plan = plan_of(relay(), some)
     assert [len(members) for _, _, members in plan.ranges] == list(range(200, 1, -1))
-    assert seconds < 0.1
+    planner = relay()
+    assert count_calls(lambda: plan_of(planner, some)) < 500 * 200

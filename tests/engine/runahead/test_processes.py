@@ -19,6 +19,8 @@ from headstart.engine.engine import Engine
 from headstart.engine.runahead.chain import Chain
 from headstart.engine.sampling.params import SamplingParams
 
+pytestmark = pytest.mark.process
+
 SECONDS = 90.0
 """A deadline, for what takes some seconds."""
 NEW = 4

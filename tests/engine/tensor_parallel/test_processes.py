@@ -23,6 +23,8 @@ from headstart.engine.process.client import EngineClient
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.tensor_parallel import collective
 
+pytestmark = pytest.mark.process
+
 PROMPT = [7, 8, 9] * 30
 SECONDS = 60.0
 """A deadline, for what takes some seconds."""
