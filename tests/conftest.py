@@ -209,11 +209,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def greedy_reference() -> GreedyReference:
     """``greedy_reference(folder, prompt_ids, n)``: n greedy ids by transformers in float32.
 
-    End-of-sequence tokens do not end it. Models are loaded once per session.
+    End-of-sequence tokens do not end it. Models are loaded once per module.
     """
     loaded: dict[Path, Any] = {}
 
