@@ -245,14 +245,14 @@ def test_the_default_model(
     tokens = quality.text_tokens(smollm2, "evaluation")[:120]
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
 
-    def reference() -> Tensor:
+    def reference(model: Any) -> Tensor:
         with torch.inference_mode():
             logits: Tensor = model(input_ids=torch.tensor([tokens])).logits[0]
         return logits
 
-    base = reference()
+    base = reference(model)
     merge_into(model, path)
-    expected = reference()
+    expected = reference(model)
     del model  # hundreds of megabytes
     spread = expected.std(dim=-1).mean()
 
