@@ -192,7 +192,7 @@ def start_child(action: str, gguf_path: Path, cache: Path) -> subprocess.Popen[s
 def test_killed_pull_leaves_nothing_that_looks_finished(gguf_path: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     child = start_child("die", gguf_path, cache)
-    child.communicate(timeout=60)
+    child.communicate(timeout=300)
     assert child.returncode == -signal.SIGKILL
     left = visible(cache)
     assert [name for name in left if not name.startswith(".")] == []
@@ -205,7 +205,7 @@ def test_killed_pull_leaves_nothing_that_looks_finished(gguf_path: Path, tmp_pat
 def test_two_pulls_at_once(gguf_path: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     children = [start_child("live", gguf_path, cache) for _ in range(2)]
-    results = [child.communicate(timeout=120) for child in children]
+    results = [child.communicate(timeout=500) for child in children]
     assert [child.returncode for child in children] == [0, 0], results
     assert results[0][0] == results[1][0]
     assert visible(cache) == [Path(results[0][0].strip()).name]

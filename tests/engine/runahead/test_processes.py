@@ -21,7 +21,7 @@ from headstart.engine.sampling.params import SamplingParams
 
 pytestmark = pytest.mark.process
 
-SECONDS = 90.0
+SECONDS = 300.0
 """A deadline, for what takes some seconds."""
 NEW = 4
 
