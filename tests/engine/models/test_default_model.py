@@ -45,6 +45,7 @@ def theirs(gguf_path: Path) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_weights_are_equal(smollm2: Path, theirs: Any) -> None:
     weights = Weights.open(smollm2)
     state = theirs.state_dict()
@@ -54,6 +55,7 @@ def test_weights_are_equal(smollm2: Path, theirs: Any) -> None:
     weights.finish()
 
 
+@pytest.mark.slow
 def test_config_is_equal(smollm2: Path, theirs: Any) -> None:
     config = ModelConfig.from_folder(smollm2)
     assert config.num_layers == theirs.config.num_hidden_layers == 30

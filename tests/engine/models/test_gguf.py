@@ -21,6 +21,8 @@ from headstart.engine.models.gguf_file import GGUFFile
 from headstart.engine.models.gguf_tokenizer import write_tokenizer
 from headstart.engine.models.rope import rope_tables
 
+pytestmark = pytest.mark.covering
+
 
 def convert(path: Path) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
     file = GGUFFile(path)
