@@ -14,8 +14,8 @@ TESTING := .venv/.testing$(KIND)
 INSTALL := $(BIN)/python deploy/install.py $(if $(CUDA),--cuda)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: help serve test lint format install bench bench-serve bench-steps perplexity peers \
-	container-test install-test aarch64-test gpu-check gpu-bench fuzz soak clean
+.PHONY: help serve test test-all test-gpu-interpreter lint format install bench bench-serve bench-steps \
+	bench-tokens perplexity peers container-test install-test aarch64-test gpu-check gpu-bench fuzz soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,8 +25,14 @@ help:
 serve: $(SERVING) ## serve MODEL (smollm2-135m) on 127.0.0.1:8000; CUDA=1: on an NVIDIA GPU
 	$(BIN)/headstart serve $(MODEL) $(ARGS)
 
-test: $(TESTING) ## run the tests
-	$(BIN)/pytest $(ARGS)
+test: $(TESTING) ## run the tests, about ten minutes of them
+	$(BIN)/pytest -m 'not slow and not interpreter' $(ARGS)
+
+test-all: $(TESTING) ## run every test, with as many random examples as the tests ask for
+	$(BIN)/pytest --hypothesis-profile=all $(ARGS)
+
+test-gpu-interpreter: $(TESTING) ## run the GPU kernels' tests in Triton's interpreter
+	$(BIN)/pytest --hypothesis-profile=all -m 'interpreter or smoke' $(ARGS)
 
 lint: $(TESTING) ## check style and types
 	$(BIN)/ruff check
@@ -66,6 +72,9 @@ bench-serve: .venv/.bench$(KIND) ## load a server at URL
 bench-steps: .venv/.bench$(KIND) ## time single steps
 	$(BIN)/python -m headstart.bench.steps $(ARGS)
 
+bench-tokens: .venv/.bench$(KIND) peers ## compare tokens with llama.cpp's
+	$(BIN)/python -m headstart.bench.tokens $(ARGS)
+
 perplexity: .venv/.bench$(KIND) ## compare weight formats
 	$(BIN)/python -m headstart.bench.perplexity $(MODEL)
 
@@ -73,7 +82,7 @@ peers: .venv-peers/.installed
 
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install openvino-genai==2026.4.1.0
+	.venv-peers/bin/pip install openvino-genai==2026.4.1.0 llama-cpp-python==0.3.36
 	touch $@
 
 # --- long checks, not part of "make test" ---
