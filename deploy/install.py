@@ -28,6 +28,8 @@ import sysconfig
 import tempfile
 import threading
 import time
+import tomllib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,8 +39,7 @@ QUIET_SECONDS = 15
 
 SHOWN = {
     r"Downloading (?:\S*/)?([^/\s]+?)-\S+\.whl \((\d+)(?:\.\d+)? MB\)": "downloading {} ({} MB)",
-    r"Building (?:editable|wheel) for headstart \(.*\): started": "compiling the kernels",
-    r"Installing collected packages: (.*)": "unpacking {}",
+    r"Installing collected packages: (?!headstart)(.*)": "unpacking {}",
 }
 """Of pip's lines, those that say what takes long; and how that is told."""
 
@@ -62,7 +63,7 @@ def show(line: str) -> None:
             say("  " + text.format(*fields))
 
 
-def pip(*arguments: str) -> str | None:
+def pip(*arguments: str, doing: str = "packages") -> str | None:
     """Run pip and show how far it is; None, or the end of what it said when it failed."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     begin, said = time.monotonic(), []
@@ -89,7 +90,8 @@ def pip(*arguments: str) -> str | None:
                 line = lines.get(timeout=QUIET_SECONDS)
             except queue.Empty:
                 megabytes = sum(f.stat().st_size for f in Path(folder).rglob("*.whl")) // 10**6
-                say(f"  {time.monotonic() - begin:.0f} s so far, {megabytes} MB downloaded")
+                downloads = f", {megabytes} MB downloaded" if megabytes else ""
+                say(f"  {doing}: {time.monotonic() - begin:.0f} s so far{downloads}")
                 continue
             if line is None:
                 break
@@ -161,6 +163,13 @@ def install_cpu_torch() -> None:
     run("install", "--no-compile", torch)
 
 
+def requirements(extras: list[str]) -> list[str]:
+    """What pyproject.toml asks for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    return [*project["dependencies"], *(line for extra in extras for line in optional[extra])]
+
+
 def check_tools() -> None:
     """Name what no package brings before minutes are spent on the rest."""
     missing = []
@@ -183,20 +192,20 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.monotonic()
     check_tools()
-    install_cuda_torch() if args.cuda else install_cpu_torch()
-    if not args.torch_only:
-        extras = [*filter(None, args.extras.split(",")), *(["cuda"] if args.cuda else [])]
-        target = f".[{','.join(extras)}]" if extras else "."
-        say(f"headstart{target[1:]}")
-        # Not compiled: Python does that to what it imports, which is a tenth of it all.
-        run(
-            "install",
-            "--no-compile",
-            "-c",
-            str(CONSTRAINTS),
-            *([] if args.copy else ["-e"]),
-            target,
-        )
+    with ThreadPoolExecutor(1) as beside:
+        compiling: Future[str | None] | None = None
+        if not args.torch_only:
+            say("headstart: compiling the kernels beside what follows")
+            how = ["--no-deps", "--no-compile", *([] if args.copy else ["-e"]), "."]
+            compiling = beside.submit(pip, "install", *how, doing="compiling the kernels")
+        install_cuda_torch() if args.cuda else install_cpu_torch()
+        if compiling:
+            extras = [*filter(None, args.extras.split(",")), *(["cuda"] if args.cuda else [])]
+            say(f"what headstart needs{' for ' if extras else ''}{', '.join(extras)}")
+            # Not compiled: Python does that to what it imports, which is a tenth of it all.
+            run("install", "--no-compile", "-c", str(CONSTRAINTS), *requirements(extras))
+            if failure := compiling.result():
+                sys.exit(f"{failure}\ninstall: error: headstart could not be built")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = time.monotonic() - begin
     say(f"done in {seconds:.0f} s, with {used.ru_utime + used.ru_stime:.0f} s of processor time")
