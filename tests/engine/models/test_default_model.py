@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.gguf_file import GGUFFile
+from headstart.engine.models.quantize import known_quality
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.store import fetch
 from headstart.engine.models.weights import Weights
@@ -78,3 +79,10 @@ def test_text_and_template_come_back(smollm2: Path, gguf_path: Path) -> None:
         assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
     assert ours.get_vocab_size() == len(metadata["tokenizer.ggml.tokens"])
     assert (smollm2 / "chat_template.jinja").read_text() == metadata["tokenizer.chat_template"]
+
+
+def test_the_default_models_quality_is_known(smollm2: Path) -> None:
+    """As it is converted today: otherwise its first start takes a minute longer."""
+    known = known_quality(smollm2)
+    assert known is not None
+    assert known["int8"] == pytest.approx(known["f32"], rel=0.05)
