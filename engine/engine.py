@@ -168,6 +168,7 @@ class Engine:
         self._beside: list[LongChunk | Ahead] = []
         self._max_batched_tokens = loaded.max_batched_tokens
         self._adapters = loaded.adapters(config.max_adapters)
+        self._causal = model.causal
         self._steps = 0
         self._step_seconds = 0.0
         self._forced_tokens = 0
@@ -184,6 +185,7 @@ class Engine:
             version=__version__,
             segment_mask=model.segment_mask,
             pooling=declared_pooling(folder),
+            no_text=_no_text(loaded.runner.decoder),
             adapters=[self.load_adapter(*entry) for entry in config.adapters.items()],
         )
 
@@ -257,16 +259,19 @@ class Engine:
                 "priority",
             )
         reading: Reading | None = None
+        whole = [] if self._causal else [(0, len(token_ids))]
         if isinstance(params, PoolingParams):
             reading = Pooled(params.pooling, len(token_ids))
             params = SamplingParams(max_tokens=0)
+        elif self.model.no_text is not None:
+            raise RequestError(f"the model does not generate text: {self.model.no_text}", "model")
         elif params.prompt_logprobs is not None:
             reading = PromptScores(token_ids, params.prompt_logprobs)
         params.validate(self.model.vocab_size)
         self._check_there_is_a_choice(params)
         self._check_vocabulary(token_ids)
         chosen = None if adapter is None else self._adapters.get(adapter)
-        mask = Segments.of(segments, len(token_ids))
+        mask = Segments.of(whole or segments, len(token_ids))
         seq = Sequence(
             request_id,
             token_ids,
@@ -560,6 +565,15 @@ class Engine:
             raise RequestError(
                 f"token id {ids[wrong[0]]} is not in the vocabulary of {size}", "prompt"
             )
+
+
+def _no_text(decoder: Decoder) -> str | None:
+    """Why the model cannot write text; None where it can."""
+    if not decoder.config.causal:
+        return "its tokens see the whole prompt (is_causal is false in its config)"
+    if decoder.head is None:
+        return "its checkpoint has no language-model head (lm_head.weight)"
+    return None
 
 
 def _namespace(salt: bytes, segments: Segments, adapter: Adapter | None) -> bytes:

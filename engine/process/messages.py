@@ -154,6 +154,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the server needs to know of the model the engine has loaded.
 
     ``pooling``: how its sentence-transformers settings, if it has any, say that vectors are made.
+    ``no_text``: why it answers with vectors alone, in words; None where it writes text, too.
     """
 
     max_model_len: int
@@ -168,6 +169,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int = 64  # sequences computed in one step
     segment_mask: str | None = None  # what its config declares
     pooling: Pooling | None = None
+    no_text: str | None = None
     adapters: list[AdapterInfo] = []  # loaded at start-up
 
 

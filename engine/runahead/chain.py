@@ -197,6 +197,7 @@ class Chain:
             raise ConfigError(f"--runahead-cuts must be {', '.join(CUTS)}")
         if config.runahead_transport not in TRANSPORTS:
             raise ConfigError(f"--runahead-transport must be {', '.join(TRANSPORTS)}")
+        control.require_linux()
         if config.runahead_hosts and config.runahead_secret is None:
             raise ConfigError("--runahead-hosts needs the secret that the ranks were started with")
         self.forced_bounds: list[int] | None = None

@@ -16,6 +16,18 @@ def test_auto_takes_the_best_instruction_set():
     assert load_backend("cpu", isa="auto", weights="f32", threads=1).isa == sets[0]
 
 
+def test_what_auto_takes_can_be_held_to_less(monkeypatch):
+    monkeypatch.delenv("HEADSTART_AUTO_ISA", raising=False)
+    sets = instruction_sets()
+    monkeypatch.setenv("HEADSTART_AUTO_ISA", "portable")
+    assert instruction_sets() == ["portable"]
+    assert load_backend("cpu", isa="auto", weights="f32", threads=1).isa == "portable"
+    assert load_backend("cpu", isa=sets[0], weights="f32", threads=1).isa == sets[0]
+    monkeypatch.setenv("HEADSTART_AUTO_ISA", "neon")
+    with pytest.raises(ValueError, match="HEADSTART_AUTO_ISA: this machine has no neon kernels"):
+        instruction_sets()
+
+
 def test_each_instruction_set_can_be_asked_for(isa):
     backend = load_backend("cpu", isa=isa, weights="f32", threads=1)
     assert backend.isa == isa

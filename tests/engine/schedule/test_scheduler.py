@@ -1,7 +1,6 @@
 """Scheduler: rules one by one, then random use against a model that remembers what pages hold."""
 
 import itertools
-import time
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -761,21 +760,19 @@ def test_what_can_never_run_is_refused(prompt: int, max_tokens: int, message: st
     engine.drain(33)
 
 
-def test_a_step_of_64_decoding_sequences_is_cheap() -> None:
-    """0.4 ms is the promise; the limit leaves room for a busy machine."""
+def test_a_step_of_64_decoding_sequences_is_cheap(count_calls: Callable[..., int]) -> None:
+    """0.4 ms where it was written."""
     engine = Engine(5000, 32, max_batched_tokens=4096, max_running=64, max_model_len=4096)
     for i in range(64):
         engine.scheduler.add(make_sequence(i, [i] * 1000, max_tokens=500))
     while engine.scheduler.num_waiting or len(engine.scheduler.schedule().scheduled) < 64:
         output = engine.scheduler.schedule()
         engine.scheduler.commit(output, [1] * sum(e.samples for e in output.scheduled))
-    times = []
-    for _ in range(100):
-        start = time.perf_counter()
-        output = engine.scheduler.schedule()
-        engine.scheduler.commit(output, [1] * 64)
-        times.append(time.perf_counter() - start)
-    assert sorted(times)[50] < 2e-3
+
+    def step() -> None:
+        engine.scheduler.commit(engine.scheduler.schedule(), [1] * 64)
+
+    assert sorted(count_calls(step) for _ in range(100))[50] < 60 * 64
 
 
 PRIORITIES = st.sampled_from([0, 0, 0, -1, 2**31 - 1])
@@ -900,7 +897,9 @@ class Use(RuleBasedStateMachine):
 
 
 TestUse = Use.TestCase
-TestUse.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestUse.settings = settings(
+    max_examples=2 * settings.default.max_examples, stateful_step_count=40, deadline=None
+)
 
 
 # ------------------------------------------------------------------------------- steps that overlap
@@ -1290,4 +1289,6 @@ class OverlappingUse(RuleBasedStateMachine):
 
 
 TestOverlappingUse = OverlappingUse.TestCase
-TestOverlappingUse.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestOverlappingUse.settings = settings(
+    max_examples=2 * settings.default.max_examples, stateful_step_count=30, deadline=None
+)
