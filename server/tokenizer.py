@@ -320,7 +320,9 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """The chat templates by name; the one and only is "default". Files come before the config."""
     given = config.get("chat_template")
     listed = given if isinstance(given, list) else [{"name": "default", "template": given}]
-    found: dict[str, Any] = {entry.get("name"): entry.get("template") for entry in listed}
+    found: dict[str, Any] = {
+        str(entry.get("name")): entry.get("template") for entry in listed if isinstance(entry, dict)
+    }
     for name, path in (
         ("default", folder / "chat_template.jinja"),
         (TOOL_TEMPLATE, folder / "additional_chat_templates" / f"{TOOL_TEMPLATE}.jinja"),

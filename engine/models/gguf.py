@@ -23,7 +23,7 @@ from gguf import dequantize
 from gguf.constants import GGMLQuantizationType as Type
 
 from headstart.engine.errors import ModelError
-from headstart.engine.models.config import POOLING_FILE, ModelConfig
+from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.gguf_file import GGUFFile, TensorInfo
 
 ARCHITECTURES = {
@@ -114,17 +114,12 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     return config
 
 
-def small_files(file: GGUFFile) -> dict[str, str]:
-    """What a Hugging Face repository keeps beside config and tokenizer, by name, as far as ``file``
-    has it: how vectors are pooled, the template of chats with tools."""
-    meta, files = _Metadata(file), {}
+def pooling_config(file: GGUFFile) -> dict[str, Any] | None:
+    """How vectors are pooled, as sentence-transformers' 1_Pooling/config.json has it; None: the
+    file does not say."""
+    meta = _Metadata(file)
     mode = POOLING_MODES.get(meta.integer("pooling_type", 0))
-    if mode is not None:
-        files[POOLING_FILE] = json.dumps({mode: True})
-    template = file.metadata.get("tokenizer.chat_template.tool_use")
-    if isinstance(template, str):
-        files["additional_chat_templates/tool_use.jinja"] = template
-    return files
+    return None if mode is None else {mode: True}
 
 
 class _Metadata:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -37,20 +38,35 @@ SMALL_STEP, GPU_STEP = (512, 64), (2048, 256)
 """Tokens and sequences of a step unless told otherwise. A core is busy with few rows, a GPU is not;
 steps should not take so long that those who decode notice."""
 
+CPU_FORMATS = ("f32", "bf16", "int8")
+
 INT8_TOLERANCE = 1.01
 """int8 is chosen by "auto" while its perplexity is at most this many times that of bf16."""
 
 
+AUTO_WEIGHTS = "HEADSTART_AUTO_WEIGHTS"
+"""Variable: the format of weights that "auto" means on a CPU, however fast it is there."""
+
+
 def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
-    """The weight format: as asked, or the fastest one this machine and model allow."""
+    """The weight format: as asked, or the fastest one this machine and model allow.
+
+    AUTO_WEIGHTS decides instead of the machine; int8 is taken only where the model has it good.
+    """
     if asked != "auto":
         if asked not in WEIGHT_FORMATS:
             raise ConfigError(f"--weights must be auto, {', '.join(WEIGHT_FORMATS)}; got {asked}")
         return asked
     if backend == "gpu":
         return "bf16" if gpu_is_there() else "f32"  # the interpreter has no bf16
-    if backend == "reference" or isa not in ("avx512_bf16", "avx512_vnni"):
+    if backend == "reference":
         return "f32"
+    held = os.environ.get(AUTO_WEIGHTS)
+    if held and held not in CPU_FORMATS:
+        raise ConfigError(f"{AUTO_WEIGHTS} must be {', '.join(CPU_FORMATS)}; got {held}")
+    fastest = held or ("int8" if isa in ("avx512_bf16", "avx512_vnni") else "f32")
+    if fastest != "int8":
+        return fastest
     quality = read_quality(folder)
     if quality is None:
         reason = "the model has no int8 weights"
@@ -188,9 +204,9 @@ def set_up(config: EngineConfig) -> Setup:
     name = config.backend
     if name == "auto":
         name = "gpu" if gpu_is_there() else "cpu"
-    isa = instruction_sets()[0] if config.isa == "auto" else config.isa
-    weights = choose_weights(config.weights, name, isa, folder)
     try:
+        isa = instruction_sets()[0] if config.isa == "auto" else config.isa
+        weights = choose_weights(config.weights, name, isa, folder)
         backend = load_backend(
             name,
             isa=isa,

@@ -113,6 +113,10 @@ def pack_lora(weight: Tensor, panel: int, dtype: torch.dtype) -> Tensor:
     return panels.permute(0, 2, 1, 3).contiguous()
 
 
+ACTIVATIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
+"""By the weight formats there are on this backend."""
+
+
 def _partial_bytes(shape: AttentionShape) -> int:
     """Of a row's partial result: the output, its lse and the lanes of its sum."""
     return shape.heads * (shape.head_dim + 1 + _cpu.SUM_LANES) * 4
@@ -132,6 +136,10 @@ class CpuBackend(HostMemory):
             raise ValueError(
                 f"page_size must be a positive multiple of 32 on this backend, got {page_size}"
             )
+        if weights not in ACTIVATIONS:
+            raise ValueError(
+                f"the cpu backend has weights in {', '.join(ACTIVATIONS)}, not in {weights}"
+            )
         self.page_size = page_size
         self.range_step = page_size * _cpu.BLOCK_PAGES
         self.isa = isa
@@ -140,8 +148,7 @@ class CpuBackend(HostMemory):
         kv = "f32" if weights == "f32" else "bf16"
         self.device = f"{processor_name()}, {isa}, {kv} KV, {threads} threads"
         self._kernels = _cpu.Kernels(isa, threads)
-        rows = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
-        self._rows_dtype = rows[weights]
+        self._rows_dtype = ACTIVATIONS[weights]
         self._buffers: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int, int], tuple[Tensor, int]] = {}
 

@@ -18,7 +18,10 @@ from headstart.engine.errors import ModelError
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.gguf import TYPES, hf_config, write_safetensors
 from headstart.engine.models.gguf_file import GGUFFile
+from headstart.engine.models.gguf_tokenizer import write_tokenizer
 from headstart.engine.models.rope import rope_tables
+
+pytestmark = pytest.mark.covering
 
 
 def convert(path: Path) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
@@ -26,6 +29,7 @@ def convert(path: Path) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]
     config = hf_config(file)
     target = path.with_suffix(".safetensors")
     write_safetensors(file, config, target)
+    write_tokenizer(file, path.parent)
     return ModelConfig.from_dict(config, {}, source="test"), load_file(target)
 
 
