@@ -78,7 +78,7 @@ KNOWN_MODELS = {
         wheel_bytes=92_871_040,
         # As its makers sample it: the model card of HuggingFaceTB/SmolLM2-135M-Instruct. At
         # temperature 1, which is OpenAI's default, so small a model invents its answers.
-        generation={"temperature": 0.2, "top_p": 0.9},
+        generation={"temperature": 0},
     ),
 }
 
