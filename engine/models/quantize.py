@@ -151,6 +151,9 @@ def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -
 
     config = ModelConfig.from_folder(folder)
     steps, done = config.num_layers + 4, 0
+    parameters = read_float(config, folder)
+    if parameters.head is None or not config.causal:
+        raise ModelError("they are judged by how well text is predicted, which this model does not")
 
     def advance() -> None:
         nonlocal done
@@ -162,7 +165,6 @@ def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -
     advance()
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
-    parameters = read_float(config, folder)
     tensors: dict[str, Tensor] = {"embedding": parameters.embedding.bfloat16().contiguous()}
     factors: dict[str, Tensor] = {}
     for index, layer in enumerate(parameters.layers):

@@ -4,10 +4,12 @@
     <cache>/models/<name>/config.json             Hugging Face style, also for GGUF
                           generation_config.json  if the source has one, or a known model wants it;
                                                   1_Pooling/config.json too
-                          tokenizer.json, tokenizer_config.json, chat_template.jinja (if any)
+                          tokenizer.json, tokenizer_config.json
+                          chat_template.jinja, additional_chat_templates/tool_use.jinja (if any)
                           model.safetensors       or shards with their index; symbolic links to
                                                   the source's own files unless converted
-                          headstart.json          written last: format, source, its files
+                          headstart.json          written last: format, source, its files,
+                                                  warnings for whoever serves it
 
 A folder appears under its name complete or not at all: it is built beside it and renamed. A lock
 per model keeps two pulls from colliding, and ends with its process. A source that changed (size
@@ -38,12 +40,12 @@ from pathlib import Path
 from typing import Any
 
 from headstart.engine.errors import ModelError
-from headstart.engine.models.config import POOLING_FILE, ModelConfig
+from headstart.engine.models.config import MODULES_FILE, POOLING_FILE, ModelConfig
 from headstart.engine.models.tokenizer import TokenizerConversion
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 5
+FORMAT = 6
 """Version of the converted folder's contents; raise it when old folders must be made again."""
 MARKER = "headstart.json"
 
@@ -96,6 +98,8 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    MODULES_FILE,
     POOLING_FILE,
 ]
 
@@ -105,15 +109,18 @@ def resolve(ref: str, cache: Path, progress: Progress | None = None) -> Path:
 
     ``ref``: a name in KNOWN_MODELS, a path to a folder with safetensors, to one GGUF file or to a
     converted folder, or a Hugging Face hub id. A hub model that is already converted is not looked
-    up again; ``pull`` does that. Raises ModelError.
+    up again; ``pull`` does that. What was doubtful when it was converted is logged each time, as
+    a warning. Raises ModelError.
     """
     path = Path(ref).expanduser()
     if ref not in KNOWN_MODELS and _read_marker(path).get("format") == FORMAT:
+        _warn(path)
         return path
     folder = _folder_for(ref, cache)
-    if _is_current(folder, ref):
-        return folder
-    return pull(ref, cache, progress)
+    if not _is_current(folder, ref):
+        return pull(ref, cache, progress)
+    _warn(folder)
+    return folder
 
 
 def pull(ref: str, cache: Path, progress: Progress | None = None) -> Path:
@@ -123,29 +130,39 @@ def pull(ref: str, cache: Path, progress: Progress | None = None) -> Path:
     twice at once. Raises ModelError of one line: unknown model, no network, wrong checksum,
     unsupported or damaged files, a cache that cannot be written.
     """
-    report = progress or (lambda stage, done, total: None)
     folder = _folder_for(ref, cache)
     with _clear_errors(cache), _locked(folder):
-        if not _is_hub_id(ref) and _is_current(folder, ref):
-            return folder
-        source, files = _fetch_source(ref, cache, report)
-        if _is_current(folder, ref, files):
-            return folder
-        for left in folder.parent.glob(f".{folder.name}.partial-*"):  # by a killed pull
-            shutil.rmtree(left, ignore_errors=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
-        partial.chmod(0o755)
-        try:
-            _convert(source, partial, report)
-            if ref in KNOWN_MODELS and KNOWN_MODELS[ref].generation:
-                settings = json.dumps(dict(KNOWN_MODELS[ref].generation), indent=1)
-                (partial / "generation_config.json").write_text(settings)
-            marker = {"format": FORMAT, "source": ref, "files": files}
-            (partial / MARKER).write_text(json.dumps(marker, indent=1))
-            _put_in_place(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        _make(ref, folder, cache, progress or (lambda stage, done, total: None))
+    _warn(folder)
     return folder
+
+
+def _make(ref: str, folder: Path, cache: Path, report: Progress) -> None:
+    """Convert ``ref`` into ``folder`` unless that is done."""
+    if not _is_hub_id(ref) and _is_current(folder, ref):
+        return
+    source, files = _fetch_source(ref, cache, report)
+    if _is_current(folder, ref, files):
+        return
+    for left in folder.parent.glob(f".{folder.name}.partial-*"):  # by a killed pull
+        shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
+    partial.chmod(0o755)
+    try:
+        warnings = _convert(source, partial, report)
+        if ref in KNOWN_MODELS and KNOWN_MODELS[ref].generation:
+            settings = json.dumps(dict(KNOWN_MODELS[ref].generation), indent=1)
+            (partial / "generation_config.json").write_text(settings)
+        marker = {"format": FORMAT, "source": ref, "files": files, "warnings": warnings}
+        (partial / MARKER).write_text(json.dumps(marker, indent=1))
+        _put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _warn(folder: Path) -> None:
+    for warning in _read_marker(folder).get("warnings", []):
+        logger.warning("%s: %s", folder.name, warning)
 
 
 def fetch(name: str, cache: Path, progress: Progress | None = None) -> Path:
@@ -263,25 +280,23 @@ def _stat_source(source: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _convert(source: Path, target: Path, report: Progress) -> None:
-    """Fill ``target`` from ``source``; the tokenizer is made beside the weights."""
+def _convert(source: Path, target: Path, report: Progress) -> list[str]:
+    """Fill ``target`` from ``source``. Returns warnings, one line each."""
+    warnings: list[str] = []
     if source.is_file():
-        config = _gguf_config(source)  # refuses what is damaged or unsupported before any work
+        warnings = _convert_gguf(source, target, report)
     else:
-        config = None
-        ModelConfig.from_folder(source)
-    report("tokenizer", 0, 1)
-    tokenizer = TokenizerConversion(source, target)
-    try:
-        if config is None:
+        ModelConfig.from_folder(source)  # refuses what is unsupported before any work
+        report("tokenizer", 0, 1)
+        tokenizer = TokenizerConversion(source, target)
+        try:
             _link_weights(source, target, report)
-        else:
-            _convert_gguf(source, config, target, report)
-        tokenizer.wait()
-    finally:
-        tokenizer.cancel()
-    report("tokenizer", 1, 1)
+            tokenizer.wait()
+        finally:
+            tokenizer.cancel()
+        report("tokenizer", 1, 1)
     _quantize(target, report)
+    return warnings
 
 
 def _quantize(folder: Path, report: Progress) -> None:
@@ -312,27 +327,31 @@ def _quantize(folder: Path, report: Progress) -> None:
         logger.warning("no int8 weights for this model: %s", last)
 
 
-def _gguf_config(source: Path) -> dict[str, Any]:
+def _convert_gguf(source: Path, target: Path, report: Progress) -> list[str]:
+    """Config and tokenizer come first: they refuse what is damaged before any work."""
     # numpy and gguf are loaded for conversions only.
-    from headstart.engine.models.gguf import hf_config
+    from headstart.engine.models.gguf import hf_config, pooling_config, write_safetensors
     from headstart.engine.models.gguf_file import GGUFFile
+    from headstart.engine.models.gguf_tokenizer import write_tokenizer
 
-    config = hf_config(GGUFFile(source))
+    file = GGUFFile(source)
+    config = hf_config(file)
     ModelConfig.from_dict(config, {}, source=str(source))
-    return config
-
-
-def _convert_gguf(source: Path, config: dict[str, Any], target: Path, report: Progress) -> None:
-    from headstart.engine.models.gguf import write_safetensors
-    from headstart.engine.models.gguf_file import GGUFFile
-
     (target / "config.json").write_text(json.dumps(config, indent=1))
+    report("tokenizer", 0, 1)
+    warnings = write_tokenizer(file, target)
+    report("tokenizer", 1, 1)
+    pooling = pooling_config(file)
+    if pooling is not None:
+        (target / POOLING_FILE).parent.mkdir()
+        (target / POOLING_FILE).write_text(json.dumps(pooling))
     write_safetensors(
-        GGUFFile(source),
+        file,
         config,
         target / "model.safetensors",
         lambda done, total: report("weights", done, total),
     )
+    return warnings
 
 
 def _link_weights(source: Path, target: Path, report: Progress) -> None:
@@ -340,7 +359,7 @@ def _link_weights(source: Path, target: Path, report: Progress) -> None:
     from headstart.engine.models.weights import INDEX_FILE, check_headers, weight_files
 
     check_headers(source)  # refuses damaged files now instead of at every start
-    for name in ("config.json", "generation_config.json", INDEX_FILE):
+    for name in ("config.json", "generation_config.json", MODULES_FILE, INDEX_FILE):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
     if (source / POOLING_FILE).exists():

@@ -2,14 +2,15 @@
 
     python -m headstart.engine.models.tokenizer SOURCE TARGET PARENT
 
-SOURCE is a folder with a tokenizer (tokenizer.json, or SentencePiece's tokenizer.model) or one
-GGUF file. TARGET gets tokenizer.json, tokenizer_config.json and, if the model has a chat template,
-chat_template.jinja; nothing is written once process PARENT has ended. Everything goes through
-transformers, also a tokenizer.json: it applies the settings of tokenizer_config.json (such as
-add_bos_token), so that the result, read by the tokenizers library alone, gives its tokens.
+SOURCE is a folder with a tokenizer: tokenizer.json, or SentencePiece's tokenizer.model. (Those of
+GGUF files: gguf_tokenizer.py.) TARGET gets tokenizer.json, tokenizer_config.json and, if the model
+has a chat template, chat_template.jinja; nothing is written once process PARENT has ended.
+Everything goes through transformers, also a tokenizer.json: it applies the settings of
+tokenizer_config.json (such as add_bos_token), so that the result, read by the tokenizers library
+alone, gives its tokens.
 
 A process of its own, because transformers loads torch: the server's process must stay small, and
-weights can be converted meanwhile. The error, one line, is the last line of stderr.
+weights can be checked meanwhile. The error, one line, is the last line of stderr.
 """
 
 import os
@@ -70,10 +71,7 @@ def convert(source: Path, target: Path, parent: int) -> None:
     """
     from transformers import AutoTokenizer
 
-    if source.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast:
         raise ModelError(f"{type(tokenizer).__name__} has no form the tokenizers library reads")
     if os.getppid() == parent:

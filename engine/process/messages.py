@@ -156,6 +156,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     ``pooling``: how its sentence-transformers settings, if it has any, say that vectors are made.
     ``threads``: of the kernels, in each of ``processes``. ``kv_bytes``: of the pages of all of
     them. ``relay``: RelayAttention's mode, once it has been checked.
+    ``no_text``: why it answers with vectors alone, in words; None where it writes text, too.
     """
 
     max_model_len: int
@@ -174,6 +175,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     relay: str = "off"
     segment_mask: str | None = None  # what its config declares
     pooling: Pooling | None = None
+    no_text: str | None = None
     adapters: list[AdapterInfo] = []  # loaded at start-up
 
 

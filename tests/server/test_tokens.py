@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from functools import partial
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
+from headstart.bench.token_texts import texts
 from headstart.server.app import create_app
 from headstart.server.settings import ServerSettings
 from headstart.server.templates import ChatTemplate
@@ -24,7 +27,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 TEXTS = st.lists(st.one_of(st.text(max_size=20), st.sampled_from(SPECIAL))).map("".join)
 few_examples = settings(
     deadline=None,
-    max_examples=40,
+    max_examples=2 * settings.default.max_examples // 5,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
@@ -99,6 +102,18 @@ async def test_the_ids_of_a_prompt_are_those_the_engine_gets(ask, post, engine):
     assert tokens["max_model_len"] == 256
     assert len(tokens["token_strs"]) == tokens["count"]
     assert "".join(tokens["token_strs"]) == "the\u0120<|im_end|>\u0120fox"
+
+
+async def test_the_ids_of_the_default_model_are_those_of_llama_cpp(ask, engine, smollm2):
+    """`bench.tokens --write` has kept llama.cpp's."""
+    file = Path(__file__).parents[1] / "engine" / "models" / "llama_cpp_tokens.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))["default model"]
+    app = create_app(engine, Tokenizer.from_folder(smollm2), model_names=["smollm2"])
+    assert (await ask("/tokenize", app, prompt="List:\n\n1. a"))["tokens"] == [
+        *(6106, 42, 1116, 33, 30, 253),
+    ]
+    for text, token_ids in zip(texts(), kept, strict=True):
+        assert (await ask("/tokenize", app, prompt=text))["tokens"] == token_ids, text
 
 
 async def test_special_tokens_in_a_message_are_text(ask, say):

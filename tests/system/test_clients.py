@@ -59,7 +59,7 @@ def langchain(server):
         temperature=0,
         max_tokens=60,
         max_retries=0,
-        timeout=60,
+        timeout=300,
     )
 
 

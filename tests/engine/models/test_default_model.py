@@ -1,4 +1,4 @@
-"""The default model, converted: the same weights and tokens as transformers reads from its GGUF."""
+"""The default model, converted: the same weights as transformers reads from its GGUF."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.gguf_file import GGUFFile
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.store import fetch
 from headstart.engine.models.weights import Weights
@@ -44,6 +45,7 @@ def theirs(gguf_path: Path) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_weights_are_equal(smollm2: Path, theirs: Any) -> None:
     weights = Weights.open(smollm2)
     state = theirs.state_dict()
@@ -53,6 +55,7 @@ def test_weights_are_equal(smollm2: Path, theirs: Any) -> None:
     weights.finish()
 
 
+@pytest.mark.slow
 def test_config_is_equal(smollm2: Path, theirs: Any) -> None:
     config = ModelConfig.from_folder(smollm2)
     assert config.num_layers == theirs.config.num_hidden_layers == 30
@@ -67,12 +70,11 @@ def test_config_is_equal(smollm2: Path, theirs: Any) -> None:
     assert torch.equal(sin, their_sin[0, :, :32])
 
 
-def test_tokens_are_equal(smollm2: Path, gguf_path: Path) -> None:
-    theirs = transformers.AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+def test_text_and_template_come_back(smollm2: Path, gguf_path: Path) -> None:
+    """Which tokens they are: test_gguf_tokenizer.py."""
     ours = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    metadata = GGUFFile(gguf_path).metadata
     for text in TEXTS:
-        ids = theirs(text)["input_ids"]
-        assert ours.encode(text).ids == ids, text
-        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids), text
-    assert ours.get_vocab_size() == len(theirs)
-    assert (smollm2 / "chat_template.jinja").read_text() == theirs.chat_template
+        assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
+    assert ours.get_vocab_size() == len(metadata["tokenizer.ggml.tokens"])
+    assert (smollm2 / "chat_template.jinja").read_text() == metadata["tokenizer.chat_template"]

@@ -39,6 +39,8 @@ from headstart.engine.sequence import ScheduledSequence, Sequence
 from headstart.kernels.backend import RopeTable
 from headstart.kernels.devices import instruction_sets, load_backend
 
+pytestmark = pytest.mark.covering
+
 TEXT_TOKENS = 700
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -261,6 +263,12 @@ def test_a_damaged_quality_file_is_named(tmp_path: Path, text: str) -> None:
         read_quality(tmp_path)
 
 
+def record_quality(folder: Path, int8: float) -> None:
+    (folder / "int8").mkdir()
+    recorded = {"tokens": 5000, "f32": 20.0, "bf16": 20.0, "int8": int8}
+    (folder / "int8" / "quality.json").write_text(json.dumps(recorded))
+
+
 @pytest.mark.parametrize(
     ("backend", "isa", "int8", "expected"),
     [
@@ -277,16 +285,51 @@ def test_a_damaged_quality_file_is_named(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_auto_takes_int8_where_it_is_fast_and_good(
-    tmp_path: Path, backend: str, isa: str, int8: float | None, expected: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    isa: str,
+    int8: float | None,
+    expected: str,
 ) -> None:
+    monkeypatch.delenv("HEADSTART_AUTO_WEIGHTS", raising=False)
     if int8 is not None:
-        (tmp_path / "int8").mkdir()
-        recorded = {"tokens": 5000, "f32": 20.0, "bf16": 20.0, "int8": int8}
-        (tmp_path / "int8" / "quality.json").write_text(json.dumps(recorded))
+        record_quality(tmp_path, int8)
     assert choose_weights("auto", backend, isa, tmp_path) == expected
     assert choose_weights("bf16", backend, isa, tmp_path) == "bf16"
 
 
-def test_an_unknown_weight_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("held", "isa", "int8", "expected"),
+    [
+        ("f32", "avx512_vnni", 20.0, "f32"),
+        ("bf16", "avx2", 20.0, "bf16"),
+        ("int8", "avx2", 20.0, "int8"),
+        ("int8", "avx2", 21.0, "f32"),
+        ("int8", "avx2", None, "f32"),
+    ],
+)
+def test_what_auto_takes_can_be_held(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held: str,
+    isa: str,
+    int8: float | None,
+    expected: str,
+) -> None:
+    monkeypatch.setenv("HEADSTART_AUTO_WEIGHTS", held)
+    if int8 is not None:
+        record_quality(tmp_path, int8)
+    assert choose_weights("auto", "cpu", isa, tmp_path) == expected
+    assert choose_weights("auto", "reference", isa, tmp_path) == "f32"
+    assert choose_weights("bf16", "cpu", isa, tmp_path) == "bf16"
+
+
+def test_an_unknown_weight_format_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="--weights must be auto, f32, f16, bf16, int8; got int3"):
         choose_weights("int3", "cpu", "avx2", tmp_path)
+    monkeypatch.setenv("HEADSTART_AUTO_WEIGHTS", "int3")
+    with pytest.raises(ConfigError, match="HEADSTART_AUTO_WEIGHTS must be f32, bf16, int8"):
+        choose_weights("auto", "cpu", "avx2", tmp_path)

@@ -20,7 +20,10 @@ from headstart.engine.errors import ModelError
 from headstart.engine.models import store
 from headstart.engine.models.config import POOLING_FILE, declared_pooling
 from headstart.engine.models.store import KNOWN_MODELS, PackagedModel, pull, resolve
+from headstart.engine.models.tokenizer import TokenizerConversion
 from headstart.engine.models.weights import Weights
+
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +127,11 @@ def test_safetensors_folder_is_linked(tiny_model: Any, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fast_tokenizer")
 class TestStaleness:
+    @pytest.fixture(autouse=True)
+    def no_int8(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is stale has nothing to do with the process that makes int8 weights."""
+        monkeypatch.setattr(store, "_quantize", lambda folder, report: None)
+
     def test_second_resolve_does_nothing(self, gguf_path: Path, tmp_path: Path) -> None:
         folder = resolve(str(gguf_path), tmp_path / "cache")
         before = (folder / "model.safetensors").stat()
@@ -188,7 +196,7 @@ def start_child(action: str, gguf_path: Path, cache: Path) -> subprocess.Popen[s
 def test_killed_pull_leaves_nothing_that_looks_finished(gguf_path: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     child = start_child("die", gguf_path, cache)
-    child.communicate(timeout=60)
+    child.communicate(timeout=300)
     assert child.returncode == -signal.SIGKILL
     left = visible(cache)
     assert [name for name in left if not name.startswith(".")] == []
@@ -201,10 +209,34 @@ def test_killed_pull_leaves_nothing_that_looks_finished(gguf_path: Path, tmp_pat
 def test_two_pulls_at_once(gguf_path: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     children = [start_child("live", gguf_path, cache) for _ in range(2)]
-    results = [child.communicate(timeout=120) for child in children]
+    results = [child.communicate(timeout=500) for child in children]
     assert [child.returncode for child in children] == [0, 0], results
     assert results[0][0] == results[1][0]
     assert visible(cache) == [Path(results[0][0].strip()).name]
+
+
+def test_doubts_are_told_at_each_start(
+    gguf_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gguf_path.write_bytes(gguf_path.read_bytes().replace(b"gpt-2", b"gpt-Z"))
+    for start in (pull, pull, resolve):
+        caplog.clear()
+        folder = start(str(gguf_path), tmp_path / "cache")
+        [record] = [r for r in caplog.records if "tokenizer" in r.message]
+        assert record.levelname == "WARNING"
+        assert "tokenizer.ggml.pre 'gpt-Z' is not known" in record.message
+    caplog.clear()
+    resolve(str(folder), tmp_path / "other")  # by the converted folder's own path
+    assert "'gpt-Z'" in caplog.text
+    child = start_child("live", gguf_path, tmp_path / "cache")
+    assert "'gpt-Z'" in child.communicate(timeout=60)[1]  # where nobody set up logging
+
+
+def test_a_known_name_raises_no_doubt(
+    gguf_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pull(str(gguf_path), tmp_path / "cache")
+    assert "tokenizer" not in caplog.text
 
 
 def test_linking_loads_no_torch(tiny_model: Any, tmp_path: Path) -> None:
@@ -308,7 +340,7 @@ def test_damaged_sources(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> No
         pull(str(gguf_path), tmp_path / "cache")
     assert_one_line(caught.value)
     gguf_path.write_bytes(whole.replace(b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez"))
-    with pytest.raises(ModelError, match="the tokenizer cannot be read") as caught:
+    with pytest.raises(ModelError, match=r"tokenizer\.ggml\.merges is missing") as caught:
         pull(str(gguf_path), tmp_path / "cache")
     assert_one_line(caught.value)
     folder = tmp_path / "folder"
@@ -319,6 +351,50 @@ def test_damaged_sources(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"model\.safetensors: truncated or not") as caught:
         pull(str(folder), tmp_path / "cache")
     assert visible(tmp_path / "cache") == []
+
+
+def test_templates_by_name_in_a_folder(tiny_model: Any, tmp_path: Path) -> None:
+    """The one for chats with tools is kept beside the default."""
+    source = Path(shutil.copytree(tiny_model("llama"), tmp_path / "source"))
+    (source / "chat_template.jinja").unlink()
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    settings["chat_template"] = named
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    target = tmp_path / "target"
+    target.mkdir()
+    TokenizerConversion(source, target).wait()
+    assert (target / "chat_template.jinja").read_text() == "a"
+    assert (target / TOOL_TEMPLATE).read_text() == "b"
+
+
+@pytest.mark.usefixtures("fast_tokenizer")
+def test_a_changed_template_for_tools_is_converted_again(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_quantize", lambda *_: None)
+    source = Path(shutil.copytree(tiny_model("llama"), tmp_path / "source"))
+    (source / TOOL_TEMPLATE).parent.mkdir()
+    (source / TOOL_TEMPLATE).write_text("a")
+    folder = resolve(str(source), tmp_path / "cache")
+    before = (folder / "headstart.json").read_text()
+    (source / TOOL_TEMPLATE).write_text("longer")
+    resolve(str(source), tmp_path / "cache")
+    assert (folder / "headstart.json").read_text() != before
+
+
+@pytest.mark.usefixtures("fast_tokenizer")
+def test_what_a_gguf_file_says_beside_its_tokenizer(
+    tiny_model: Any, write_gguf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template of chats with tools, and how vectors are pooled."""
+    monkeypatch.setattr(store, "_quantize", lambda *_: None)
+    keys = {"pooling_type": 1}
+    templates = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    write_gguf(tiny_model("qwen2"), tmp_path / "m.gguf", "qwen2", keys=keys, templates=templates)
+    folder = resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")
+    assert (folder / TOOL_TEMPLATE).read_text() == "b"
+    assert declared_pooling(folder) == "mean"
 
 
 class TestHub:
