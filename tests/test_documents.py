@@ -35,6 +35,7 @@ OF_OTHERS = {
     "--nnodes",  # torchrun's
     "--nproc-per-node",
     "--no-python",
+    "--install",  # xcode-select's
     "--no-build-isolation",  # pip's
     "--torch-backend",  # uv's
     "--check",  # headstart.kernels.gpu.compile's
