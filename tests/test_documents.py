@@ -23,6 +23,10 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *(ROOT / folder / "README.md" for folder in ("server", "engine", "kernels", "deploy")),
 ]
+ALL_PAGES = [
+    *PAGES,
+    *(ROOT / folder / "README.md" for folder in ("bench", "bench/results", "kernels/gpu", "tests")),
+]
 OF_OTHERS = {
     "--cpus",  # docker's
     "--memory",
@@ -61,7 +65,7 @@ def spoken(text: str) -> str:
     return "\n".join([*lines, *re.findall(r"`([^`\n]+)`", text)])
 
 
-@pytest.mark.parametrize("path", PAGES, ids=page)
+@pytest.mark.parametrize("path", ALL_PAGES, ids=page)
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if not target.startswith(("http://", "https://", "#")):
@@ -75,7 +79,7 @@ def test_flags_are_flags(path: Path) -> None:
     assert named - flags - OF_OTHERS == set()
 
 
-@pytest.mark.parametrize("path", PAGES, ids=page)
+@pytest.mark.parametrize("path", ALL_PAGES, ids=page)
 def test_commands_are_commands(path: Path) -> None:
     text = spoken(path.read_text())
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
