@@ -221,9 +221,7 @@ def peers_plot(
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
-    axes.set_xlabel(
-        "◂ OpenVINO GenAI is ahead        times        headstart is ahead ▸", fontsize=10
-    )
+    axes.set_xlabel("◂ OpenVINO GenAI is ahead    ratio, in one run    headstart is ahead ▸")
     handles = [_key(name, color=colour, linewidth=7.0) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     return save(figure, folder, "peers")
