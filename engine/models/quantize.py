@@ -45,8 +45,8 @@ from headstart.kernels.backend import Backend, Linear, RopeTable
 from headstart.kernels.devices import instruction_sets, load_backend
 
 ALPHA = {"qkv": 0.6, "o": 0.4, "gate_up": 0.6, "down": 0.6, "head": 0.6}
-"""Searched on SmolLM2-135M, as means over four roundings (bench/README.md, Quality); the paper's
-single value is 0.5."""
+"""Searched on SmolLM2-135M, as means over four roundings (bench/results/README.md, Quality);
+the paper's single value is 0.5."""
 CALIBRATION_TOKENS = 2048
 KNOWN = Path(__file__).with_name("known_quality.json")
 Ranges = dict[int, Tensor]
