@@ -64,6 +64,7 @@ perplexity: install
 
 peers: .venv-peers/.installed
 
+# llama.cpp is compiled: some 12 minutes on two cores.
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install -q openvino-genai==2026.4.1.0 llama-cpp-python==0.3.36
