@@ -1,11 +1,10 @@
 # headstart as a container image. Targets: cpu (the default) and cuda.
 #
-#   docker build --build-arg TORCH_INDEX=<address of PyTorch's CPU wheel index> -t headstart .
+#   docker build -t headstart .
 #   docker build --target cuda -t headstart:cuda .
 #
-# PyPI's torch for Linux on x86-64 is a CUDA build of several GB, so the cpu target asks for the
-# "+cpu" build of the pinned version by name and stops where there is none. PyTorch's install page
-# names the index. Without TORCH_INDEX, pip's own configuration has to supply that build.
+# deploy/install.py says where the cpu target's torch comes from. TORCH_INDEX: an index with CPU
+# builds, where neither pip's configuration nor PyTorch's own index is to be used.
 #
 # BASE may be any Debian or Ubuntu with Python 3.11 or later, its headers and its venv module.
 ARG BASE=python:3.11-slim-bookworm
@@ -20,14 +19,12 @@ RUN python3 -m venv /opt/headstart
 ENV PATH=/opt/headstart/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /build
 COPY constraints.txt ./
+COPY deploy/install.py deploy/
 ARG TORCH_INDEX=
-RUN torch="$(grep -E '^torch==' constraints.txt)+cpu" \
-    && pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$torch" \
-    || { echo "error: pip could not install $torch; if there is no such version where pip looks," \
-              "pass the address of PyTorch's CPU wheel index as --build-arg TORCH_INDEX=..." >&2; \
-         exit 1; }
+RUN python deploy/install.py --torch-only
 COPY . .
-RUN pip install -c constraints.txt .
+# Compiled here, since the image's user cannot write beside the sources.
+RUN python deploy/install.py --copy && python -m compileall -qq -j 0 /opt/headstart/lib
 
 FROM ${BASE} AS cpu
 RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin headstart \
@@ -60,9 +57,12 @@ ARG MAX_JOBS=4
 ENV PATH=/opt/headstart/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /build
 COPY constraints.txt ./
-RUN pip install -c constraints.txt torch cmake ninja nanobind packaging psutil scikit-build-core setuptools wheel
+COPY deploy/install.py deploy/
+RUN python deploy/install.py --cuda --torch-only
+RUN pip install -c constraints.txt cmake ninja nanobind packaging psutil scikit-build-core setuptools wheel
 COPY . .
-RUN pip install -c constraints.txt --no-build-isolation ".[cuda]"
+RUN pip install -c constraints.txt --no-build-isolation ".[cuda,flash-attn]" \
+    && python -m compileall -qq -j 0 /opt/headstart/lib
 
 # Triton compiles its launchers at run time: gcc and Python's headers stay in the image.
 FROM nvidia/cuda:${CUDA_VERSION}-runtime-ubuntu24.04 AS cuda

@@ -1,65 +1,81 @@
-# make serve   the default model on 127.0.0.1:8000       make test   every test
-#
-# Both set up what is missing: a virtual environment in .venv, pinned packages, the C++ kernels.
-# Where pip does not find a CPU build of torch by itself, name PyTorch's CPU wheel index:
-#   make serve TORCH_INDEX=<address>
+# `make` says what there is to make. What is missing is set up first: an environment in .venv with
+# pinned packages and the C++ kernels (deploy/install.py; docs/install.md says what it downloads).
 
 PYTHON ?= python3
 MODEL ?= smollm2-135m
-TORCH_INDEX ?=
 ARGS ?=
+# CUDA=1: torch's CUDA build and Triton. An environment stays what it was made as.
+CUDA ?= $(wildcard .venv/.serving-cuda .venv/.testing-cuda)
 SHELL := /bin/bash
 BIN := .venv/bin
-TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+KIND := $(if $(CUDA),-cuda)
+SERVING := .venv/.serving$(KIND)
+TESTING := .venv/.testing$(KIND)
+INSTALL := $(BIN)/python deploy/install.py $(if $(CUDA),--cuda)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: serve test lint format install bench bench-serve bench-steps bench-tokens perplexity peers container-test gpu-check gpu-bench fuzz soak clean
-.DEFAULT_GOAL := test
+.PHONY: help serve test test-all test-gpu-interpreter lint format install bench bench-serve bench-steps \
+	bench-tokens perplexity peers container-test install-test aarch64-test gpu-check gpu-bench fuzz soak clean
+.DEFAULT_GOAL := help
 
-serve: install
+help:
+	@echo "make TARGET [ARGS='...']; first of all:"
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+serve: $(SERVING) ## serve MODEL (smollm2-135m) on 127.0.0.1:8000; CUDA=1: on an NVIDIA GPU
 	$(BIN)/headstart serve $(MODEL) $(ARGS)
 
-test: install
-	$(BIN)/pytest $(ARGS)
+test: $(TESTING) ## run the tests, about ten minutes of them
+	$(BIN)/pytest -m 'not slow and not interpreter' $(ARGS)
 
-lint: install
+test-all: $(TESTING) ## run every test, with as many random examples as the tests ask for
+	$(BIN)/pytest --hypothesis-profile=all $(ARGS)
+
+test-gpu-interpreter: $(TESTING) ## run the GPU kernels' tests in Triton's interpreter
+	$(BIN)/pytest --hypothesis-profile=all -m 'interpreter or smoke' $(ARGS)
+
+lint: $(TESTING) ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: install
+format: $(TESTING) ## put the style in order
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-install: .venv/.installed
+install: $(SERVING) ## set up what serving needs, and no more
 
-# torch comes first and by its CPU build's name: a plain request may bring gigabytes of CUDA.
-.venv/.torch: constraints.txt
+$(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headstart needs Python 3.11 or later: make PYTHON=...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)+cpu' || \
-	  { echo "error: pip found no $(TORCH)+cpu; pass the address of PyTorch's CPU wheel index as TORCH_INDEX=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(SERVING): $(SOURCES) | $(BIN)/python
+	$(INSTALL)
 	touch $@
 
-.venv/.installed: .venv/.torch $(SOURCES)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	touch $@
+$(TESTING): $(SOURCES) | $(BIN)/python
+	$(INSTALL) --extras test
+	touch $(SERVING) $@
+
+.venv/.bench$(KIND): $(SOURCES) | $(BIN)/python
+	$(INSTALL) --extras bench
+	touch $(SERVING) $@
 
 # --- measurements: see bench/README.md ---
 
-bench: install peers
+bench: .venv/.bench$(KIND) peers ## measure beside other engines
 	$(BIN)/python -m headstart.bench.peers $(ARGS)
 
-bench-serve: install
+bench-serve: .venv/.bench$(KIND) ## load a server at URL
 	$(BIN)/python -m headstart.bench.serve --url $(or $(URL),http://127.0.0.1:8000) $(ARGS)
 
-bench-steps: install
+bench-steps: .venv/.bench$(KIND) ## time single steps
 	$(BIN)/python -m headstart.bench.steps $(ARGS)
 
-bench-tokens: install peers
+bench-tokens: .venv/.bench$(KIND) peers ## compare tokens with llama.cpp's
 	$(BIN)/python -m headstart.bench.tokens $(ARGS)
 
-perplexity: install
+perplexity: .venv/.bench$(KIND) ## compare weight formats
 	$(BIN)/python -m headstart.bench.perplexity $(MODEL)
 
 peers: .venv-peers/.installed
@@ -67,20 +83,20 @@ peers: .venv-peers/.installed
 # llama.cpp is compiled: some 12 minutes on two cores.
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install -q openvino-genai==2026.4.1.0 llama-cpp-python==0.3.36
+	.venv-peers/bin/pip install openvino-genai==2026.4.1.0 llama-cpp-python==0.3.36
 	touch $@
 
 # --- long checks, not part of "make test" ---
 
-# On a machine with a GPU, in an environment with CUDA builds of torch and headstart[cuda,dev]:
-# every parity test on the device, bfloat16 included.
-gpu-check:
-	pytest tests/kernels/gpu tests/engine/test_gpu.py tests/engine/test_decode_graphs.py $(ARGS)
+# On a machine with a GPU, in an environment with torch's CUDA build and headstart[cuda,test], such
+# as `make CUDA=1 test` makes: every parity test on the device, bfloat16 included.
+gpu-check: ## on a GPU, in the environment at hand: the parity tests
+	pytest tests/kernels/gpu tests/engine/test_gpu.py tests/engine/models/test_decode_graphs.py $(ARGS)
 
 # The authors' relay table, prefill TFLOP/s, decode GB/s, into bench/results with the card's name;
 # end to end beside vLLM, where the interpreter VLLM_PYTHON has it.
 VLLM_PYTHON ?= $(shell command -v python)
-gpu-bench:
+gpu-bench: ## on a GPU, in the environment at hand: all its figures
 	python -m headstart.bench.gpu
 	python -m headstart.bench.gpu --flash
 	@if $(VLLM_PYTHON) -c "import vllm" 2>/dev/null; then \
@@ -88,14 +104,20 @@ gpu-bench:
 			--out bench/results/gpu-vllm.jsonl $(ARGS); \
 	else echo "vLLM is not installed for VLLM_PYTHON=$(VLLM_PYTHON): not compared with it"; fi
 
-container-test:
+container-test: ## as root: build the image, run it, ask it
 	deploy/container_test.sh
+
+install-test: ## as root: the README's commands in a bare Debian
+	deploy/install_test.sh
+
+aarch64-test: ## cross-build the kernels, run their tests under qemu
+	deploy/aarch64_test.sh
 
 # Some 20,000 requests made of /openapi.json, at a server with adapters that may be loaded.
 FUZZ_PORT ?= 8765
 FUZZ_CASES ?= 300
 FUZZ_SEEDS ?= 1 2 3
-fuzz: install
+fuzz: $(TESTING) ## requests made of /openapi.json
 	$(BIN)/headstart serve $(MODEL) --port $(FUZZ_PORT) --kv-memory 1GiB --lora-dir tests & server=$$!; \
 	trap "kill $$server" EXIT; \
 	until curl -sf http://127.0.0.1:$(FUZZ_PORT)/ready > /dev/null; do kill -0 $$server || exit 1; sleep 1; done; \
@@ -106,8 +128,8 @@ fuzz: install
 	  --continue-on-failure $(ARGS) || exit 1; \
 	done
 
-soak: install
+soak: .venv/.bench$(KIND) ## load a server for a long time
 	$(BIN)/python -m headstart.bench.soak $(ARGS)
 
-clean:
+clean: ## remove the environments and what was compiled
 	rm -rf build .venv .venv-peers

@@ -18,7 +18,7 @@ from headstart.engine.models.loading import INT8_TOLERANCE
 from headstart.engine.models.quality import WINDOW, perplexity, text_tokens
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.models.store import resolve
-from headstart.kernels.backend import WEIGHT_FORMATS
+from headstart.kernels.cpu.backend import ACTIVATIONS
 from headstart.kernels.devices import load_backend
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     text = text_tokens(folder, "evaluation")
     print(f"{args.model}: {len(text)} tokens in windows of {WINDOW}")
     found: dict[str, float] = {}
-    for weights in WEIGHT_FORMATS:
+    for weights in ACTIVATIONS:
         backend = load_backend("cpu", isa="auto", weights=weights, threads=args.threads)
         decoder = load_decoder(folder, config, backend, weights, WINDOW)
         runner = ModelRunner(decoder, backend, -(-WINDOW // backend.page_size))

@@ -118,6 +118,7 @@ class Bench:
         self.runner.kv.data.view(torch.int16).fill_(0x3C00)
         shape = attention_shape(self.config)
         self.kv_bytes = backend.kv_bytes_per_page(shape, self.config.num_layers) / self.page_size
+        assert decoder.head is not None
         linears = [m for layer in decoder.layers for m in _linears(layer)] + [decoder.head]
         size = {"f32": 4, "bf16": 2, "int8": 1}[weights]
         self.weight_elements = sum(m.in_features * m.out_features for m in linears)

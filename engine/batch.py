@@ -35,7 +35,7 @@ from torch import Tensor
 
 from headstart.engine.sequence import Adapter, Reader, ScheduledSequence, Sequence
 from headstart.kernels.backend import Backend
-from headstart.kernels.ranges import IntArray, KVRanges, starts
+from headstart.kernels.ranges import IntArray, KVRanges
 
 
 class AdapterRows(NamedTuple):
@@ -119,7 +119,7 @@ class Batch:
             token_ids=self.token_ids[first:last],
             positions=self.positions[first:last],
             slots=self.slots[first:last],
-            kv_ranges=_ranges_of_rows(self.kv_ranges, first, last),
+            kv_ranges=self.kv_ranges.of_rows(first, last),
             logit_rows=logit_rows,
             adapters=[entry.narrowed(np.arange(first, last)) for entry in self.adapters],
             reads=[read.within(first, last) for read in self.reads if read.meets(first, last)],
@@ -266,16 +266,3 @@ def _pending(rows: dict[Sequence, int], in_flight: InFlight | None) -> Pending:
         torch.tensor([places[seq] for seq in rows], dtype=torch.int64),
         in_flight.token_ids,
     )
-
-
-def _ranges_of_rows(ranges: KVRanges, first: int, last: int) -> KVRanges:
-    """What ``ranges`` are to rows ``[first, last)`` alone, which become rows 0, 1, ..."""
-    here = (ranges.rows >= first) & (ranges.rows < last)
-    counts = np.diff(starts(here)[ranges.row_start])
-    narrowed = replace(
-        ranges,
-        row_start=starts(counts),
-        rows=ranges.rows[here] - np.int32(first),
-        visible=ranges.visible[here],
-    )
-    return narrowed.chosen(np.flatnonzero(counts).tolist())

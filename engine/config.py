@@ -16,7 +16,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model_path:          folder made by ``headstart pull`` (see engine/models/store.py)
     backend:             "auto", "gpu", "cpu" or "reference"
-    isa:                 CPU kernels: "auto", "avx512_bf16", "avx512", "avx2" or "portable"
+    isa:                 CPU kernels: "auto", or the name of an instruction set (kernels/README.md)
     weights:             "auto", "f32", "f16" (gpu), "bf16" or "int8" (cpu)
     kv_format:           of keys and values: "auto" (as activations), or on a gpu "fp8" or "int8"
     kv_memory:           bytes of KV pool, of all tensor-parallel processes together

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 
 def upload(
-    values: Items[int | float | tuple[float, ...]] | npt.NDArray[np.int32],
+    values: Items[int | float | tuple[float, ...]] | npt.NDArray[Any],
     dtype: torch.dtype,
     like: Tensor,
 ) -> Tensor:

@@ -20,6 +20,7 @@ from concurrent.futures import Future, wait
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 from torch import Tensor
 
 from headstart import __version__
@@ -54,7 +55,7 @@ from headstart.engine.runahead.chain import Ahead, Chain
 from headstart.engine.sampling.device import DeviceSampler
 from headstart.engine.sampling.grammar import RUN_SECONDS, Grammar, Grammars, Masks
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
-from headstart.engine.sampling.sampler import Sampler, Sampling
+from headstart.engine.sampling.sampler import Sampled, Sampler, Sampling
 from headstart.engine.schedule.scheduler import NOTHING, NewToken, Scheduler, SchedulerOutput
 from headstart.engine.sequence import Adapter, FinishReason, Sequence, Status
 from headstart.engine.work import LongChunk
@@ -76,12 +77,20 @@ class Launched(NamedTuple):
 
     scheduled: SchedulerOutput
     sampling: Sampling
+    failed: dict[Sequence, str]  # whose grammars cannot be followed any further, and why
     books: list[Callable[[], None]]  # each waits for what was read of a prompt, and books it
 
     @property
     def sequences(self) -> list[Sequence]:
         """Those that get a token."""
         return [entry.seq for entry in self.scheduled.scheduled if entry.samples]
+
+    def tokens(self, sampled: Items[Sampled]) -> list[int | FinishReason | None]:
+        """Theirs, for ``Scheduler.commit``."""
+        return [
+            FinishReason.GRAMMAR if token_id is not None and seq in self.failed else token_id
+            for seq, (token_id, _) in zip(self.sequences, sampled, strict=True)
+        ]
 
 
 class Engine:
@@ -159,6 +168,7 @@ class Engine:
         self._beside: list[LongChunk | Ahead] = []
         self._max_batched_tokens = loaded.max_batched_tokens
         self._adapters = loaded.adapters(config.max_adapters)
+        self._causal = model.causal
         self._steps = 0
         self._step_seconds = 0.0
         self._forced_tokens = 0
@@ -169,12 +179,16 @@ class Engine:
             page_size=backend.page_size,
             num_pages=num_pages,
             max_running=loaded.max_running,
+            threads=loaded.threads,
+            processes=config.tensor_parallel,
+            kv_bytes=num_pages * self._page_bytes * config.tensor_parallel,
             eos_token_ids=list(model.eos_token_ids),
             backend=loaded.device,
             weights=loaded.weights,
             version=__version__,
             segment_mask=model.segment_mask,
             pooling=declared_pooling(folder),
+            no_text=_no_text(loaded.runner.decoder),
             adapters=[self.load_adapter(*entry) for entry in config.adapters.items()],
         )
 
@@ -192,6 +206,10 @@ class Engine:
     def warm_up(self) -> None:
         """Have ready what the first requests would wait for: weights, kernels, RelayAttention."""
         warm_up(self._runner)
+        self._check_relay()
+        self.model = msgspec.structs.replace(self.model, relay=self._relay.mode)
+
+    def _check_relay(self) -> None:
         if self._relay.mode == "off":
             return
         self._guard.at_start(self._folder)
@@ -235,7 +253,7 @@ class Engine:
         priority: int = 0,
     ) -> None:
         """Queue a request. Raises RequestError if it can never run. One whose grammar proves to be
-        wrong, or that can't run for its length, after that is among ``take_refused``.
+        wrong or too much, or that can't run for its length, after that is among ``take_refused``.
 
         ``salt``: KV is shared only among requests of equal salt. ``segments``: spans of the prompt
         whose tokens see each other whole. ``adapter``: the name of a loaded one. ``priority``:
@@ -248,17 +266,19 @@ class Engine:
                 "priority",
             )
         reading: Reading | None = None
+        whole = [] if self._causal else [(0, len(token_ids))]
         if isinstance(params, PoolingParams):
             reading = Pooled(params.pooling, len(token_ids))
             params = SamplingParams(max_tokens=0)
+        elif self.model.no_text is not None:
+            raise RequestError(f"the model does not generate text: {self.model.no_text}", "model")
         elif params.prompt_logprobs is not None:
             reading = PromptScores(token_ids, params.prompt_logprobs)
         params.validate(self.model.vocab_size)
         self._check_there_is_a_choice(params)
-        if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self.model.vocab_size:
-            raise self._foreign_token(token_ids)
+        self._check_vocabulary(token_ids)
         chosen = None if adapter is None else self._adapters.get(adapter)
-        mask = Segments.of(segments, len(token_ids))
+        mask = Segments.of(whole or segments, len(token_ids))
         seq = Sequence(
             request_id,
             token_ids,
@@ -400,16 +420,27 @@ class Engine:
         reads: Items[Read],
         masks: Callable[[], Masks | None],
     ) -> Launched:
-        sampling = [entry for entry in scheduled.scheduled if entry.samples]
+        entries = [entry for entry in scheduled.scheduled if entry.samples]
         books = [read.reader.fetch() for read in reads]
-        return Launched(scheduled, self._sampler.launch(logits, sampling, masks()), books)
+        filled = masks()
+        sampling = self._sampler.launch(logits, entries, filled)
+        failed = {} if filled is None else filled.failed
+        return Launched(
+            scheduled, sampling, {entries[row].seq: why for row, why in failed.items()}, books
+        )
 
     def _commit(self, launched: Launched) -> list[Output]:
         """Wait for the tokens of a step, and book it."""
         sampled = launched.sampling.result()
         for book in launched.books:
             book()
-        new = self._scheduler.commit(launched.scheduled, [s.token_id for s in sampled])
+        new = self._scheduler.commit(launched.scheduled, launched.tokens(sampled))
+        for seq, why in launched.failed.items():
+            if seq.finish_reason is FinishReason.GRAMMAR:  # else aborted, or its KV is broken
+                logger.warning("request %d ends, its grammar cannot be followed: %s", seq.id, why)
+                error = RequestError(f"the answer's grammar cannot be followed any further: {why}")
+                self._refused.append((seq.id, error))
+        new = [token for token in new if token.seq.finish_reason is not FinishReason.GRAMMAR]
         until = time.perf_counter() + RUN_SECONDS
         forced = {token.seq: self._advance(token, until) for token in new if token.seq.constraint}
         logprobs = {
@@ -533,10 +564,23 @@ class Engine:
                 raise error
         return [outputs[index] for index in range(len(prompts))]
 
-    def _foreign_token(self, token_ids: array[int]) -> RequestError:
-        size = self.model.vocab_size
-        wrong = next(t for t in token_ids if not 0 <= t < size)
-        return RequestError(f"token id {wrong} is not in the vocabulary of {size}", "prompt")
+    def _check_vocabulary(self, token_ids: array[int]) -> None:
+        # A copy: while there is a view of it, the array cannot grow.
+        ids, size = np.array(token_ids), self.model.vocab_size
+        wrong = np.flatnonzero((ids < 0) | (ids >= size))
+        if len(wrong):
+            raise RequestError(
+                f"token id {ids[wrong[0]]} is not in the vocabulary of {size}", "prompt"
+            )
+
+
+def _no_text(decoder: Decoder) -> str | None:
+    """Why the model cannot write text; None where it can."""
+    if not decoder.config.causal:
+        return "its tokens see the whole prompt (is_causal is false in its config)"
+    if decoder.head is None:
+        return "its checkpoint has no language-model head (lm_head.weight)"
+    return None
 
 
 def _namespace(salt: bytes, segments: Segments, adapter: Adapter | None) -> bytes:

@@ -37,6 +37,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"  # the model's logits were not numbers
+    GRAMMAR = "grammar"  # its grammar could not be followed any further
 
 
 class Adapter(Protocol):

@@ -195,6 +195,11 @@ class Backend(Protocol):
         """What ``attend`` needs of a batch, made once and used by every layer."""
         ...
 
+    def attention_scratch(self, rows: int, keys: int, shape: AttentionShape) -> int:
+        """Bytes that ``attend`` takes beside its result, at most, for so many rows that see so many
+        keys each, however these are divided among ranges."""
+        ...
+
     def fixed_batch(self, rows: int, pages: int, shape: AttentionShape) -> FixedBatch | None:
         """Places for decoding steps whose ranges have up to ``pages`` pages; None: launching is
         no cost worth capturing here."""

@@ -6,17 +6,31 @@ The only file that asks about devices, and the only one that knows all backends.
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
 from headstart.kernels.backend import Backend, KernelChoices
 
+AUTO_ISA = "HEADSTART_AUTO_ISA"
+"""Variable: the best instruction set that may be chosen unasked, as if the machine had no better
+one."""
+
 
 def instruction_sets() -> list[str]:
-    """CPU instruction sets the kernels can use on this machine, best first."""
+    """CPU instruction sets of this machine that may be chosen unasked, best first.
+
+    All the kernels can use, or those up to AUTO_ISA. Raises ValueError if that is none of them.
+    """
     from headstart.kernels import _cpu
 
-    return list(_cpu.supported())
+    sets = list(_cpu.supported())
+    best = os.environ.get(AUTO_ISA) or sets[0]
+    if best not in sets:
+        raise ValueError(
+            f"{AUTO_ISA}: this machine has no {best} kernels; it has {', '.join(sets)}"
+        )
+    return sets[sets.index(best) :]
 
 
 def load_backend(
@@ -49,15 +63,14 @@ def load_backend(
 
         return ReferenceBackend(page_size=page_size)
     if name == "cpu":
+        from headstart.kernels import _cpu
         from headstart.kernels.cpu.backend import CpuBackend
 
-        available = instruction_sets()
         if isa == "auto":
-            isa = available[0]
+            isa = instruction_sets()[0]
+        available = list(_cpu.supported())
         if isa not in available:
             raise ValueError(f"this machine has no {isa} kernels; it has {', '.join(available)}")
-        if weights == "f16":
-            raise ValueError("the cpu backend has no f16 weights; it has f32, bf16 and int8")
         return CpuBackend(isa=isa, weights=weights, threads=threads, page_size=page_size)
     raise ValueError(f"there is no backend {name!r}; there are gpu, cpu and reference")
 

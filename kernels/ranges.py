@@ -7,14 +7,16 @@ merged (reference.py has the algebra).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
+
+Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,18 @@ class KVRanges:
         """These ranges alone."""
         return KVRanges.of([self[i] for i in which])
 
+    def of_rows(self, first: int, last: int) -> KVRanges:
+        """What they are to rows ``[first, last)`` alone, which become rows 0, 1, ..."""
+        here = (self.rows >= first) & (self.rows < last)
+        counts = np.diff(starts(here)[self.row_start])
+        narrowed = replace(
+            self,
+            row_start=starts(counts),
+            rows=self.rows[here] - np.int32(first),
+            visible=self.visible[here],
+        )
+        return narrowed.chosen(np.flatnonzero(counts).tolist())
+
 
 class Range(NamedTuple):
     """One of KVRanges: the pages, who reads them, how far, and the key they begin with."""
@@ -99,3 +113,23 @@ class Range(NamedTuple):
 def starts(counts: npt.ArrayLike) -> IntArray:
     """Where runs of these lengths begin, one after the other, and where the last one ends."""
     return np.cumsum(np.append(np.zeros(1, np.int32), counts), dtype=np.int32)
+
+
+def in_pieces(
+    num_rows: int,
+    step: int,
+    plan: Callable[[int, int], Plan],
+    fits: Callable[[Plan], bool],
+) -> list[tuple[int, Plan]]:
+    """Runs of rows, the first of each and ``plan(first, last)``: halved at multiples of ``step``
+    until their plans fit, or they have no more rows than that."""
+    pieces, waiting = [], [(0, num_rows)]
+    while waiting:
+        first, last = waiting.pop()
+        made = plan(first, last)
+        middle = first + -(-(last - first) // (2 * step)) * step
+        if middle >= last or fits(made):
+            pieces.append((first, made))
+        else:
+            waiting += [(middle, last), (first, middle)]
+    return pieces

@@ -169,12 +169,11 @@ def find_format(
     ``thoughts``: "auto", "none" or "think"."""
     writes_tools = template is not None and template.writes_tools()
     if calls == "auto":
-        calls = _calls_of(template.text) if template is not None and writes_tools else "none"
+        calls = _calls_of(template.tool_text) if template is not None and writes_tools else "none"
     if thoughts == "auto":
         known = set(tokenizer.added_tokens((THINK.opens, THINK.closes)))
-        told = template is not None and (
-            THINK.opens in template.text or THINK.closes in template.text
-        )
+        texts = () if template is None else (template.text, template.tool_text)
+        told = any(mark in text for text in texts for mark in (THINK.opens, THINK.closes))
         thoughts = "think" if told or len(known) == 2 else "none"
     marks = [*(FORMATS[calls].marks if calls in FORMATS else ()), THINK.opens, THINK.closes]
     tokens = tokenizer.added_tokens(marks)

@@ -26,7 +26,7 @@ INTER_TOKEN_BUCKETS = tuple(
 )
 LATENCY_BUCKETS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 TOKEN_BUCKETS = tuple(float(4**i) for i in range(10))
-FINISH_REASONS = ("stop", "length", "tool_calls", "abort")
+FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error")
 
 
 class EngineCollector(Collector):

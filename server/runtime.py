@@ -138,6 +138,18 @@ class Runtime:
             raise unavailable("the engine is not ready; /health says when it is")
         return model
 
+    def require_text_model(self) -> ModelInfo:
+        """The loaded model; a 400 where it writes no text."""
+        model = self.require_model()
+        if model.no_text is not None:
+            raise bad_request(
+                f"the model {self.model_name!r} does not generate text: {model.no_text}; "
+                "/v1/embeddings, /v1/score and /v1/rerank take it",
+                "model",
+                "no_text_generation",
+            )
+        return model
+
     def require_chat_template(self) -> ChatTemplate:
         """The model's template; a 400 when it has none."""
         if self.chat_template is None:

@@ -29,7 +29,8 @@ _NONE: Mapping[str, Any] = {}
 
 
 class ChatTemplate:
-    """A model's chat template; raises ModelError when it cannot be compiled.
+    """A model's chat template, and the one it has for chats with tools, if that is another; raises
+    ModelError when one cannot be compiled.
 
     ``variables`` of the methods: what else the template reads, ``documents`` included. All of them
     raise RequestError with the template's own words when it refuses the chat, or when it passes
@@ -40,28 +41,35 @@ class ChatTemplate:
         if tokenizer.chat_template is None:
             raise ModelError("the model has no chat template")
         self._tokenizer = tokenizer
-        self._source = tokenizer.chat_template
+        self.text = tokenizer.chat_template
+        """The template itself."""
+        self.tool_text = tokenizer.tool_template or self.text
+        """The one for chats with tools."""
+        limits = limits or TemplateLimits()
         try:
-            self._template = LimitedTemplate(self._source, limits or TemplateLimits())
+            self._plain = self._for_tools = LimitedTemplate(self.text, limits)
+            if self.tool_text != self.text:
+                self._for_tools = LimitedTemplate(self.tool_text, limits)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the model's chat template is broken: {error}") from error
+
+    @property
+    def _read(self) -> frozenset[str]:
+        return self._plain.variables | self._for_tools.variables
 
     @property
     def variables(self) -> list[str]:
         """What the template reads that a request may set, by name."""
         own = {*_OWN, *self._tokenizer.special_tokens}
-        return sorted(
-            name for name in self._template.variables - own if not name.endswith("_token")
-        )
+        return sorted(name for name in self._read - own if not name.endswith("_token"))
 
     @property
     def reads_documents(self) -> bool:
-        return "documents" in self._template.variables
+        return "documents" in self._read
 
-    @property
-    def text(self) -> str:
-        """The template itself."""
-        return self._source
+    def _template(self, tools: Tools | None) -> LimitedTemplate:
+        """The one for a chat with these tools."""
+        return self._for_tools if tools else self._plain
 
     def writes_tools(self) -> bool:
         """Whether tools are written into chats; True, too, for a template that refuses to say."""
@@ -71,10 +79,10 @@ class ChatTemplate:
         user = {"role": "user", "content": "x"}
         for messages in ([user], [{"role": "system", "content": "x"}, user]):
             try:
-                with self._template.running():
+                with self._for_tools.running():
                     tools = [{"type": "function", "function": function}]
                     special = self._tokenizer.special_tokens
-                    rendered = self._render(messages, tools, special, answer=True)
+                    rendered = self._render(self._for_tools, messages, tools, special, answer=True)
             except Exception:  # whatever a template may do with a chat it does not expect
                 continue
             return name in rendered
@@ -89,7 +97,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] = _NONE,
     ) -> list[int]:
         """Ids of the chat."""
-        with self._template.running():
+        with self._template(tools).running():
             rendered, hidden = self._rendered(messages, tools, ending, variables)
         return self._tokenizer.encode_rendered(rendered, hidden)
 
@@ -105,7 +113,7 @@ class ChatTemplate:
 
         Special tokens that were written inside messages look like the template's own here.
         """
-        with self._template.running():
+        with self._template(tools).running():
             rendered, hidden = self._rendered(messages, tools, ending, variables)
         return self._tokenizer.show_control(rendered, hidden)
 
@@ -121,7 +129,7 @@ class ChatTemplate:
         Raises RequestError also when the template does not let turns be told apart.
         """
         messages, tools, variables, hidden = self._hide(messages, tools, variables)
-        with self._template.running():
+        with self._template(tools).running():
             rendered = self._render_chat(messages, tools, variables)
             try:
                 found = self._find_turns(messages, tools, variables, rendered)
@@ -164,7 +172,8 @@ class ChatTemplate:
         of the text without a sign is stripped here, then.
         """
         *before, last = messages
-        [sign] = private_characters([self._source, *_texts([messages, tools, variables])], 1)
+        texts = [self.text, self.tool_text, *_texts([messages, tools, variables])]
+        [sign] = private_characters(texts, 1)
         signed = last | {"content": f"{last['content']}{sign} "}
         rendered = self._render_chat([*before, signed], tools, variables, answer=False)
         text, found, rest = rendered.partition(sign)
@@ -183,15 +192,17 @@ class ChatTemplate:
         variables: Mapping[str, Any],
         rendered: str,
     ) -> list[TextTurn]:
-        texts = [self._source, *_texts(variables), *_texts(messages), *_texts(tools)]
+        texts = [self.text, self.tool_text, *_texts([variables, messages, tools])]
         signs = Signs.of(private_characters(texts, NUM_SIGNS))
         special = self._tokenizer.special_tokens
         bos = {"bos_token": signs.bos} if "bos_token" in special else {}
+        # The chat's own, also for small chats that leave out its tools.
+        template = self._template(tools)
 
         def render(messages: Sequence[Message], tools: Tools | None, answer: bool) -> str | None:
             try:
                 named = {**special, **bos, **variables}
-                return self._render(messages, tools, named, answer=answer)
+                return self._render(template, messages, tools, named, answer=answer)
             except TemplateLimitError:
                 raise
             except Exception:  # a template may refuse the small chats it is asked about
@@ -233,7 +244,7 @@ class ChatTemplate:
         """The chat, its answer opened or not; RequestError when the template refuses it."""
         named = {**self._tokenizer.special_tokens, **variables}
         try:
-            return self._render(messages, tools, named, answer=answer)
+            return self._render(self._template(tools), messages, tools, named, answer=answer)
         except RequestError:
             raise
         except jinja2.TemplateError as error:
@@ -244,13 +255,14 @@ class ChatTemplate:
 
     def _render(
         self,
+        template: LimitedTemplate,
         messages: Sequence[Message],
         tools: Tools | None,
         variables: Mapping[str, Any],
         *,
         answer: bool,
     ) -> str:
-        return self._template.render(
+        return template.render(
             {
                 "documents": None,
                 **variables,

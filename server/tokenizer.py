@@ -1,7 +1,8 @@
 """Tokenizer: text to ids and back, from the ``tokenizer.json`` of a model folder.
 
-Reads ``tokenizer_config.json`` for the names of special tokens, and the chat template from
-``chat_template.jinja`` or from there. Uses the ``tokenizers`` library; never imports torch.
+Reads ``tokenizer_config.json`` for the names of special tokens, and the chat templates from
+``chat_template.jinja`` and ``additional_chat_templates`` or from there. Uses the ``tokenizers``
+library; never imports torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import tokenizers
 
 from headstart.engine.errors import ModelError, RequestError
 
+TOOL_TEMPLATE = "tool_use"
+"""What transformers calls the chat template for chats with tools, where a model has several."""
+
 Place = tuple[int, int]
 """First character, and the one after the last."""
 
@@ -30,6 +34,7 @@ class Tokenizer:
     """What one model's text is made of.
 
     ``special_tokens``: names as chat templates know them (``bos_token``, ...) to their text.
+    ``tool_template``: the chat template for chats with tools, where that is another one.
     ``backend`` is the ``tokenizers.Tokenizer``, for incremental decoding.
     """
 
@@ -39,10 +44,12 @@ class Tokenizer:
         *,
         special_tokens: dict[str, str] | None = None,
         chat_template: str | None = None,
+        tool_template: str | None = None,
     ) -> None:
         self.backend = backend
         self.special_tokens = special_tokens or {}
         self.chat_template = chat_template
+        self.tool_template = tool_template
         backend.no_truncation()
         backend.no_padding()
         _keep_spaces_in_places(backend)
@@ -77,7 +84,13 @@ class Tokenizer:
             if name.endswith("_token")
             and (isinstance(token, str) or (isinstance(token, dict) and "content" in token))
         }
-        return cls(backend, special_tokens=special, chat_template=_chat_template(folder, config))
+        templates = _chat_templates(folder, config)
+        return cls(
+            backend,
+            special_tokens=special,
+            chat_template=templates.get("default"),
+            tool_template=templates.get(TOOL_TEMPLATE),
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of ``text``; special tokens written in it become those tokens."""
@@ -303,18 +316,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The chat templates by name; the one and only is "default". Files come before the config."""
+    given = config.get("chat_template")
+    listed = given if isinstance(given, list) else [{"name": "default", "template": given}]
+    found: dict[str, Any] = {
+        str(entry.get("name")): entry.get("template") for entry in listed if isinstance(entry, dict)
+    }
+    for name, path in (
+        ("default", folder / "chat_template.jinja"),
+        (TOOL_TEMPLATE, folder / "additional_chat_templates" / f"{TOOL_TEMPLATE}.jinja"),
+    ):
+        try:
+            found[name] = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read {path}: {error}") from error
+    templates = {name: text for name, text in found.items() if text is not None}
+    if not all(isinstance(text, str) for text in templates.values()):
         raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template is not a text")
-    return template
+    return templates

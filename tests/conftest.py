@@ -5,10 +5,13 @@ smollm2      the default model, converted, in the user's own cache (pulled there
 """
 
 import hashlib
+import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import hypothesis
@@ -28,9 +31,64 @@ if not torch.cuda.is_available():
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# How long an example takes says more about the machine than about the code.
-hypothesis.settings.register_profile("tests", deadline=None)
+# How long an example takes says more about the machine than about the code. "all" is chosen by
+# `make test-all`: tests that want more or fewer examples say so as multiples of the profile's.
+hypothesis.settings.register_profile("all", deadline=None)
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("tests")
+
+
+TESTS = Path(__file__).parent
+INTERPRETED = (
+    TESTS / "engine" / "test_gpu.py",
+    TESTS / "engine" / "models" / "test_decode_graphs.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks that follow from what a test asks for, and `covering` ones from their parameters."""
+    products: dict[str, list[pytest.Function]] = {}
+    smoke: set[str] = set()
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        function = item.nodeid.partition("[")[0]
+        if item.path in INTERPRETED or TESTS / "kernels" / "gpu" in item.path.parents:
+            if not any(item.iter_markers("smoke")) or function in smoke:
+                item.add_marker("interpreter")
+            smoke.add(function)
+        if "smollm2" in item.fixturenames:
+            item.add_marker("model")
+        if TESTS / "system" in item.path.parents:
+            item.add_marker("process")
+        if not any(item.iter_markers("process")) and not any(item.iter_markers("model")):
+            item.add_marker("unit")
+        if any(item.iter_markers("covering")) and hasattr(item, "callspec"):
+            products.setdefault(function, []).append(item)
+    for product in products.values():
+        [strength] = product[0].get_closest_marker("covering").args or (1,)
+        kept = covering(product, strength)
+        for item in product:
+            if item not in kept:
+                item.add_marker("slow")
+
+
+def covering(product: list[pytest.Function], strength: int) -> list[pytest.Function]:
+    """As few of a test's cases as have every value of every parameter, or every two together
+    where ``strength`` is 2; found greedily.
+
+    A parameter called ``seed`` is not one to cover: one random case is as good as another.
+    """
+    values = {}
+    for item in product:
+        pairs = [(name, repr(v)) for name, v in item.callspec.params.items() if name != "seed"]
+        values[item] = set(itertools.combinations(pairs, min(strength, len(pairs))))
+    kept = [product[0]]
+    missing = set().union(*values.values()) - values[product[0]]
+    while missing:
+        kept.append(max(product, key=lambda item: len(values[item] & missing)))
+        missing -= values[kept[-1]]
+    return kept
+
 
 TINY_VOCAB_SIZE = 320
 """256 bytes, 3 special tokens, and as many merges as fit."""
@@ -154,11 +212,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def greedy_reference() -> GreedyReference:
     """``greedy_reference(folder, prompt_ids, n)``: n greedy ids by transformers in float32.
 
-    End-of-sequence tokens do not end it. Models are loaded once per session.
+    End-of-sequence tokens do not end it. Models are loaded once per module.
     """
     loaded: dict[Path, Any] = {}
 
@@ -179,6 +237,28 @@ def greedy_reference() -> GreedyReference:
         return output
 
     return generate
+
+
+@pytest.fixture(scope="session")
+def count_calls() -> Callable[[Callable[[], object]], int]:
+    """``count_calls(work)``: functions that ``work()`` calls, C's too. What it costs in Python,
+    by a measure that is the same on every machine."""
+
+    def count(work: Callable[[], object]) -> int:
+        calls = 0
+
+        def note(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(note)
+        try:
+            work()
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    return count
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,7 @@ class MemoryPlan:
 
     weights: int
     activations: int
+    scratch: int
     kv: int
     num_pages: int
     page_size: int
@@ -48,7 +49,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         return (
             f"memory: weights {_size(self.weights)}, KV pool {_size(self.kv)} "
-            f"({self.num_pages * self.page_size} tokens), activations {_size(self.activations)}"
+            f"({self.num_pages * self.page_size} tokens), activations {_size(self.activations)}, "
+            f"attention's partial results {_size(self.scratch)}"
         )
 
 
@@ -57,6 +59,7 @@ def plan_memory(
     available: int | None,
     weights: int,
     activations: int,
+    scratch: int,
     bytes_per_page: int,
     page_size: int,
     kv_memory: int | None,
@@ -65,14 +68,15 @@ def plan_memory(
 ) -> MemoryPlan:
     """Size the KV pool. Raises ConfigError, with figures, where it cannot hold one sequence.
 
-    Figures are of one process; ``kv_memory`` is for all ``processes``. ``available``: free bytes of
+    Figures are of one process; ``kv_memory`` is for all ``processes``. ``scratch``: what attention
+    takes beside activations (``Backend.attention_scratch``). ``available``: free bytes of
     the process's own device, weights in place; None: it is the host's memory, for all of them.
     """
     if available is None:
         available, share = available_memory(), KV_SHARE
     else:
         available, share = available * processes, DEVICE_KV_SHARE
-    free = available - processes * activations
+    free = available - processes * (activations + scratch)
     budget = (int(free * share) if kv_memory is None else kv_memory) // processes
     if kv_memory is not None and kv_memory > free:
         raise ConfigError(
@@ -87,7 +91,8 @@ def plan_memory(
             f"{_size(max(budget * processes, 0))} are there; "
             "use a smaller --max-model-len or a larger --kv-memory"
         )
-    return MemoryPlan(weights, activations, num_pages * bytes_per_page, num_pages, page_size)
+    kv = num_pages * bytes_per_page
+    return MemoryPlan(weights, activations, scratch, kv, num_pages, page_size)
 
 
 def _size(size: int) -> str:

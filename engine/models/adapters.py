@@ -146,7 +146,7 @@ def load_adapter(
     weights = Weights.open_file(folder / WEIGHTS)
     every = targets(config)
     own = targets(share.config(config))
-    found = _modules(weights.names(), every, config.num_layers, folder)
+    trunk, found = _modules(weights.names(), every, config.num_layers, folder)
     layers: list[list[LoraPart]] = []
     largest = 0
     digest = hashlib.blake2b(digest_size=16)
@@ -155,7 +155,7 @@ def load_adapter(
         for target, local in zip(every, own, strict=True):
             if (layer, target.name) not in found:
                 continue
-            module = f"model.layers.{layer}.{target.module}"
+            module = f"{trunk}layers.{layer}.{target.module}"
             down, up = _read_pair(weights, module, target, settings, folder)
             if smoothing is not None:
                 _follow_smoothing(down, up, target, smoothing[layer], config)
@@ -325,13 +325,17 @@ def _pattern(
 
 def _modules(
     names: list[str], every: list[Target], num_layers: int, folder: Path
-) -> set[tuple[int, str]]:
-    """(layer, target) of each matrix the file changes; any other tensor is an error."""
+) -> tuple[str, set[tuple[int, str]]]:
+    """What the names of modules begin with: "model.", or nothing where it was trained on a model
+    without a head. And (layer, target) of each matrix the file changes: others are an error.
+    """
+    whole = any(name.startswith(f"{PREFIX}model.") for name in names)
+    trunk = "model." if whole else ""
     known = {target.module: target.name for target in every}
     found = set()
     for name in names:
         match = re.fullmatch(
-            re.escape(f"{PREFIX}model.layers.")
+            re.escape(f"{PREFIX}{trunk}layers.")
             + r"(0|[1-9][0-9]{0,5})\.([a-z_.]+)\.lora_[AB]\.weight",
             name,
         )
@@ -348,7 +352,7 @@ def _modules(
         found.add((int(match[1]), known[match[2]]))
     if not found:
         raise ModelError(f"{folder / WEIGHTS}: holds no tensors")
-    return found
+    return trunk, found
 
 
 def _read_pair(

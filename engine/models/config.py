@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 POOLING_FILE = "1_Pooling/config.json"
 """Where sentence-transformers keeps how a model's vectors are pooled."""
+MODULES_FILE = "modules.json"
+"""Where they keep what makes a vector, one module behind the other."""
+_MODULES = ("Transformer", "Pooling", "Normalize")
 _POOLING_KEYS: dict[str, Pooling] = {
     "pooling_mode_lasttoken": "last",
     "pooling_mode_mean_tokens": "mean",
@@ -106,6 +109,7 @@ class ModelConfig:
     the model's own value when the model attends through a sliding window: within one window,
     sliding and full attention are the same. ``context_limit`` then says so in a sentence to log.
     ``segment_mask``: the mask the model was tuned for, if its config says so (ranges/segments.py).
+    ``causal``: False where every token sees the whole prompt, as in some embedders.
     """
 
     architecture: str
@@ -130,17 +134,23 @@ class ModelConfig:
     rope: RopeConfig
     context_limit: str | None = None
     segment_mask: str | None = None
+    causal: bool = True
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read ``config.json`` and, if present, ``generation_config.json`` of ``folder``.
+        """Read ``config.json`` and, if present, ``generation_config.json`` of ``folder``; and what
+        its tokenizer calls the end, which some fine-tunes name nowhere else.
 
         Raises ModelError naming the file and the setting that is missing, wrong or unsupported.
         """
         raw = read_json(folder / "config.json")
         generation_path = folder / "generation_config.json"
         generation = read_json(generation_path) if generation_path.exists() else {}
-        return cls.from_dict(raw, generation, source=str(folder / "config.json"))
+        config = cls.from_dict(raw, generation, source=str(folder / "config.json"))
+        end = _end_of_tokenizer(folder)
+        if end is None or end in config.eos_token_ids or end >= config.vocab_size:
+            return config
+        return replace(config, eos_token_ids=(*config.eos_token_ids, end))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], generation: dict[str, Any], source: str) -> ModelConfig:
@@ -194,6 +204,7 @@ class ModelConfig:
             rope=rope,
             context_limit=context_limit,
             segment_mask=segment_mask(read.values, source),
+            causal=read.get("is_causal") is None or read.flag("is_causal"),
         )
 
 
@@ -277,6 +288,9 @@ def _architecture(raw: dict[str, Any], source: str) -> str:
     architecture = named[0] if isinstance(named, list) and named else None
     if not isinstance(architecture, str):
         architecture = f"unnamed (model_type {raw.get('model_type')!r})"
+    # As AutoModel saves it: without a head, which embedders do not need.
+    if (whole := architecture.removesuffix("Model") + "ForCausalLM") in FAMILIES:
+        architecture = whole
     if architecture not in FAMILIES:
         raise ModelError(
             f"{source}: architecture {architecture} is not supported; "
@@ -358,9 +372,15 @@ def segment_mask(values: Mapping[str, Any], source: str) -> str | None:
 def declared_pooling(folder: Path) -> Pooling | None:
     """How the model's sentence-transformers settings say that vectors are pooled.
 
-    None where there are none, or what they say is not supported, which is logged. Raises ModelError
-    for a broken file.
+    None where there are none, or what they say is not supported, which is logged, as are modules
+    behind the pooling. Raises ModelError for a broken file.
     """
+    path = folder / MODULES_FILE
+    if path.exists():
+        names = [str(entry["type"]).rpartition(".")[2] for entry in _read_list(path)]
+        others = [name for name in names if name not in _MODULES]
+        if others:
+            logger.warning("%s: vectors are made without %s", path, " and ".join(others))
     path = folder / POOLING_FILE
     if not path.exists():
         return None
@@ -383,3 +403,28 @@ def _eos_token_ids(read: _Reader, generation: dict[str, Any]) -> tuple[int, ...]
             if token_id not in ids:
                 ids.append(token_id)
     return tuple(ids)
+
+
+def _read_list(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and "type" in entry for entry in entries
+    ):
+        raise ModelError(f"{path}: not a list of modules")
+    return entries
+
+
+def _end_of_tokenizer(folder: Path) -> int | None:
+    """The id of the ``eos_token`` of the tokenizer in ``folder``, if it is there and names one."""
+    paths = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not all(path.exists() for path in paths):
+        return None
+    settings, tokenizer = map(read_json, paths)
+    token = settings.get("eos_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    added = tokenizer.get("added_tokens") or ()
+    return next((int(entry["id"]) for entry in added if entry["content"] == token), None)

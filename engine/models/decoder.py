@@ -90,7 +90,7 @@ class Decoder:
             )
             for p in parameters.layers
         ]
-        self.head = linear(parameters.head)
+        self.head = None if parameters.head is None else linear(parameters.head)
         self._embedding = backend.constant(parameters.embedding)
         self._final_norm = backend.constant(parameters.final_norm)
         norm = parameters.hidden_norm
@@ -103,7 +103,10 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Any) -> Tensor:
-        """Logits ``[len(batch.logit_rows), vocab]``, float32; valid until the next call."""
+        """Logits ``[len(batch.logit_rows), vocab]``, float32; valid until the next call.
+
+        Of a model without a head they are its hidden states.
+        """
         return _result(self._layers(self._tiles(batch, beside=False), kv))
 
     @torch.inference_mode()
@@ -228,8 +231,7 @@ class Decoder:
                 for part in torch.split(rows, HEAD_ROWS):
                     reader.take(self._head(part, None))
             else:
-                size, eps = (self.config.hidden_size,), self.config.rms_norm_eps
-                reader.take(rms_norm(rows.float(), size, self._hidden_norm.float(), eps))
+                reader.take(self._states(rows))
         if tile.logit_rows is None:
             return self._head(tile.residual, None)
         if not len(tile.logit_rows):
@@ -237,7 +239,14 @@ class Decoder:
         places = self._backend.upload(tile.logit_rows)
         return self._head(tile.residual.index_select(0, places), None)
 
+    def _states(self, residual: Tensor) -> Tensor:
+        """Hidden states behind the final norm."""
+        size, eps = (self.config.hidden_size,), self.config.rms_norm_eps
+        return rms_norm(residual.float(), size, self._hidden_norm.float(), eps)
+
     def _head(self, residual: Tensor, delta: Tensor | None) -> Tensor:
+        if self.head is None:
+            return self._states(residual if delta is None else residual + delta)
         rows = self._backend.norm(residual, delta, self._final_norm, self.config.rms_norm_eps)
         return self._ranks.gather(self._backend.linear(rows, self.head)).float()
 

@@ -36,6 +36,27 @@ TYPES = (
     *(Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1),
     *(Type.Q4_K, Type.Q5_K, Type.Q6_K),
 )
+END_TOKENS = (
+    *(
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<|end|>",
+        "<|endoftext|>",
+        "</s>",
+    ),
+    *("<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>"),
+    "<｜end▁of▁sentence｜>",
+)
+"""Tokens that end an answer by what they are called, as in llama.cpp (llama-vocab.cpp): many files
+name an end of text and no end of turn."""
+POOLING_MODES = {
+    1: "pooling_mode_mean_tokens",
+    2: "pooling_mode_cls_token",
+    3: "pooling_mode_lasttoken",
+}
+"""llama.cpp's numbers of them, and the names that sentence-transformers has for them."""
 CHUNK_ELEMENTS = 1 << 22
 """Elements dequantised at a time: 16 MB of float32 and a few times that of temporaries."""
 IGNORED_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -80,6 +101,8 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "torch_dtype": "float32",
         **_special_tokens(meta),
     }
+    if meta.get("attention.causal") is False:
+        config["is_causal"] = False
     scaling = _rope_scaling(meta, config)
     if scaling is not None:
         config["rope_scaling"] = scaling
@@ -89,6 +112,14 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         if architecture == "LlamaForCausalLM":
             config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     return config
+
+
+def pooling_config(file: GGUFFile) -> dict[str, Any] | None:
+    """How vectors are pooled, as sentence-transformers' 1_Pooling/config.json has it; None: the
+    file does not say."""
+    meta = _Metadata(file)
+    mode = POOLING_MODES.get(meta.integer("pooling_type", 0))
+    return None if mode is None else {mode: True}
 
 
 class _Metadata:
@@ -130,7 +161,7 @@ class _Metadata:
 
 
 def _special_tokens(meta: _Metadata) -> dict[str, Any]:
-    """bos, pad and end tokens. Ends of turn and of message end generation, as in llama.cpp."""
+    """bos, pad and end tokens: ends of turn and of message, too, and what END_TOKENS has."""
     ids: dict[str, int] = {}
     for name in ("bos", "padding", "eos", "eot", "eom"):
         value = meta.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -139,7 +170,11 @@ def _special_tokens(meta: _Metadata) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             meta.fail(f"tokenizer.ggml.{name}_token_id must be a token id, got {value!r:.40}")
         ids[name] = value
-    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
+    named = [ids[name] for name in ("eos", "eot", "eom") if name in ids]
+    tokens = meta.file.metadata.get("tokenizer.ggml.tokens")
+    by_text = {token: i for i, token in enumerate(tokens if isinstance(tokens, list) else ())}
+    named += [by_text[token] for token in END_TOKENS if token in by_text]
+    ends = list(dict.fromkeys(named))
     return {
         "bos_token_id": ids.get("bos"),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,

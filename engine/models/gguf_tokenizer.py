@@ -200,7 +200,8 @@ class _Reader:
     def chat_templates(self) -> dict[str, str]:
         """By name; the one that has none is the default."""
         found = {}
-        names = ["default", *self.strings("chat_templates", prefix="tokenizer.", default=[])]
+        listed = self.strings("chat_templates", prefix="tokenizer.", default=[])
+        names = ["default", "tool_use", *listed]
         for name in dict.fromkeys(names):
             key = "chat_template" if name == "default" else f"chat_template.{name}"
             template = self.value(key, str, None, prefix="tokenizer.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -37,20 +38,35 @@ SMALL_STEP, GPU_STEP = (512, 64), (2048, 256)
 """Tokens and sequences of a step unless told otherwise. A core is busy with few rows, a GPU is not;
 steps should not take so long that those who decode notice."""
 
+CPU_FORMATS = ("f32", "bf16", "int8")
+
 INT8_TOLERANCE = 1.01
 """int8 is chosen by "auto" while its perplexity is at most this many times that of bf16."""
 
 
+AUTO_WEIGHTS = "HEADSTART_AUTO_WEIGHTS"
+"""Variable: the format of weights that "auto" means on a CPU, however fast it is there."""
+
+
 def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
-    """The weight format: as asked, or the fastest one this machine and model allow."""
+    """The weight format: as asked, or the fastest one this machine and model allow.
+
+    AUTO_WEIGHTS decides instead of the machine; int8 is taken only where the model has it good.
+    """
     if asked != "auto":
         if asked not in WEIGHT_FORMATS:
             raise ConfigError(f"--weights must be auto, {', '.join(WEIGHT_FORMATS)}; got {asked}")
         return asked
     if backend == "gpu":
         return "bf16" if gpu_is_there() else "f32"  # the interpreter has no bf16
-    if backend == "reference" or isa not in ("avx512_bf16", "avx512_vnni"):
+    if backend == "reference":
         return "f32"
+    held = os.environ.get(AUTO_WEIGHTS)
+    if held and held not in CPU_FORMATS:
+        raise ConfigError(f"{AUTO_WEIGHTS} must be {', '.join(CPU_FORMATS)}; got {held}")
+    fastest = held or ("int8" if isa in ("avx512_bf16", "avx512_vnni") else "f32")
+    if fastest != "int8":
+        return fastest
     quality = read_quality(folder)
     if quality is None:
         reason = "the model has no int8 weights"
@@ -81,18 +97,25 @@ class Setup:
 
     def num_pages(self, decoder: Decoder, share: Share) -> int:
         """How many KV pages each process gets. Raises ConfigError where they are too few."""
-        settings, model, rows = self.settings, decoder.config, self.max_batched_tokens
+        settings, model, backend = self.settings, decoder.config, self.backend
+        # A step's, or those of a tile of a segment that is longer than a step.
+        longest = self.max_model_len
+        rows = max(self.max_batched_tokens, min(backend.tile_rows, longest))
         # Measuring computes a batch, which a share of a model cannot do alone.
         alone = share.ranks == 1
-        activations = measured_activations(decoder, self.backend, rows) if alone else None
+        activations = measured_activations(decoder, backend, rows) if alone else None
+        if activations is None:
+            activations = _activation_bytes(model, rows)
+        shape = attention_shape(model)
         plan = plan_memory(
-            available=self.backend.free_memory(),
+            available=backend.free_memory(),
             weights=_weight_bytes(model, settings.weights, share.ranks),
-            activations=_activation_bytes(model, rows) if activations is None else activations,
-            bytes_per_page=self.backend.kv_bytes_per_page(attention_shape(model), model.num_layers),
-            page_size=self.backend.page_size,
+            activations=activations + _segment_bytes(model, longest),
+            scratch=backend.attention_scratch(min(rows, backend.tile_rows), longest, shape),
+            bytes_per_page=backend.kv_bytes_per_page(shape, model.num_layers),
+            page_size=backend.page_size,
             kv_memory=settings.kv_memory,
-            max_model_len=self.max_model_len,
+            max_model_len=longest,
             processes=share.ranks,
         )
         logger.info("%s%s", plan, ", of each rank" if share.ranks > 1 else "")
@@ -181,9 +204,9 @@ def set_up(config: EngineConfig) -> Setup:
     name = config.backend
     if name == "auto":
         name = "gpu" if gpu_is_there() else "cpu"
-    isa = instruction_sets()[0] if config.isa == "auto" else config.isa
-    weights = choose_weights(config.weights, name, isa, folder)
     try:
+        isa = instruction_sets()[0] if config.isa == "auto" else config.isa
+        weights = choose_weights(config.weights, name, isa, folder)
         backend = load_backend(
             name,
             isa=isa,
@@ -244,3 +267,8 @@ def _activation_bytes(model: ModelConfig, rows: int) -> int:
     q_size = model.num_heads * model.head_dim
     floats = 4 * model.hidden_size + 5 * q_size + 3 * model.intermediate_size
     return rows * floats * 4 + 64 * model.vocab_size * 4
+
+
+def _segment_bytes(model: ModelConfig, rows: int) -> int:
+    """What the rows of a long segment keep from layer to layer: residual and queries."""
+    return rows * (model.hidden_size + model.num_heads * model.head_dim) * 4

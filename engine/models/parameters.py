@@ -48,14 +48,14 @@ class LayerParameters:
 class Parameters:
     """A whole decoder; ``layers`` can be iterated once.
 
-    ``hidden_norm``: of the hidden states themselves, where ``final_norm`` makes other inputs of the
-    head than these.
+    ``head``: None where the checkpoint has none. ``hidden_norm``: of the hidden states themselves,
+    where ``final_norm`` makes other inputs of the head than these.
     """
 
     embedding: Tensor
     layers: Iterator[LayerParameters]
     final_norm: Tensor
-    head: Matrix
+    head: Matrix | None
     hidden_norm: Tensor | None = None
 
 
@@ -65,21 +65,27 @@ def read_float(config: ModelConfig, folder: Path) -> Parameters:
     Tensors nobody asked for are an error, raised when the last layer has been read.
     """
     weights = Weights.open(folder)
-    hidden = config.hidden_size
-    embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, hidden))
-    final_norm = weights.take("model.norm.weight", (hidden,)).float()
-    head = embedding
+    hidden, trunk = config.hidden_size, trunk_prefix(weights)
+    embedding = weights.take(f"{trunk}embed_tokens.weight", (config.vocab_size, hidden))
+    final_norm = weights.take(f"{trunk}norm.weight", (hidden,)).float()
+    head = weights.take("lm_head.weight", (config.vocab_size, hidden), optional=True)
     if config.tie_word_embeddings:
-        weights.take("lm_head.weight", (config.vocab_size, hidden), optional=True)
-    else:
-        head = weights.take("lm_head.weight", (config.vocab_size, hidden))
+        head = embedding
 
     def layers() -> Iterator[LayerParameters]:
         for index in range(config.num_layers):
-            yield _read_layer(config, weights, f"model.layers.{index}.")
+            yield _read_layer(config, weights, f"{trunk}layers.{index}.")
         weights.finish()
 
-    return Parameters(embedding, layers(), final_norm, Matrix(head))
+    return Parameters(embedding, layers(), final_norm, None if head is None else Matrix(head))
+
+
+def trunk_prefix(weights: Weights) -> str:
+    """What the names of all tensors but the head's begin with: nothing where the checkpoint was
+    saved without one."""
+    names = weights.names()
+    bare = "embed_tokens.weight" in names and "model.embed_tokens.weight" not in names
+    return "" if bare else "model."
 
 
 def _read_layer(config: ModelConfig, weights: Weights, prefix: str) -> LayerParameters:

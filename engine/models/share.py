@@ -72,7 +72,7 @@ class Share:
             whole.embedding,
             self._layers(whole.layers, model),
             whole.final_norm,
-            self.rows(whole.head, model.vocab_size),
+            None if whole.head is None else self.rows(whole.head, model.vocab_size),
             whole.hidden_norm,
         )
 

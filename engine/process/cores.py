@@ -11,7 +11,10 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     A part of a core does not count, unless there is no more: the kernels' threads wait for each
     other, so one that the quota stops would stop them all.
     """
-    cores = len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # not Linux
+        cores = os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
         quota, period = (cgroup / "cpu.max").read_text().split()
         cores = min(cores, int(quota) // int(period))

@@ -5,7 +5,7 @@
 
     scheduler: this prompt runs ahead
         Prepare ─▶ all ranks            what of it is cached there?
-        plan                            where to cut, and whether it pays at all (cuts.py)
+        plan                            where to cut, and whether it pays at all (planner.py)
         Run ─▶ those that take part     they compute; the engine's own chunk, a LongChunk, goes on
         logits                          as their KV arrives, beside the steps of others
 
@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ from headstart.engine.models.loading import LoadedModel
 from headstart.engine.process.cores import kernel_environment
 from headstart.engine.process.messages import RunaheadStats
 from headstart.engine.runahead import control, costs
-from headstart.engine.runahead.cuts import CutTable, Plan, Positions, even_cuts, plan
+from headstart.engine.runahead.cuts import CutTable, Plan
 from headstart.engine.runahead.links import Pool, Receiver, Sender, readable
 from headstart.engine.runahead.measure import about_prefill, identity, rank_costs
 from headstart.engine.runahead.messages import (
@@ -67,13 +68,13 @@ from headstart.engine.runahead.messages import (
     Welcome,
 )
 from headstart.engine.runahead.opening import Opening
+from headstart.engine.runahead.planner import CUTS, Planner, Prompt
 from headstart.engine.runahead.rank import OPENING_SECONDS, JobNeighbours, RankConfig
 from headstart.engine.sequence import ScheduledSequence, Sequence
 from headstart.engine.work import LongChunk
 
 logger = logging.getLogger(__name__)
 
-CUTS = ("auto", "even", "predicted", "modelled")
 TRANSPORTS = ("auto", "gloo")
 GREETING_SECONDS = 0.25
 """Between two greetings of a rank that does not answer."""
@@ -84,8 +85,6 @@ RESPAWN_SECONDS = 1.0
 NEWS, MOST_PACE, LEAST_CHUNK = 0.4, 8.0, 64
 """How much the latest prompt changes what is known of a rank's pace, how far that may go, and how
 many tokens a chunk must have to tell."""
-WORTH = 0.95
-"""A prompt runs ahead if that is predicted to take this share of the local time, or less."""
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -127,6 +126,7 @@ class Ahead:
     ranks: list[_Rank]
     begun: float
     held: dict[int, int] = field(default_factory=dict)  # by place in the chain
+    planning: Future[Plan] | None = None
     plan: Plan | None = None
     chunk: LongChunk | None = None
     neighbours: JobNeighbours | None = None
@@ -197,6 +197,7 @@ class Chain:
             raise ConfigError(f"--runahead-cuts must be {', '.join(CUTS)}")
         if config.runahead_transport not in TRANSPORTS:
             raise ConfigError(f"--runahead-transport must be {', '.join(TRANSPORTS)}")
+        control.require_linux()
         if config.runahead_hosts and config.runahead_secret is None:
             raise ConfigError("--runahead-hosts needs the secret that the ranks were started with")
         self.forced_bounds: list[int] | None = None
@@ -229,8 +230,15 @@ class Chain:
         self._receiver: Receiver | None = None
         self._chain: costs.Chain | None = None
         self._pace = 1.0  # the engine's own, see _Rank
-        self._table = CutTable.load(config.machine_folder, self._about())
-        self._least = 0
+        self._planner = Planner(
+            config.runahead_cuts,
+            config.runahead_min is not None,
+            self._page_size,
+            self._costs,
+            CutTable.load(config.machine_folder, self._about()),
+        )
+        self._least: int | None = None  # tokens of a prompt that runs ahead; None: not known yet
+        self._finding_least: Future[int] | None = None
         self._jobs: dict[int, Ahead] = {}
         self._lent: list[_Lent] = []
         self._stats = RunaheadStats()
@@ -283,8 +291,9 @@ class Chain:
 
     @property
     def whole(self) -> bool:
-        """Whether every rank is there and the chain is formed."""
-        return self._chain is not None and len(self._live) == len(self._ranks)
+        """Whether every rank is there, the chain is formed, and it is known what pays."""
+        formed = self._chain is not None and self._least is not None
+        return formed and len(self._live) == len(self._ranks)
 
     def __str__(self) -> str:
         """Which ranks are missing, and why."""
@@ -308,6 +317,7 @@ class Chain:
         behind ``num_ahead`` others."""
         return (
             self._chain is not None
+            and self._least is not None
             and not self._grows
             and num_ahead < self.num_ranks
             and seq.num_tokens - start >= max(self._least, self._page_size + 1)
@@ -347,6 +357,8 @@ class Chain:
 
     def _end(self, job: Ahead) -> None:
         del self._jobs[job.id]
+        if job.planning is not None:
+            job.planning.cancel()
         if job.neighbours is not None:
             job.neighbours.drop()
         if job.unsent:
@@ -367,6 +379,7 @@ class Chain:
         """End the local ranks and close all links; once is enough."""
         if self._context.closed:
             return
+        self._planner.close()
         for job in self._jobs.values():
             job.failed = job.failed or "the engine ends"
         ends = [rank.origin for rank in self._ranks] + [self._receiver]
@@ -418,6 +431,7 @@ class Chain:
             self._connect(now)
         if self._receiver is not None:
             self._receiver.read()
+        self._take_plans()
         for job in self._jobs.values():
             self._push(job)
             if job.failed is None:
@@ -594,18 +608,35 @@ class Chain:
             links=(*(link for link in links if link is not None), self._receiver.costs),
             back=self._receiver.costs,
         )
-        least = self._config.runahead_min
-        self._least = self._pays_from() if least is None else least
+        if self._config.runahead_min is None:
+            longest = self._loaded.max_model_len
+            self._finding_least = self._planner.pays_from(self._chain, longest)
+        else:
+            self._begin(self._config.runahead_min)
+
+    def _begin(self, least: int) -> None:
+        """Let prompts run ahead."""
+        self._least = least
         logger.info(
             "runahead: a chain of %d, for prompts of %d tokens or more that are not cached",
             self.num_ranks,
-            self._least,
+            least,
         )
+
+    def _take_plans(self) -> None:
+        """Go on with what the planner has found."""
+        if self._finding_least is not None and self._finding_least.done():
+            least, self._finding_least = self._finding_least.result(), None
+            self._begin(least)
+        for job in self._jobs.values():
+            if job.planning is not None and job.planning.done() and job.failed is None:
+                job.plan, job.planning = job.planning.result(), None
+                self._run(job, job.plan)
 
     def tuned(self, bounds: Items[int]) -> Path | None:
         """Keep these cuts as the best of their length; the folder they are kept in."""
-        self._table = self._table.with_cuts(bounds)
-        self._table.save(self._config.machine_folder, self._about())
+        table = self._planner.table = self._planner.table.with_cuts(bounds)
+        table.save(self._config.machine_folder, self._about())
         return self._config.machine_folder
 
     def _paced(self) -> tuple[costs.RankCosts, ...]:
@@ -641,29 +672,11 @@ class Chain:
             "hosts": hosts,
         }
 
-    def _pays_from(self) -> int:
-        """The shortest prompt, in pages, for which the chain is predicted to be worth it."""
-        assert self._chain is not None
-        most = self._loaded.max_model_len
-        nothing = [0] * self.num_ranks
-
-        def pays(pages: int) -> bool:
-            assert self._chain is not None
-            found = plan(self._chain, nothing, pages * self._page_size, self._page_size)
-            return found.seconds <= WORTH * self._costs.seconds(0, pages * self._page_size)
-
-        low, high = 1, 2
-        while not pays(high):
-            low, high = high, 2 * high
-            if high * self._page_size > most:
-                return most
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if pays(middle) else (middle, high)
-        return high * self._page_size
-
     def _close_links(self) -> None:
         self._chain = None
+        if self._finding_least is not None:
+            self._finding_least.cancel()
+        self._least = self._finding_least = None
         self._forming = None
         for opening in self._opening.values():
             opening.close()
@@ -685,8 +698,8 @@ class Chain:
         match message:
             case Prepared(_, held):
                 job.held[place] = held
-                if len(job.held) == len(job.ranks) and job.plan is None:
-                    self._run(job)
+                if len(job.held) == len(job.ranks) and job.planning is None and job.plan is None:
+                    self._ask_for_plan(job)
             case Declined(_, reason):
                 job.failed = f"{rank.name} cannot compute it: {reason}"
             case Finished():
@@ -696,15 +709,25 @@ class Chain:
                 # Its links are not what they were; new ones are quickly made.
                 self._retry = self._retry or time.perf_counter()
 
-    def _run(self, job: Ahead) -> None:
-        """All ranks have said what they hold: cut the prompt, and set them to work."""
+    def _held(self, job: Ahead) -> tuple[int, ...]:
+        """Of its tokens, by place in the chain, the engine last."""
+        ranks = (job.held[place] for place in range(len(job.ranks)))
+        return (*ranks, job.seq.num_computed_tokens)
+
+    def _ask_for_plan(self, job: Ahead) -> None:
+        """All ranks have said what they hold: where is the prompt to be cut?"""
         assert self._chain is not None
+        seq, forced = job.seq, self.forced_bounds
+        bounds = None if forced is None else tuple(forced)
+        prompt = Prompt(seq.num_tokens, self._held(job), seq.segments, bounds)
+        job.planning = self._planner.plan(self._chain, prompt)
+
+    def _run(self, job: Ahead, plan: Plan) -> None:
+        """Set the ranks to work, and the engine to its own chunk."""
         assert self._receiver is not None
         seq, page_size = job.seq, self._page_size
-        length = seq.num_tokens
-        held = [*(job.held[place] for place in range(len(job.ranks))), seq.num_computed_tokens]
-        job.plan = self._cut(held, length, seq)
-        first, bounds = job.plan.first, job.plan.bounds
+        length, held = seq.num_tokens, self._held(job)
+        first, bounds = plan.first, plan.bounds
         if len(bounds) == 2:
             job.failed, job.local = "it is quicker alone", True
             return
@@ -736,34 +759,6 @@ class Chain:
         entry = ScheduledSequence(seq, first_row, length - first_row, True)
         job.chunk = LongChunk(entry, self._runner, page_size, job.neighbours)
         job.stuck_since = time.perf_counter()
-
-    def _cut(self, held: list[int], length: int, seq: Sequence) -> Plan:
-        assert self._chain is not None
-        segments, cached = seq.segments, held[-1]
-        found = plan(self._chain, held, length, self._page_size, segments)
-        # By what the engine takes while no rank computes beside it.
-        local = self._costs.seconds(cached, length - cached)
-        found = msgspec.structs.replace(found, local_seconds=local)
-        if found.seconds >= local and self._config.runahead_min is None:
-            found = Plan(len(held) - 1, (cached, length), local, local)
-        positions = Positions(cached, length, self._page_size, segments)
-        ranks = len(held)
-        cuts: Items[int] | None = None
-        if self.forced_bounds is not None:
-            cuts = self.forced_bounds
-        elif self._config.runahead_cuts == "even":
-            cuts = even_cuts(positions, ranks)
-        elif self._config.runahead_cuts != "modelled" and not any(held):
-            cuts = self._table.predict(ranks, positions)
-        if cuts is None:
-            if len(found.bounds) == 2 and self._config.runahead_min is not None:
-                cuts = even_cuts(positions, ranks)  # asked for, whether it pays or not
-            else:
-                return found
-        first = ranks - (len(cuts) - 1)
-        some = self._chain.last(len(cuts) - 1)
-        seconds = costs.first_token_seconds(some, held[first:], cuts) if len(cuts) > 2 else 0.0
-        return Plan(first, tuple(cuts), seconds, found.local_seconds)
 
     def _push(self, job: Ahead) -> None:
         """Send the first rank what it lacks, as fast as the link takes it."""

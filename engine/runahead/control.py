@@ -8,6 +8,7 @@ who know the secret can talk to a rank, and only to a rank that knows it.
 from __future__ import annotations
 
 import hashlib
+import os
 
 import zmq
 from zmq.utils import z85
@@ -28,6 +29,12 @@ def _secret_key(secret: str) -> bytes:
 def endpoint(address: str) -> str:
     """``HOST:PORT`` as ZeroMQ has it; what is an endpoint already stays."""
     return address if "://" in address else f"tcp://{address}"
+
+
+def require_linux() -> None:
+    """Raise ConfigError where links between ranks lack what they are made of."""
+    if not hasattr(os, "eventfd"):
+        raise ConfigError("KV-Runahead needs Linux: leave out --runahead, --runahead-hosts")
 
 
 def listen(context: zmq.Context[zmq.Socket[bytes]], address: str, secret: str) -> zmq.Socket[bytes]:

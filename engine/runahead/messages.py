@@ -9,28 +9,42 @@ ahead, are numbered by the engine; a session is one life of an engine.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from headstart.engine.runahead.costs import LinkCosts, RankCosts
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """What has to be equal on all ranks of a chain; ``model`` is a digest."""
+    """What has to be equal on all ranks of a chain: whatever KV, or the room for it, depends on.
+
+    ``settings``: of the model's config, as text by name. ``model``: a digest of its weights.
+    Fields with defaults came later: a greeting without them differs, and is not lost.
+    """
 
     version: str
     model: str
     weights: str
     page_size: int
     kv_layout: str
+    max_model_len: int = 0
+    settings: dict[str, str] = {}
 
     def difference(self, engine: Identity) -> str | None:
         """Why a rank with this identity cannot serve that engine, or None."""
-        for name in self.__struct_fields__:
-            own, other = getattr(self, name), getattr(engine, name)
-            if own != other:
-                what = name.replace("_", " ")
-                return f"its {what} is {own}, the engine's is {other}"
+        own, others = self._values(), engine._values()
+        for name in {**own, **others}:
+            if own.get(name) != others.get(name):
+                mine, its = (values.get(name, "not set") for values in (own, others))
+                return f"its {name.replace('_', ' ')} is {mine}, the engine's is {its}"
         return None
+
+    def _values(self) -> dict[str, Any]:
+        """By name, in the order in which they are worth telling."""
+        fields = msgspec.structs.asdict(self)
+        settings = fields.pop("settings")
+        return {"version": fields.pop("version"), **settings, **fields}
 
 
 class Hello(msgspec.Struct, tag=True, array_like=True, frozen=True):

@@ -139,6 +139,7 @@ class Rank:
     """Raises HeadstartError when the model or a setting cannot work."""
 
     def __init__(self, config: RankConfig) -> None:
+        control.require_linux()
         use_gpu(config.gpu)
         loaded = load_model(config.engine)
         self._runner = loaded.runner

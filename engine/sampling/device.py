@@ -17,10 +17,11 @@ All steps are launched on one stream, in order.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -74,7 +75,7 @@ class DeviceSampler:
         # The number of output tokens before this one, which the host may not know all yet.
         indices = [e.start + e.num_tokens - e.seq.num_prompt_tokens for e in entries]
         changed = self._changed(logits, sequences, indices)
-        if masks is not None:
+        if masks is not None and masks.rows:
             changed = _masked(changed, masks)
         token_ids = changed.argmax(-1)
         valid = changed.gather(1, token_ids.unsqueeze(1)).squeeze(1).isfinite()
@@ -146,21 +147,31 @@ def _places(
 def _penalise(logits: Tensor, rows: list[int], sequences: list[Sequence]) -> None:
     """Apply the penalties of ``sequences`` to their rows, in place."""
     params = [seq.params for seq in sequences]
-    every = [Counter(seq.token_ids) for seq in sequences]
-    at = _places(rows, every, logits)
-    each = [p.repetition_penalty for p, some in zip(params, every, strict=True) for _ in some]
-    penalty = upload(each, torch.float32, logits)
-    seen = logits[at]
-    logits.index_put_(at, torch.where(seen > 0, seen / penalty, seen * penalty))
-    output = [Counter(seq.token_ids[seq.num_prompt_tokens :]) for seq in sequences]
-    at = _places(rows, output, logits)
-    terms = [
-        (p.frequency_penalty, n, p.presence_penalty)
-        for p, some in zip(params, output, strict=True)
-        for n in some.values()
+    # Copies: a view would keep the sequences from growing.
+    seen = [np.unique(np.array(seq.token_ids)) for seq in sequences]
+    at, lengths = _each(rows, seen, logits), [len(ids) for ids in seen]
+    penalty = upload(
+        np.repeat([p.repetition_penalty for p in params], lengths), torch.float32, logits
+    )
+    values = logits[at]
+    logits.index_put_(at, torch.where(values > 0, values / penalty, values * penalty))
+    output = [
+        np.unique(np.array(seq.token_ids[seq.num_prompt_tokens :]), return_counts=True)
+        for seq in sequences
     ]
-    frequency, count, presence = upload(terms, torch.float32, logits).view(-1, 3).unbind(1)
+    at, lengths = _each(rows, [ids for ids, _ in output], logits), [len(ids) for ids, _ in output]
+    terms = np.repeat([(p.frequency_penalty, p.presence_penalty) for p in params], lengths, axis=0)
+    frequency, presence = upload(terms, torch.float32, logits).unbind(1)
+    count = upload(np.concatenate([n for _, n in output]), torch.float32, logits)
     logits.index_put_(at, logits[at] - frequency * count - presence)
+
+
+def _each(rows: list[int], tokens: list[npt.NDArray[Any]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of arrays, which may be long: those of whole prompts."""
+    row = np.repeat(rows, [len(ids) for ids in tokens])
+    at = np.stack([row, np.concatenate(tokens)])
+    rows_at, tokens_at = upload(at, torch.int64, like).unbind(0)
+    return rows_at, tokens_at
 
 
 def _draw(logits: Tensor, sequences: list[Sequence], uniforms: list[float]) -> Tensor:

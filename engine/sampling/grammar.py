@@ -140,10 +140,14 @@ class Constraint:
 
 class Masks(NamedTuple):
     """``rows``: those of the step's rows that have a mask. ``bits``: int32 ``[len(rows),
-    ceil(vocab / 32)]``; bit ``i % 32`` of word ``i // 32`` says whether token i may come."""
+    ceil(vocab / 32)]``; bit ``i % 32`` of word ``i // 32`` says whether token i may come.
+
+    ``failed``: rows without one, since their grammars cannot be followed any further, and why.
+    """
 
     rows: list[int]
     bits: Mask
+    failed: dict[int, str]
 
 
 class Grammars:
@@ -190,20 +194,22 @@ class Grammars:
         return self._filler.submit(self.fill, constraints).result
 
     def fill(self, constraints: Items[Constraint | None]) -> Masks | None:
-        """The masks of those rows that have a constraint; None if no row has.
-
-        A row whose grammar has become too much to go on with may have no token at all.
-        """
+        """The masks of those rows that have a constraint; None if no row has."""
         rows = [i for i, constraint in enumerate(constraints) if constraint is not None]
         if not rows:
             return None
         matchers = [each.matcher for each in constraints if each is not None]
         bits = np.zeros((len(rows), -(-self._vocab_size // 32)), dtype=np.int32)
         self._fill(matchers, bits)
-        for i, matcher in enumerate(matchers):
-            if matcher.is_error():
-                bits[i] = 0
-        return Masks(rows, bits)
+        failed = {
+            row: reason(matcher)
+            for row, matcher in zip(rows, matchers, strict=True)
+            if matcher.is_error()
+        }
+        if failed:
+            kept = [i for i, row in enumerate(rows) if row not in failed]
+            rows, bits = [rows[i] for i in kept], bits[kept]
+        return Masks(rows, bits, failed)
 
     def _fill(self, matchers: list[LLMatcher], bits: Mask) -> None:
         n, row = len(matchers), bits.shape[1] * bits.itemsize

@@ -98,8 +98,7 @@ LONGEST_RUN = 32
 
 
 class NewToken(NamedTuple):
-    """``token_id`` is None if the logits were not numbers, or no token was wanted; the sequence has
-    then finished."""
+    """``token_id`` is None if the sequence has finished without one."""
 
     seq: Sequence
     token_id: int | None
@@ -524,21 +523,24 @@ class Scheduler:
 
     # ---------------------------------------------------------------- commit
 
-    def commit(self, output: SchedulerOutput, token_ids: list[int | None]) -> list[NewToken]:
+    def commit(
+        self, output: SchedulerOutput, tokens: Items[int | FinishReason | None]
+    ) -> list[NewToken]:
         """Book a computed step: advance, cache full pages, append tokens, finish.
 
-        ``token_ids``: the sampled token for each entry with ``samples``, in order; None where
-        the logits were not numbers, which ends that sequence with FinishReason.ERROR.
+        ``tokens``: for each entry with ``samples``, in order, the sampled token; or why the
+        sequence ends without one; or None where the logits were not numbers, which ends it with
+        FinishReason.ERROR.
         """
-        sampled = iter(token_ids)
+        sampled = iter(tokens)
         new_tokens = []
         for seq, start, num_tokens, samples in output.scheduled:
             self._is_no_longer_beside(seq)
-            token_id = next(sampled) if samples else None
+            token = next(sampled) if samples else None
             # Aborted while the step ran, or ended by the token of the step before.
             if seq.status is Status.FINISHED:
                 continue
-            if samples and token_id is None:
+            if samples and token is None:
                 self._finish(seq, FinishReason.ERROR)
                 new_tokens.append(NewToken(seq, None, True))
                 continue
@@ -550,9 +552,11 @@ class Scheduler:
             if not seq.generates and start + num_tokens == len(seq.token_ids):
                 self._finish(seq, seq.reading.finish_reason if seq.reading else FinishReason.LENGTH)
                 new_tokens.append(NewToken(seq, None, True))
-            if token_id is None:
-                continue
-            new_tokens.append(NewToken(seq, token_id, self._append(seq, token_id)))
+            if isinstance(token, FinishReason):
+                self._finish(seq, token)
+                new_tokens.append(NewToken(seq, None, True))
+            elif token is not None:
+                new_tokens.append(NewToken(seq, token, self._append(seq, token)))
         return new_tokens
 
     def extend(self, seq: Sequence, token_ids: Iterable[int]) -> list[int]:

@@ -22,8 +22,6 @@
 // Online softmax: Milakov & Gimelshein 2018; tiling as in FlashAttention-2 (arXiv 2307.08691).
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -31,6 +29,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 #include "rows.h"
 #include "simd.h"
 
@@ -77,7 +76,7 @@ static TileState<Unit> carve_scratch(std::vector<char>& scratch, int vectors, in
 // `ahead` is there, a few lines a word: all at once they would fill the queue of misses and hold up
 // the arithmetic. (An instance without prefetch of its own gains nothing and spills at R = 9.)
 template <class Unit, int R>
-static HEADSTART_INLINE void score_page(const typename Unit::element* q, const typename Unit::element* keys,
+static HEADSTART_CALLED void score_page(const typename Unit::element* q, const typename Unit::element* keys,
                                         int head_dim, int page_size, float* scores, int stride,
                                         const typename Unit::element* ahead) {
   using word = typename Unit::word;
@@ -103,7 +102,7 @@ static HEADSTART_INLINE void score_page(const typename Unit::element* q, const t
 
 // O[r] = O[r] * alpha[r] + P[r] V over the block's pages, for C vectors of head_dim.
 template <class Unit, int R, int C>
-static HEADSTART_INLINE void add_values(float* out, int head_dim, const float* alpha,
+static HEADSTART_CALLED void add_values(float* out, int head_dim, const float* alpha,
                                         const typename Unit::element* probabilities, int stride,
                                         const typename Unit::element* const* values, int num_pages,
                                         int page_size, int keys) {
@@ -240,7 +239,7 @@ class Attend {
   // Updates maximum and sum, leaves P = 2^(S - m) as elements and the factor for O in alpha. Rows go
   // side by side through what is scalar to each: their maxima, and the factors.
   template <int R, bool kMasked>
-  HEADSTART_INLINE void softmax(int v, int keys, const int* visible, float* alpha) {
+  HEADSTART_CALLED void softmax(int v, int keys, const int* visible, float* alpha) {
     static_assert(R <= kLanes);
     const Floats none = broadcast(-std::numeric_limits<float>::infinity());
     alignas(kVectorBytes) float tops[kLanes], shifts[kLanes];
@@ -385,8 +384,8 @@ static void attend(const AttendArgs& args, int threads) {
   const int num_items = int(plan.items.size()), size = plan.heads * plan.head_dim;
   std::atomic<int> next{0};
   ++plan.run;
-#pragma omp parallel num_threads(threads)
-  {
+  std::atomic<int> next_row{0};
+  parallel(threads, [&] {
     thread_local std::vector<char> scratch;
     thread_local std::vector<float> merged;
     auto work = [&](auto unit) {
@@ -409,14 +408,13 @@ static void attend(const AttendArgs& args, int threads) {
     } else {
       work(BF16{});
     }
-#pragma omp barrier
+    barrier();
     if (int(merged.size()) < size) merged.resize(size);
-#pragma omp for schedule(dynamic, 8)
-    for (int row = 0; row < plan.num_rows; ++row) {
+    turns(next_row, plan.num_rows, kRowsATurn, [&](int row) {
       write_row(args.out, row, size, merge_row(args, row, merged.data()));
       if (args.lse) merged_lse(args, row);
-    }
-  }
+    });
+  });
 }
 
 }  // namespace headstart::HEADSTART_ISA

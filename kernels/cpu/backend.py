@@ -1,8 +1,8 @@
 """CpuBackend: the operations of Backend on the C++ kernels.
 
 float32 and bf16 matrix products are torch's (oneDNN); int8 ones are ours (linear.h says how, and
-bench/README.md why). Everything is called from one thread, so that torch and the kernels share
-one OpenMP team. Tensors cross as addresses: this class keeps every buffer they point into.
+bench/results/README.md why). Everything is called from one thread, so that torch and the kernels
+share one OpenMP team. Tensors cross as addresses: this class keeps every buffer they point into.
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ from torch import Tensor
 from headstart.kernels import _cpu
 from headstart.kernels.backend import AttentionShape, DenseLinear, HostMemory, LoraPart, RopeTable
 from headstart.kernels.processor import processor_name
-from headstart.kernels.ranges import IntArray, KVRanges
+from headstart.kernels.ranges import IntArray, KVRanges, in_pieces
 from headstart.kernels.shared_memory import SharedMemory
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _LOG2E = 1.4426950408889634
 _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module has no name for it
 _PANEL = 32  # outputs a panel of packed int8 weights holds (linear.h)
+_SPLIT_PAGES = 32  # pages whose keys leave one partial result of a row (plan.h)
+_TILE_VECTORS = 96  # query heads that go through keys together (plan.cpp)
+
+SCRATCH_BYTES = 64 << 20
+"""Of partial results, beyond which the rows of a batch are attended to one run after the other: at
+128k keys a row of an 8B model leaves 2.4 MB of them."""
 
 
 class Rows(NamedTuple):
@@ -76,6 +82,14 @@ class LoraPlan(NamedTuple):
     adapters: Sequence[PackedLora]
 
 
+class AttentionPlan(NamedTuple):
+    """``pieces``: runs of rows, the first row of each and its plan (plan.h)."""
+
+    num_rows: int
+    shape: AttentionShape
+    pieces: list[tuple[int, _cpu.AttentionPlan]]
+
+
 class Query(NamedTuple):
     data: Tensor
     ptr: int
@@ -99,6 +113,19 @@ def pack_lora(weight: Tensor, panel: int, dtype: torch.dtype) -> Tensor:
     return panels.permute(0, 2, 1, 3).contiguous()
 
 
+ACTIVATIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
+"""By the weight formats there are on this backend."""
+
+
+def _partial_bytes(shape: AttentionShape) -> int:
+    """Of a row's partial result: the output, its lse and the lanes of its sum."""
+    return shape.heads * (shape.head_dim + 1 + _cpu.SUM_LANES) * 4
+
+
+def _tile_rows(shape: AttentionShape) -> int:
+    return max(_TILE_VECTORS // shape.group, 1)
+
+
 class CpuBackend(HostMemory):
     """See Backend. ``weights``: "f32", "bf16" or "int8"; KV is float32 for f32, else bf16."""
 
@@ -109,6 +136,10 @@ class CpuBackend(HostMemory):
             raise ValueError(
                 f"page_size must be a positive multiple of 32 on this backend, got {page_size}"
             )
+        if weights not in ACTIVATIONS:
+            raise ValueError(
+                f"the cpu backend has weights in {', '.join(ACTIVATIONS)}, not in {weights}"
+            )
         self.page_size = page_size
         self.range_step = page_size * _cpu.BLOCK_PAGES
         self.isa = isa
@@ -117,8 +148,7 @@ class CpuBackend(HostMemory):
         kv = "f32" if weights == "f32" else "bf16"
         self.device = f"{processor_name()}, {isa}, {kv} KV, {threads} threads"
         self._kernels = _cpu.Kernels(isa, threads)
-        rows = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
-        self._rows_dtype = rows[weights]
+        self._rows_dtype = ACTIVATIONS[weights]
         self._buffers: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int, int], tuple[Tensor, int]] = {}
 
@@ -208,21 +238,36 @@ class CpuBackend(HostMemory):
 
     def plan_attention(
         self, num_rows: int, ranges: KVRanges, shape: AttentionShape
-    ) -> tuple[_cpu.AttentionPlan, AttentionShape]:
-        plan = _cpu.AttentionPlan(
-            num_rows,
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            self.page_size,
-            ranges.page_start,
-            ranges.pages,
-            ranges.first_key,
-            ranges.row_start,
-            ranges.rows,
-            ranges.visible,
-        )
-        return plan, shape
+    ) -> AttentionPlan:
+        most = SCRATCH_BYTES // _partial_bytes(shape)
+
+        def piece(first: int, last: int) -> _cpu.AttentionPlan:
+            own = ranges if last - first == num_rows else ranges.of_rows(first, last)
+            return _cpu.AttentionPlan(
+                last - first,
+                shape.heads,
+                shape.kv_heads,
+                shape.head_dim,
+                self.page_size,
+                own.page_start,
+                own.pages,
+                own.first_key,
+                own.row_start,
+                own.rows,
+                own.visible,
+            )
+
+        # What a row's sums are does not depend on the rows beside it.
+        pieces = in_pieces(num_rows, _tile_rows(shape), piece, lambda p: p.num_partials <= most)
+        return AttentionPlan(num_rows, shape, pieces)
+
+    def attention_scratch(self, rows: int, keys: int, shape: AttentionShape) -> int:
+        splits, size = -(-keys // (_SPLIT_PAGES * self.page_size)), _partial_bytes(shape)
+        of_tile = min(rows, _tile_rows(shape)) * splits
+        partials = min(rows * splits, max(SCRATCH_BYTES // size, of_tile))
+        # And what the threads keep of the vectors they compute (carve_scratch in attention.h).
+        vectors = max(_TILE_VECTORS, shape.group)
+        return partials * size + self.threads * (vectors * (8 * shape.head_dim + 128) + (64 << 10))
 
     def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
         return table.index_select(0, token_ids).float()
@@ -335,49 +380,41 @@ class CpuBackend(HostMemory):
         )
         return Query(q, q_ptr)
 
-    def attend(
-        self, q: Query, kv: KVPool, layer: int, plan: tuple[_cpu.AttentionPlan, AttentionShape]
-    ) -> Rows:
-        cut, shape = plan
-        return self._attend(q, kv, layer, cut, shape, 0)
+    def attend(self, q: Query, kv: KVPool, layer: int, plan: AttentionPlan) -> Rows:
+        return self._attend(q, kv, layer, plan, None)
 
     def _attend(
-        self,
-        q: Query,
-        kv: KVPool,
-        layer: int,
-        plan: _cpu.AttentionPlan,
-        shape: AttentionShape,
-        lse_ptr: int,
+        self, q: Query, kv: KVPool, layer: int, plan: AttentionPlan, lse: Tensor | None
     ) -> Rows:
-        size = shape.heads * shape.head_dim
+        heads, size = plan.shape.heads, plan.shape.heads * plan.shape.head_dim
         out = self._rows("attend", plan.num_rows, size)
-        _, partial_ptr = self._buffer("partial", plan.num_partials, size, torch.float32)
-        _, lses_ptr = self._buffer("partial.lse", plan.num_partials, shape.heads, torch.float32)
-        lanes = shape.heads * _cpu.SUM_LANES
-        _, sums_ptr = self._buffer("partial.sum", plan.num_partials, lanes, torch.float32)
-        self._kernels.attend(
-            plan,
-            _TYPES[self.kv_dtype],
-            q.ptr,
-            kv.layer_ptrs[layer],
-            partial_ptr,
-            lses_ptr,
-            sums_ptr,
-            _TYPES[self._rows_dtype],
-            out.data_ptr,
-            out.scales_ptr,
-            lse_ptr,
-        )
+        for first, piece in plan.pieces:
+            partials = piece.num_partials
+            _, partial_ptr = self._buffer("partial", partials, size, torch.float32)
+            _, lses_ptr = self._buffer("partial.lse", partials, heads, torch.float32)
+            lanes = heads * _cpu.SUM_LANES
+            _, sums_ptr = self._buffer("partial.sum", partials, lanes, torch.float32)
+            self._kernels.attend(
+                piece,
+                _TYPES[self.kv_dtype],
+                q.ptr + first * size * self.kv_dtype.itemsize,
+                kv.layer_ptrs[layer],
+                partial_ptr,
+                lses_ptr,
+                sums_ptr,
+                _TYPES[self._rows_dtype],
+                out.data_ptr + first * size * self._rows_dtype.itemsize,
+                out.scales_ptr + first * out.scales.itemsize,
+                0 if lse is None else lse[first:].data_ptr(),
+            )
         return out
 
     def attend_with_lse(
-        self, q: Query, kv: KVPool, layer: int, plan: tuple[_cpu.AttentionPlan, AttentionShape]
+        self, q: Query, kv: KVPool, layer: int, plan: AttentionPlan
     ) -> tuple[Rows, Tensor]:
         """As ``attend``, and the merged lse, float32 natural logarithm ``[rows, heads]``."""
-        cut, shape = plan
-        lse = torch.empty(cut.num_rows, shape.heads)
-        return self._attend(q, kv, layer, cut, shape, lse.data_ptr()), lse
+        lse = torch.empty(plan.num_rows, plan.shape.heads)
+        return self._attend(q, kv, layer, plan, lse), lse
 
     def silu_mul(self, gate_up: Tensor) -> Rows:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2

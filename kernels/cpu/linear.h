@@ -11,12 +11,11 @@
 // weights, is subtracted at the end.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 
 #include "kernels.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace headstart::HEADSTART_ISA {
@@ -70,8 +69,7 @@ static void linear(const LinearArgs& a, int threads) {
   const int panel_groups = (panels + group - 1) / group;
   const int tasks = panel_groups * row_blocks;
   std::atomic<int> next{0};
-#pragma omp parallel num_threads(threads)
-  for (int t = next.fetch_add(1, std::memory_order_relaxed); t < tasks; t = next.fetch_add(1, std::memory_order_relaxed)) {
+  const auto task = [&](int t) {
     const int g = t / row_blocks, b = t % row_blocks;
     const int row_begin = b * kRowBlock, row_end = std::min(a.rows, row_begin + kRowBlock);
     const int tiles = (row_end - row_begin + kScoreRows - 1) / kScoreRows;
@@ -85,7 +83,8 @@ static void linear(const LinearArgs& a, int threads) {
                                   [&](auto r) { linear_tile<decltype(r)::value>(a, row, p, words, ahead); });
       }
     }
-  }
+  };
+  parallel(threads, [&] { turns(next, tasks, 1, task); });
 }
 
 }  // namespace headstart::HEADSTART_ISA

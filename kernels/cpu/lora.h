@@ -10,13 +10,12 @@
 // different rows, so tasks need no order, and a row's sums do not depend on who is beside it.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace headstart::HEADSTART_ISA {
@@ -67,32 +66,36 @@ static HEADSTART_INLINE void add_to(Y* y, Floats v, int count) {
   }
 }
 
-// out(r, column, sums) of every row and each vector of columns: a [R, words] times packed panels
+// sums [R][C] = a [R, words] times C vectors of a panel's columns.
+template <class Unit, int R, int C>
+static HEADSTART_CALLED void panel_sums(const typename Unit::word* a, ptrdiff_t stride, int words,
+                                        const typename Unit::word* panel, ptrdiff_t panel_stride, Floats* sums) {
+  Floats acc[R][C] = {};
+  dot_tile<Unit, R, C>(acc, a, stride, panel, panel_stride, words);
+  std::memcpy(sums, acc, sizeof acc);
+}
+
+// out(r, column, sums) of every row and each vector of columns: a [rows, words] times packed panels
 // of W columns.
-template <class Unit, int R, int W, class Out>
-static HEADSTART_INLINE void times_panels(const typename Unit::word* a, ptrdiff_t stride, int words, const void* packed,
-                                          int columns, Out&& out) {
+template <class Unit, int W, class Out>
+static HEADSTART_INLINE void times_panels(int rows, const typename Unit::word* a, ptrdiff_t stride, int words,
+                                          const void* packed, int columns, Out&& out) {
   constexpr int C = W / kLanes > 2 ? 2 : W / kLanes;
   const auto* panel = static_cast<const typename Unit::word*>(packed);
+  Floats sums[kScoreRows * C];
   for (int column = 0; column < columns; column += W, panel += size_t(words) * W) {
     for (int part = 0; part < W; part += C * kLanes) {
-      Floats acc[R][C];
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) acc[r][c] = broadcast(0.0f);
-      }
-      dot_tile<Unit, R, C>(acc, a, stride, panel + part, W, words);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) out(r, column + part + c * kLanes, acc[r][c]);
+      with_constant<kScoreRows>(rows, [&](auto r) {
+        panel_sums<Unit, decltype(r)::value, C>(a, stride, words, panel + part, W, sums);
+      });
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < C; ++c) out(r, column + part + c * kLanes, sums[r * C + c]);
       }
     }
   }
 }
 
-template <class Unit, int R, class Y>
+template <class Unit, class Y>
 static void lora_tile(const LoraArgs& a, const LoraTask& task, std::vector<char>& scratch) {
   using Element = typename Unit::element;
   using Word = typename Unit::word;
@@ -101,37 +104,34 @@ static void lora_tile(const LoraArgs& a, const LoraTask& task, std::vector<char>
   int most = 0;
   for (int p = 0; p < task.parts; ++p) most = std::max(most, task.part[p].rank);
   const int t_words = words((most + kDownPanel - 1) / kDownPanel * kDownPanel);
-  scratch.resize(size_t(R) * (in_words + t_words) * sizeof(Word));
+  scratch.resize(size_t(task.count) * (in_words + t_words) * sizeof(Word));
   Word* x = reinterpret_cast<Word*>(scratch.data());
-  Word* t = x + size_t(R) * in_words;
-  Y* y[R];
-  for (int r = 0; r < R; ++r) {
+  Word* t = x + size_t(task.count) * in_words;
+  Y* y[kScoreRows];
+  for (int r = 0; r < task.count; ++r) {
     x[size_t(r + 1) * in_words - 1] = 0;  // the last word may not be full
     gather_row(a.x, task.rows[r], a.in_features, reinterpret_cast<Element*>(x + size_t(r) * in_words));
     y[r] = static_cast<Y*>(a.y) + size_t(task.rows[r]) * a.out_features;
   }
   for (int p = 0; p < task.parts; ++p) {
     const LoraPart& part = task.part[p];
-    times_panels<Unit, R, kDownPanel>(x, in_words, in_words, part.down, part.rank, [&](int r, int column, Floats v) {
+    times_panels<Unit, kDownPanel>(task.count, x, in_words, in_words, part.down, part.rank, [&](int r, int column, Floats v) {
       store(reinterpret_cast<Element*>(t + size_t(r) * t_words) + column, v);
     });
-    times_panels<Unit, R, kUpPanel>(t, t_words, words(part.rank), part.up, part.outputs, [&](int r, int column, Floats v) {
-      if (column < part.outputs) add_to(y[r] + part.first + column, v, part.outputs - column);
-    });
+    times_panels<Unit, kUpPanel>(task.count, t, t_words, words(part.rank), part.up, part.outputs,
+                                 [&](int r, int column, Floats v) {
+                                   if (column < part.outputs) add_to(y[r] + part.first + column, v, part.outputs - column);
+                                 });
   }
 }
 
 template <class Unit, class Y>
 static void lora_tasks(const LoraArgs& a, const std::vector<LoraTask>& tasks, int threads) {
-  std::atomic<size_t> next{0};
-#pragma omp parallel num_threads(threads) if (tasks.size() > 1)
-  {
+  std::atomic<int> next{0};
+  parallel(tasks.size() > 1 ? threads : 1, [&] {
     static thread_local std::vector<char> scratch;
-    for (size_t i = next.fetch_add(1, std::memory_order_relaxed); i < tasks.size();
-         i = next.fetch_add(1, std::memory_order_relaxed)) {
-      with_constant<kScoreRows>(tasks[i].count, [&](auto r) { lora_tile<Unit, decltype(r)::value, Y>(a, tasks[i], scratch); });
-    }
-  }
+    turns(next, int(tasks.size()), 1, [&](int i) { lora_tile<Unit, Y>(a, tasks[i], scratch); });
+  });
 }
 
 static void lora(const LoraArgs& a, int threads) {

@@ -9,54 +9,19 @@
 #include <string>
 #include <vector>
 
+#include "instruction_sets.h"
 #include "kernels.h"
 
 namespace nb = nanobind;
 
 namespace headstart {
 
-#define HEADSTART_DECLARE(isa) \
-  namespace isa {              \
-  extern const Kernels kTable; \
-  }
-HEADSTART_DECLARE(portable)
-#if defined(__x86_64__)
-HEADSTART_DECLARE(avx2)
-HEADSTART_DECLARE(avx512)
-HEADSTART_DECLARE(avx512_vnni)
-HEADSTART_DECLARE(avx512_bf16)
-#endif
-
 namespace {
-
-struct Candidate {
-  const Kernels* table;
-  bool usable;
-};
-
-// Best first.
-std::vector<Candidate> candidates() {
-  std::vector<Candidate> all;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
-  all.push_back({&avx512_bf16::kTable, bf16});
-  all.push_back({&avx512_vnni::kTable, vnni});
-  all.push_back({&avx512::kTable, avx512});
-  all.push_back({&avx2::kTable, avx2});
-#endif
-  all.push_back({&portable::kTable, true});
-  return all;
-}
 
 std::vector<std::string> supported() {
   std::vector<std::string> names;
-  for (const auto& c : candidates()) {
-    if (c.usable) names.emplace_back(c.table->name);
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.usable) names.emplace_back(set.kernels.name);
   }
   return names;
 }
@@ -70,8 +35,8 @@ T* at(uintptr_t address) {
 class Bound {
  public:
   Bound(const std::string& name, int threads) : threads_(threads) {
-    for (const auto& c : candidates()) {
-      if (name == c.table->name && c.usable) kernels_ = c.table;
+    for (const InstructionSet& set : instruction_sets()) {
+      if (name == set.kernels.name && set.usable) kernels_ = &set.kernels;
     }
     if (!kernels_) throw std::invalid_argument("this machine has no '" + name + "' kernels");
     if (threads < 1) throw std::invalid_argument("threads must be at least 1");

@@ -1,18 +1,19 @@
 // Operations that go row by row: norm, SiLU, RoPE with the KV write, quantisation, argmax.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace headstart::HEADSTART_ISA {
 
 // Below this many elements a parallel region costs more than it saves.
 inline constexpr int64_t kParallelElements = 1 << 14;
+inline constexpr int kRowsATurn = 8;
 
 // Calls f(row) for every row, in parallel where it pays. Rows are handed out as threads come for
 // them: a thread that lost its core for a time slice then delays one handful of rows, not half.
@@ -22,8 +23,8 @@ static HEADSTART_INLINE void for_rows(int rows, int64_t elements, int threads, F
     for (int r = 0; r < rows; ++r) f(r);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
-  for (int r = 0; r < rows; ++r) f(r);
+  std::atomic<int> next{0};
+  parallel(threads, [&] { turns(next, rows, kRowsATurn, f); });
 }
 
 // uint8 with zero point 128: v = scale * (u - 128), scale = max|v| / 127.

@@ -19,13 +19,16 @@ from torch import Tensor
 from headstart.kernels.backend import KV_FORMATS, AttentionShape, DenseLinear, LoraPart, RopeTable
 from headstart.kernels.gpu import attention, flash, kv, lora, rows
 from headstart.kernels.gpu.device import Config, Device
-from headstart.kernels.gpu.plan import ITEMS_PER_PROCESSOR, Capacity, Cut, cut
+from headstart.kernels.gpu.plan import ITEMS_PER_PROCESSOR, Capacity, Cut, cut, most_splits
 from headstart.kernels.gpu.tuning import Tuner
-from headstart.kernels.ranges import IntArray, KVRanges
+from headstart.kernels.ranges import IntArray, KVRanges, in_pieces
 
 logger = logging.getLogger(__name__)
 
 _LOG2E = 1.4426950408889634
+SCRATCH_RANGES = 2
+"""Of a row, on average: batches whose parts take more memory than that are attended to in runs of
+rows."""
 FLASH_ROWS = 64
 """Rows of the shortest range that goes to flash-attn: a tile of its kernels."""
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -40,6 +43,15 @@ class AttentionPlan(NamedTuple):
     shape: AttentionShape
     row_config: Config
     tile_config: Config
+    flash_calls: list[flash.FlashCall]
+
+
+class LongPlan(NamedTuple):
+    """Runs of rows, each the first row and its plan, that are attended to one after the other."""
+
+    num_rows: int
+    shape: AttentionShape
+    pieces: list[tuple[int, AttentionPlan]]
     flash_calls: list[flash.FlashCall]
 
 
@@ -134,11 +146,39 @@ class GpuBackend:
 
     def plan_attention(
         self, num_rows: int, ranges: KVRanges, shape: AttentionShape
-    ) -> AttentionPlan:
+    ) -> AttentionPlan | LongPlan:
         calls: list[flash.FlashCall] = []
         if self._flash is not None and self._flash_is_faster(shape):
             calls, ranges = self._flash_calls(ranges, shape)
-        return self._plan(num_rows, ranges, shape, *self._kernels(shape), calls)
+        plan = self._plan(num_rows, ranges, shape, *self._kernels(shape), calls)
+        if self._has_few_slots(plan):
+            return plan
+        pieces = in_pieces(
+            num_rows,
+            1,
+            lambda first, last: self._plan(
+                last - first, ranges.of_rows(first, last), shape, *self._kernels(shape), []
+            ),
+            self._has_few_slots,
+        )
+        return LongPlan(num_rows, shape, pieces, calls)
+
+    def attention_scratch(self, rows: int, keys: int, shape: AttentionShape) -> int:
+        # A single row may be in as many ranges as it sees pages.
+        slots = max(
+            self._few_slots(rows, shape), self._few_slots(1, shape) + keys // self.page_size
+        )
+        return slots * shape.heads * (shape.head_dim + 1) * 4
+
+    def _few_slots(self, rows: int, shape: AttentionShape) -> int:
+        """Those of a batch whose rows are in SCRATCH_RANGES ranges each: one an entry, and one
+        more where an item's keys are split."""
+        target = most_splits(self.on.processors, shape.kv_heads)
+        of_items = sum(max(c.block_m // shape.group, 1) for c in self._kernels(shape))
+        return SCRATCH_RANGES * rows + of_items * target
+
+    def _has_few_slots(self, plan: AttentionPlan) -> bool:
+        return plan.capacity.slots <= self._few_slots(plan.num_rows, plan.shape)
 
     def _flash_calls(
         self, ranges: KVRanges, shape: AttentionShape
@@ -289,20 +329,38 @@ class GpuBackend:
             kv.layers[layer], kv.layout,
         )  # fmt: skip
 
-    def attend(self, q: Tensor, kv: kv.KVPool, layer: int, plan: AttentionPlan) -> Tensor:
+    def attend(
+        self, q: Tensor, kv: kv.KVPool, layer: int, plan: AttentionPlan | LongPlan
+    ) -> Tensor:
         out, _ = self.attend_with_lse(q, kv, layer, plan)
         return out
 
     def attend_with_lse(
-        self, q: Tensor, kv: kv.KVPool, layer: int, plan: AttentionPlan
+        self, q: Tensor, kv: kv.KVPool, layer: int, plan: AttentionPlan | LongPlan
     ) -> tuple[Tensor, Tensor]:
         """As ``attend``, and the merged lse, float32 natural logarithm ``[rows, heads]``."""
+        rows, shape, where = plan.num_rows, plan.shape, self.on.torch_device
+        out = torch.empty(rows, shape.heads * shape.head_dim, dtype=q.dtype, device=where)
+        lse = torch.empty(rows, shape.heads, device=where)
+        pieces = plan.pieces if isinstance(plan, LongPlan) else [(0, plan)]
+        for first, piece in pieces:
+            here = slice(first, first + piece.num_rows)
+            self._attend_ranges(q[here], kv, layer, piece, out[here], lse[here])
+        for call in plan.flash_calls:
+            assert self._flash is not None
+            part = flash.attend(self._flash, q, kv, layer, call)
+            whole = out.view(rows, shape.heads, shape.head_dim)
+            flash.merge_into(whole, lse, call.rows, *part)
+        return out, lse
+
+    def _attend_ranges(
+        self, q: Tensor, kv: kv.KVPool, layer: int, plan: AttentionPlan, out: Tensor, lse: Tensor
+    ) -> None:
+        """Attention without what flash-attn computes, into ``out`` and ``lse``."""
         shape, capacity = plan.shape, plan.capacity
         row_items, tile_items, entries, visible, merge_rows, starts, slots, pages = plan.sections
         pool = kv.layers[layer]
         where = self.on.torch_device
-        out = torch.empty(plan.num_rows, shape.heads * shape.head_dim, dtype=q.dtype, device=where)
-        lse = torch.empty(plan.num_rows, shape.heads, device=where)
         parts = torch.empty(capacity.slots, shape.heads, shape.head_dim, device=where)
         part_lse = torch.empty(capacity.slots, shape.heads, device=where)
         main, tail = attention.head_parts(shape.head_dim)
@@ -326,12 +384,6 @@ class GpuBackend:
             )  # fmt: skip
         if capacity.merge_rows:
             attention.merge_parts(self.on, parts, part_lse, merge_rows, starts, slots, out, lse)
-        for call in plan.flash_calls:
-            assert self._flash is not None
-            part = flash.attend(self._flash, q, kv, layer, call)
-            whole = out.view(plan.num_rows, shape.heads, shape.head_dim)
-            flash.merge_into(whole, lse, call.rows, *part)
-        return out, lse
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return rows.silu_mul(self.on, gate_up)

@@ -150,7 +150,7 @@ def cut(
     """
     _check(num_rows, ranges, page_size)
     tiles = _row_tiles(ranges, group, row_block, tile_block)
-    target = max(ITEMS_PER_PROCESSOR * processors // kv_heads, 1)
+    target = most_splits(processors, kv_heads)
     row_items, tile_items = (
         _split(tiles[tiles[:, _SMALL] == small], target, most_items, page_size) for small in (1, 0)
     )
@@ -165,6 +165,11 @@ def cut(
         starts.astype(np.int32),
         slots.astype(np.int32),
     )
+
+
+def most_splits(processors: int, kv_heads: int) -> int:
+    """How often the keys of all row tiles of a kind are split, taken together, at most."""
+    return max(ITEMS_PER_PROCESSOR * processors // kv_heads, 1)
 
 
 _PAGE, _KEYS, _ENTRY, _ENTRIES, _SMALL = range(5)  # columns of row tiles; the first four also of

@@ -227,7 +227,7 @@ def routes(runtime: Runtime) -> APIRouter:
         deadline = runtime.deadline(request, None)
         served = runtime.served(body.model)
         body.check(REFUSED_IN_MESSAGES)
-        model = runtime.require_model()
+        model = runtime.require_text_model()
         chat = body.chat(runtime, served, body.options(runtime.settings))
         new_params = partial(body.params, runtime.defaults, model)
         choices = await start_chat(runtime, served, chat, new_params)

@@ -25,15 +25,17 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--isa",
-        choices=("auto", "avx512_bf16", "avx512", "avx2", "portable"),
+        choices=("auto", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable"),
         default="auto",
-        help="instruction set of the CPU kernels",
+        help="instruction set of the CPU kernels (default: the machine's best one, or what "
+        "HEADSTART_AUTO_ISA names)",
     )
     engine.add_argument(
         "--weights",
         choices=("auto", "f32", "f16", "bf16", "int8"),
         default="auto",
-        help="format of the weights: f16 for GPUs, int8 for CPUs",
+        help="format of the weights: f16 for GPUs, int8 for CPUs (default: what the machine is "
+        "fastest with and the model is good in, or on CPUs what HEADSTART_AUTO_WEIGHTS names)",
     )
     engine.add_argument(
         "--kv-format",

@@ -61,6 +61,7 @@ def tokenizer_of(args: argparse.Namespace, folder: Path) -> Tokenizer:
     if file is not None:
         try:
             tokenizer.chat_template = file.read_text(encoding="utf-8")
+            tokenizer.tool_template = None
         except (OSError, ValueError) as error:
             raise ConfigError(f"--chat-template {file}: {error}") from error
     return tokenizer

@@ -213,7 +213,7 @@ def routes(runtime: Runtime) -> APIRouter:
         mask = chat_mask(body.segment_mask) or served.chat_mask
         messages = plain_messages(body.messages, runtime.settings)
         use = body.tool_use(runtime)
-        model = runtime.require_model()
+        model = runtime.require_text_model()
         template = runtime.require_chat_template()
         options = body.text_options(runtime.settings)
         ending, variables = body.ending(messages), body.variables(template, runtime.settings)

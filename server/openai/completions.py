@@ -309,7 +309,7 @@ def routes(runtime: Runtime) -> APIRouter:
         body.check_completion(runtime.settings)
         spans = completion_spans(body.segment_mask, runtime.settings)
         options = body.text_options(runtime.settings)
-        model = runtime.require_model()
+        model = runtime.require_text_model()
         prompts = await _checked_prompts(runtime, body, model, spans)
         format = CompletionFormat(
             served.name,

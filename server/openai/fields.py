@@ -319,10 +319,10 @@ class GenerationBody(Body):
         ids = getattr(self, field)
         if ids is None:
             return None
+        if isinstance(ids, list) and len(ids) > most:
+            raise bad_request(f"{field} has {len(ids)} entries; at most {most} are allowed", field)
         if not isinstance(ids, list) or not all(map(is_token_id, ids)):
             raise bad_request(f"{field} must be a list of token ids", field)
-        if len(ids) > most:
-            raise bad_request(f"{field} has {len(ids)} entries; at most {most} are allowed", field)
         return tuple(ids)
 
     def _bad_words(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
+from array import array
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 from pydantic import WithJsonSchema
 
 from headstart.engine.process.messages import ModelInfo
@@ -66,14 +70,33 @@ def given_prompts(
     return prompts
 
 
+def check_token_ids(values: list[Any], path: str) -> None:
+    """Raise APIError for the first of ``values`` that is no token id.
+
+    In a few passes, and none of them a loop of Python's: there may be as many as several contexts
+    hold, and the event loop has others to serve.
+    """
+    whole = list(map(operator.is_, map(type, values), itertools.repeat(int)))
+    most = len(values) if all(whole) else whole.index(False)
+    try:
+        negative = np.flatnonzero(np.array(array("i", values[:most])) < 0)
+        wrong = int(negative[0]) if len(negative) else most
+    except OverflowError:
+        wrong = next(i for i, value in enumerate(values) if not is_token_id(value))
+    if wrong < len(values):
+        where = f"{path}[{wrong}]"
+        raise bad_request(f"{where} is not a token id", where, "invalid_value")
+
+
 def check_vocabulary(token_ids: Sequence[int], path: str, model: ModelInfo) -> None:
-    """Raise APIError for the first id that the model does not know."""
-    for i, token_id in enumerate(token_ids):
-        if token_id >= model.vocab_size:
-            raise bad_request(
-                f"{path}[{i}] is token {token_id}; the vocabulary has {model.vocab_size}",
-                f"{path}[{i}]",
-            )
+    """Raise APIError for the first id that the model does not know; all are token ids."""
+    wrong = np.flatnonzero(np.array(token_ids, dtype=np.int32) >= model.vocab_size)
+    if len(wrong):
+        i = int(wrong[0])
+        raise bad_request(
+            f"{path}[{i}] is token {token_ids[i]}; the vocabulary has {model.vocab_size}",
+            f"{path}[{i}]",
+        )
 
 
 def _bad_prompt(path: str) -> APIError:
@@ -87,7 +110,5 @@ def _bad_prompt(path: str) -> APIError:
 def _checked_ids(ids: Any, path: str) -> list[int]:
     if not isinstance(ids, list):
         raise _bad_prompt(path)
-    for i, token_id in enumerate(ids):
-        if not is_token_id(token_id):
-            raise bad_request(f"{path}[{i}] is not a token id", f"{path}[{i}]", "invalid_value")
+    check_token_ids(ids, path)
     return ids

@@ -322,6 +322,8 @@ class Reply(Response):
             raise unavailable("the engine gave the request up")
         choice.finish_reason = reason
         choice.timer.finished(reason, choice.num_prompt_tokens, choice.assembler.num_tokens)
+        if reason == "error":
+            raise APIError(500, "the model's logits are not numbers")
 
 
 async def hang_up(receive: Receive) -> None:

@@ -319,7 +319,7 @@ def routes(runtime: Runtime) -> APIRouter:
             earlier = stored.find(request, previous, "previous_response_id").messages
             conversation = Conversation(msgspec.json.decode(earlier))
         add_input(conversation, body.input, runtime.settings)
-        model = runtime.require_model()
+        model = runtime.require_text_model()
         chat = Chat(
             _instructed(body.instructions, conversation.messages),
             use,

@@ -20,7 +20,8 @@ from headstart.server.errors import bad_request, refuse_extras
 from headstart.server.openai.chat import ChatMessage, plain_messages
 from headstart.server.openai.chat_fields import ChatRendering
 from headstart.server.openai.chats import chat_size
-from headstart.server.openai.fields import Body, TokenIdsField, is_token_id
+from headstart.server.openai.fields import Body, TokenIdsField
+from headstart.server.openai.prompts import check_token_ids, check_vocabulary
 from headstart.server.openai.tools import ToolsField, as_tools, checked_functions
 from headstart.server.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -82,14 +83,8 @@ class DetokenizeBody(Body):
                 f"{settings.max_contexts} times the model's context",
                 "tokens",
             )
-        for i, token_id in enumerate(ids):
-            path = f"tokens[{i}]"
-            if not is_token_id(token_id):
-                raise bad_request(f"{path} is not a token id", path, "invalid_value")
-            if token_id >= model.vocab_size:
-                raise bad_request(
-                    f"{path} is token {token_id}; the vocabulary has {model.vocab_size}", path
-                )
+        check_token_ids(ids, "tokens")
+        check_vocabulary(ids, "tokens", model)
         return ids
 
 

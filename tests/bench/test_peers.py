@@ -155,7 +155,9 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 async def test_openvino_target(worker: Path, tmp_path: Path) -> None:
     gguf = tmp_path / "m.gguf"
-    async with start_openvino(Path(sys.executable), gguf, OpenVinoSettings(), timeout=20) as target:
+    async with start_openvino(
+        Path(sys.executable), gguf, OpenVinoSettings(), timeout=300
+    ) as target:
         assert (target.name, target.model, target.version) == ("openvino", "m.gguf", "1.0")
         messages = PromptSource(1).conversation("s", 30, "u")
         assert await target.count(messages) == 54
@@ -171,7 +173,7 @@ async def test_openvino_worker_that_dies(worker: Path, tmp_path: Path) -> None:
     worker.write_text("raise SystemExit(3)")
     with pytest.raises(BenchError, match="ended with status 3"):
         async with start_openvino(
-            Path(sys.executable), tmp_path / "m", OpenVinoSettings(), timeout=20
+            Path(sys.executable), tmp_path / "m", OpenVinoSettings(), timeout=300
         ):
             pass
 

@@ -199,6 +199,7 @@ def test_filling_is_not_seen(folder: Path) -> None:
 # --- what it learns ---
 
 
+@pytest.mark.slow
 def test_both_masks_start_equal_and_learn(folder: Path) -> None:
     runs = {}
     for mask in ("causal", "turns"):
@@ -229,7 +230,8 @@ def test_the_engine_computes_what_was_trained(folder: Path, tmp_path: Path) -> N
     assert (config["segment_mask"], config["r"], config["lora_alpha"]) == ("turns", 32, 64)
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
 
-    engine = Engine(EngineConfig(model_path=str(folder), backend="reference", weights="f32"))
+    fields = {"backend": "reference", "weights": "f32", "kv_memory": 16 << 20}
+    engine = Engine(EngineConfig(model_path=str(folder), **fields))
     assert engine.load_adapter("a", str(tmp_path / "a")).segment_mask == "turns"
     encoder = Encoder(folder, "turns")
     differ = 0

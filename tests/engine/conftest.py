@@ -104,7 +104,7 @@ class Reference:
             assert found <= -(-among // MOST_TIES), f"{found} near ties in {among} tokens"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def references() -> Callable[[Path], Reference]:
     loaded: dict[Path, Reference] = {}
 

@@ -28,6 +28,8 @@ from headstart.engine.sequence import Sequence
 from headstart.kernels.cpu.backend import CpuBackend
 from headstart.kernels.devices import instruction_sets
 
+pytestmark = pytest.mark.covering
+
 LENGTHS = (31, 65, 300, 700, 1333)
 PARAMS = SamplingParams(max_tokens=8, temperature=0.8, seed=5, ignore_eos=True)
 Answer = list[tuple[int | None, int]]

@@ -31,6 +31,8 @@ from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sequence import ScheduledSequence, Sequence
 from headstart.kernels.devices import instruction_sets, load_backend
 
+pytestmark = pytest.mark.covering
+
 F32_LOGITS = 1e-4  # largest difference of a logit, relative to the largest logit; measured 1e-5
 DEFAULT_NEW, TINY_NEW = 64, 24
 
@@ -282,6 +284,7 @@ def default_engine(smollm2: Path) -> Engine:
     return make_engine(smollm2)
 
 
+@pytest.mark.slow
 def test_default_model_together_then_cached(
     default_engine: Engine, prompts: list[list[int]], default_reference: Any
 ) -> None:
@@ -294,6 +297,7 @@ def test_default_model_together_then_cached(
     assert default_engine.stats.cached_tokens - before == expected
 
 
+@pytest.mark.slow
 def test_default_model_alone(
     smollm2: Path, prompts: list[list[int]], default_reference: Any
 ) -> None:
@@ -306,6 +310,7 @@ def test_default_model_alone(
 
 
 @pytest.mark.parametrize(("chunk", "new"), [(16, 16), (33, DEFAULT_NEW)])
+@pytest.mark.slow
 def test_default_model_in_chunks(
     smollm2: Path, prompts: list[list[int]], default_reference: Any, chunk: int, new: int
 ) -> None:
@@ -313,6 +318,7 @@ def test_default_model_in_chunks(
     default_reference.check(prompts, engine.generate(prompts, greedy(new)), new)
 
 
+@pytest.mark.slow
 def test_default_model_preempted(
     smollm2: Path, prompts: list[list[int]], default_reference: Any
 ) -> None:
@@ -325,6 +331,7 @@ def test_default_model_preempted(
 
 
 @pytest.mark.parametrize("where", [*instruction_sets()[1:], "reference"])
+@pytest.mark.slow
 def test_default_model_on_every_backend(
     smollm2: Path, prompts: list[list[int]], default_reference: Any, where: str
 ) -> None:
@@ -344,6 +351,7 @@ def test_default_model_logits(
         assert difference(logits_of(runner, tokens, chunk), expected) < F32_LOGITS
 
 
+@pytest.mark.slow
 def test_default_model_in_bf16_and_int8(smollm2: Path, default_reference: Any) -> None:
     """Logits near those of float32; perplexity of a part of the text as at pull time."""
     quality = read_quality(smollm2)

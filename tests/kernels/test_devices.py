@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headstart.kernels.backend import AttentionShape
+from headstart.kernels.backend import WEIGHT_FORMATS, AttentionShape
 from headstart.kernels.devices import instruction_sets, load_backend
 
 
@@ -14,6 +14,18 @@ def test_auto_takes_the_best_instruction_set():
     assert sets[-1] == "portable"
     assert len(set(sets)) == len(sets)
     assert load_backend("cpu", isa="auto", weights="f32", threads=1).isa == sets[0]
+
+
+def test_what_auto_takes_can_be_held_to_less(monkeypatch):
+    monkeypatch.delenv("HEADSTART_AUTO_ISA", raising=False)
+    sets = instruction_sets()
+    monkeypatch.setenv("HEADSTART_AUTO_ISA", "portable")
+    assert instruction_sets() == ["portable"]
+    assert load_backend("cpu", isa="auto", weights="f32", threads=1).isa == "portable"
+    assert load_backend("cpu", isa=sets[0], weights="f32", threads=1).isa == sets[0]
+    monkeypatch.setenv("HEADSTART_AUTO_ISA", "neon")
+    with pytest.raises(ValueError, match="HEADSTART_AUTO_ISA: this machine has no neon kernels"):
+        instruction_sets()
 
 
 def test_each_instruction_set_can_be_asked_for(isa):
@@ -55,6 +67,23 @@ def test_the_pool_has_the_size_that_was_planned(weights):
     assert size == 5 * backend.kv_bytes_per_page(shape, 3)
     assert (pool.data == 0).all()
     assert [p - pool.layer_ptrs[0] for p in pool.layer_ptrs] == [i * size // 3 for i in range(3)]
+
+
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
+@pytest.mark.parametrize(
+    ("name", "formats"),
+    [
+        ("cpu", ("f32", "bf16", "int8")),
+        ("gpu", ("f32", "f16", "bf16")),
+        ("reference", ("f32",)),
+    ],
+)
+def test_a_backend_has_a_weight_format_or_says_so(name, formats, weights):
+    if weights in formats:
+        assert load_backend(name, isa="auto", weights=weights, threads=1).name == name
+        return
+    with pytest.raises(ValueError, match=f"not (in )?{weights}"):
+        load_backend(name, isa="auto", weights=weights, threads=1)
 
 
 def test_threads_are_torch_s_too():

@@ -12,6 +12,8 @@ from headstart.kernels.backend import AttentionShape, RopeTable
 from headstart.kernels.devices import load_backend
 from headstart.kernels.ranges import KVRanges
 
+pytestmark = pytest.mark.covering(2)
+
 FORMATS = ["f32", "bf16", "int8"]
 # A vector is 4, 8 or 16 elements: below, on and between its multiples, and enough for threads.
 SIZES = [1, 3, 16, 17, 36, 64, 100, 576]

@@ -104,8 +104,9 @@ class Added:
 class FakeEngine:
     """``answer`` makes the ids of an answer out of the index of the request; ``stop_token`` ends
     it, when it fits into max_tokens. ``logprob`` makes the log-probability of each of its tokens
-    out of that index. Keeps every request in ``added``, and what it was asked about adapters in
-    ``asked``; the files of one are right unless its folder holds "broken"."""
+    out of that index. ``reason``: why answers end, whatever they are. Keeps every request in
+    ``added``, and what it was asked about adapters in ``asked``; the files of one are right unless
+    its folder holds "broken"."""
 
     answer: Callable[[int], list[int]]
     stop_token: int
@@ -117,6 +118,7 @@ class FakeEngine:
     vector: list[float] | None = None
     fail_after: tuple[int, Exception] | None = None
     per_output: int = 1
+    reason: str | None = None
     stats: Stats = field(default_factory=Stats)
     adapters: dict[str, AdapterInfo] = field(default_factory=dict)
     asked: list[tuple[str, ...]] = field(default_factory=list)
@@ -195,7 +197,7 @@ class FakeEngine:
 
     def _outputs(self, token_ids: list[int], params: SamplingParams) -> list[Output]:
         ids = [*self.answer(len(self.added)), self.stop_token]
-        reason = "stop" if len(ids) <= params.max_tokens else "length"
+        reason = self.reason or ("stop" if len(ids) <= params.max_tokens else "length")
         ids = ids[: params.max_tokens]
         starts = range(0, max(len(ids), 1), self.per_output)
         groups = [ids[i : i + self.per_output] for i in starts]

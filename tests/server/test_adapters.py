@@ -372,7 +372,9 @@ JSON = st.none() | st.booleans() | st.integers() | st.text(max_size=6) | st.just
     ),
 )
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=2 * settings.default.max_examples,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_random_bodies_are_never_a_5xx(engine, tokenizer, root, url, body):
     app = create_app(

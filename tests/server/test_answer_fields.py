@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -144,10 +143,8 @@ async def test_time_is_over_before_the_first_token(
     engine.hold = True
     fields = {"timeout": 0.05} if way == "field" else {"timeout": 99}
     headers = {"X-Request-Timeout": "0.05"} if way == "header" else {}
-    start = time.monotonic()
     sent = body(stream=stream, n=n, **fields)
     response = await client.post(path, json=sent, headers=headers)
-    assert 0.05 <= time.monotonic() - start < 5
     assert response.status_code == 504
     error = response.json()["error"]
     assert (error["code"], error["type"]) == ("timeout", "server_error")

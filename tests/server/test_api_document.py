@@ -19,7 +19,7 @@ from headstart.server.app import BODIES
 
 load_all_checks()
 CONFIG = Path(__file__).parent / "schemathesis.toml"
-CASES = 40
+CASES = 2 * settings.default.max_examples // 5
 
 
 def test_every_operation(app, engine):
@@ -54,6 +54,6 @@ def test_every_operation(app, engine):
                 suppress_health_check=list(HealthCheck),
             )(given(operation.as_strategy(generation_mode=mode))(send))()
     print(dict(statuses))
-    assert statuses.total() > 600
+    assert statuses.total() > 15 * CASES
     assert set(statuses) <= {200, *STATUSES}
-    assert statuses[200] > 30
+    assert statuses[200] > CASES // 2

@@ -234,6 +234,21 @@ async def test_one_choice_that_fails_stops_the_others(client, engine, chat_body)
     assert all(added.stream.aborted for added in engine.added)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logits_that_are_no_numbers_are_an_error(client, engine, chat_body, events, stream):
+    engine.reason = "error"
+    response = await client.post(URL, json=chat_body(stream=stream))
+    if stream:
+        *_, error, done = events(response.text)
+        assert done == "[DONE]"
+    else:
+        assert response.status_code == 500
+        error = response.json()
+    assert error["error"]["message"] == "the model's logits are not numbers"
+    metrics = (await client.get("/metrics")).text
+    assert 'request_success_total{finished_reason="error",model_name="tiny"} 1.0' in metrics
+
+
 async def test_the_engine_refuses(client, engine, chat_body):
     engine.fail_after = (0, RequestError("needs more pages than there are", "messages"))
     response = await client.post(URL, json=chat_body())

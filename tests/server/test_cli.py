@@ -21,6 +21,8 @@ import pytest
 from headstart import __version__
 from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models.store import FORMAT
+from headstart.kernels.backend import KV_FORMATS, WEIGHT_FORMATS
+from headstart.kernels.devices import instruction_sets
 from headstart.server import cli
 from headstart.server.flags.limits import LIMITS
 from headstart.server.flags.runahead import SECRET_VARIABLE
@@ -113,6 +115,21 @@ def test_every_flag_gets_where_it_belongs(tmp_path):
     assert (settings.max_body_bytes, settings.max_n, settings.max_prompts) == (1024**2, 2, 3)
     assert (settings.max_choices, settings.max_stop) == (4, 5)
     assert (settings.tool_call_parser, settings.reasoning_parser) == ("mistral", "think")
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("--weights", WEIGHT_FORMATS),
+        ("--kv-format", KV_FORMATS),
+        ("--isa", instruction_sets()),
+    ],
+)
+def test_whatever_the_kernels_have_can_be_asked_for(flag, values, tmp_path):
+    field = flag[2:].replace("-", "_")
+    for value in values:
+        args = parse("serve", "m", flag, value)
+        assert getattr(cli.engine_config(args, tmp_path), field) == value
 
 
 def test_every_limit_has_a_flag_that_is_read():
@@ -341,9 +358,14 @@ def test_model_names(tmp_path):
 def test_a_chat_template_in_place_of_the_models_own(model_folder):
     file = model_folder / "other.jinja"
     file.write_text("{{ messages[0]['content'] }} é", encoding="utf-8")
+    for_tools = model_folder / "additional_chat_templates" / "tool_use.jinja"
+    for_tools.parent.mkdir()
+    for_tools.write_text("tools")
     args = parse("serve", str(model_folder), "--chat-template", str(file))
     tokenizer = cli.tokenizer_of(args, model_folder)
-    assert ChatTemplate(tokenizer).render([{"role": "user", "content": "hi"}]) == "hi é"
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        rendered = ChatTemplate(tokenizer).render([{"role": "user", "content": "hi"}], tools)
+        assert rendered == "hi é"
     own = cli.tokenizer_of(parse("serve", str(model_folder)), model_folder).chat_template
     assert own != tokenizer.chat_template
     file.write_bytes(b"\xff")
@@ -507,10 +529,10 @@ def launch(model_folder):
         )
         processes.append(process)
         port = int(process.stdout.readline())
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while how == "fine":
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=20)
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=300)
                 break
             except urllib.error.URLError:
                 assert time.monotonic() < deadline
@@ -526,7 +548,7 @@ def launch(model_folder):
 
 def stream_request(port: int) -> socket.socket:
     body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 20, "stream": True}).encode()
-    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=300)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     assert connection.recv(15) == b"HTTP/1.1 200 OK"

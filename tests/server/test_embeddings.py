@@ -197,9 +197,35 @@ async def test_hanging_up_aborts(live_url, engine, body):
     _, writer = await asyncio.open_connection(host, int(port))
     head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n\r\n"
     writer.write(head.encode() + sent)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(300):
         while len(engine.added) < 2:
             await asyncio.sleep(0.005)
         writer.close()
         while [added.stream.aborted for added in engine.added] != [1, 1]:
             await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("url", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stream": True}),
+        ("/v1/completions", {"prompt": "the", "echo": True, "logprobs": 1, "max_tokens": 0}),
+        ("/v1/responses", {"input": "the"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}),
+    ],
+)
+async def test_a_model_that_writes_no_text(client, engine, body, url, fields):
+    """It is listed, and answers with vectors; who asks for text learns why there is none."""
+    engine.model = msgspec.structs.replace(engine.model, no_text="it has no head")
+    response = await client.post(url, json={"model": "tiny", **fields})
+    assert response.status_code == 400, response.text
+    assert "'tiny' does not generate text: it has no head" in response.json()["error"]["message"]
+    assert engine.added == []
+    assert "tiny" in [entry["id"] for entry in (await client.get("/v1/models")).json()["data"]]
+    for asked, given in (
+        (URL, body()),
+        ("/v1/score", {"text_1": "the", "text_2": "fox"}),
+        ("/v1/rerank", {"query": "the", "documents": ["fox"]}),
+    ):
+        assert (await client.post(asked, json={"model": "tiny", **given})).status_code == 200

@@ -290,7 +290,9 @@ FIELDS = st.sampled_from(
 
 @given(fields=st.dictionaries(FIELDS | st.text(max_size=4), JSON, max_size=4))
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=3 * settings.default.max_examples,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_random_bodies_are_never_a_5xx(engine, tokenizer, fields):
     app = create_app(engine, tokenizer, model_names=["tiny"])
@@ -312,7 +314,9 @@ def test_random_bodies_are_never_a_5xx(engine, tokenizer, fields):
 
 @given(content=st.binary(max_size=60))
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=settings.default.max_examples,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_random_bytes_are_a_400(engine, tokenizer, content):
     app = create_app(engine, tokenizer, model_names=["tiny"])

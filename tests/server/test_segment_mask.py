@@ -399,7 +399,9 @@ PROMPT = TEXTS | st.lists(st.integers(0, 399), min_size=1, max_size=9) | st.just
 
 @given(mask=MASK, prompt=PROMPT, stream=st.booleans())
 @settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4 * settings.default.max_examples,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_any_mask_is_segments_or_a_400(post, engine, mask, prompt, stream):
     engine.added.clear()

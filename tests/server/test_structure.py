@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -274,25 +273,26 @@ async def test_hostile_grammars_are_refused_in_time_and_cost_nobody_else_anythin
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
 
-            async def ask(**fields: Any) -> tuple[int, str, float]:
-                begin = time.perf_counter()
-                reply = await client.post(URLS[0], json=body(URLS[0], **fields), timeout=60)
+            async def ask(**fields: Any) -> tuple[int, str]:
+                reply = await client.post(URLS[0], json=body(URLS[0], **fields), timeout=300)
                 text = reply.json().get("error", {}).get("message", "")
-                return reply.status_code, text, time.perf_counter() - begin
+                return reply.status_code, text
 
             assert (await ask(guided_choice=["warm"]))[0] == 200
             hostile = asyncio.create_task(ask(guided_grammar=SLOW))
-            await asyncio.sleep(0.2)
-            status, _, seconds = await ask()
-            assert status == 200
-            assert seconds < 0.5
-            assert not hostile.done()
-            status, message, seconds = await hostile
-            assert (status, seconds < 6) == (400, True)
+            answered = -1  # the last one may have ended after the grammar
+            while not hostile.done():
+                assert (await ask())[0] == 200
+                answered += 1
+                await asyncio.sleep(0.05)
+            assert answered > 0
+            status, message = await hostile
+            assert status == 400
             assert "more than 1.5 s to compile" in message
-            # Known by now.
-            assert (await ask(guided_grammar=SLOW))[2] < 0.5
-            status, message, _ = await ask(guided_grammar=LARK_CHAIN)
+            # Known by now: no process tries it again.
+            assert await ask(guided_grammar=SLOW) == (status, message)
+            assert app.state.runtime.grammars._process is None
+            status, message = await ask(guided_grammar=LARK_CHAIN)
             assert (status, "too deep or too large" in message) == (400, True)
             assert (await ask(guided_choice=["others"]))[0] == 200
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -82,10 +81,8 @@ def test_what_transformers_adds_to_jinja():
     ],
 )
 def test_a_template_that_does_not_end_is_stopped(source):
-    start = time.monotonic()
     with pytest.raises(TemplateLimitError, match=r"took longer than 0\.2 s"):
         render(source)
-    assert time.monotonic() - start < 2
 
 
 @pytest.mark.parametrize(
@@ -157,10 +154,8 @@ def test_large_numbers_of_a_chat_pass():
 def test_limits_end_the_search_for_turns_too(backend):
     source = "{% for m in messages %}{{ m.content }}{% endfor %}" + ENDLESS
     chat = ChatTemplate(Tokenizer(backend, chat_template=source), SHORT)
-    start = time.monotonic()
     with pytest.raises(TemplateLimitError, match="took longer"):
         chat.encode_turns(CHAT)
-    assert time.monotonic() - start < 2
     assert issubclass(TemplateLimitError, RequestError)
 
 

@@ -27,7 +27,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 TEXTS = st.lists(st.one_of(st.text(max_size=20), st.sampled_from(SPECIAL))).map("".join)
 few_examples = settings(
     deadline=None,
-    max_examples=40,
+    max_examples=2 * settings.default.max_examples // 5,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 

@@ -215,7 +215,7 @@ PIECES = st.sampled_from(
 
 
 @given(format=st.sampled_from(list(FORMATS)), pieces=st.lists(PIECES, max_size=14), data=st.data())
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=4 * settings.default.max_examples)
 def test_cuts_change_nothing(format, pieces, data):
     text = "".join(pieces)
     places = sorted(data.draw(st.sets(st.integers(0, len(text)))))

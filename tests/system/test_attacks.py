@@ -1,7 +1,8 @@
 """What has brought other servers down, against the real one.
 
 Each attack runs while others ask, and twice: the server stays up, others get their answers, and
-the second run leaves no more memory behind than the first.
+the second run leaves no more memory behind than the first. What is asked the second time differs
+in a name, so that no answer is one remembered.
 
 The kinds are those of advisories on vLLM, text-generation-inference, Ollama and llama.cpp's
 server: schemas and regexes that take for ever (CVE-2025-48944, CVE-2025-48943), templates
@@ -17,7 +18,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -28,8 +29,11 @@ MIB = 1 << 20
 LEFT_OVER = 48 * MIB
 """What a run may leave behind: caches that are bounded, allocators that keep some."""
 
-ANSWER_LIMIT = 10.0
-"""Seconds for the answer of one who asks during an attack, on a busy machine; it takes 0.1."""
+GUARD = 300.0
+"""Seconds after which a wait is given up."""
+
+NAME = "NAME"
+"""In a schema or grammar: another name in each run."""
 
 IDLE = 10_000
 
@@ -39,12 +43,11 @@ class Attacked:
 
     def __init__(self, server: Any) -> None:
         self.server = server
-        self.http = httpx.Client(base_url=server.url, timeout=60)
+        self.http = httpx.Client(base_url=server.url, timeout=GUARD)
         self._processes = [psutil.Process(server.process.pid), server.engine]
 
-    def ask(self) -> float:
-        """Seconds until a small chat is answered."""
-        begin = time.perf_counter()
+    def ask(self) -> None:
+        """A small chat, which is answered."""
         body = {
             "model": self.server.model,
             "messages": [{"role": "user", "content": "Say hi"}],
@@ -52,7 +55,6 @@ class Attacked:
         }
         reply = self.http.post("/v1/chat/completions", json=body)
         assert reply.status_code == 200, reply.text
-        return time.perf_counter() - begin
 
     def memory(self) -> int:
         """Resident bytes of server and engine, whose process is still the same."""
@@ -60,15 +62,17 @@ class Attacked:
 
     @contextlib.contextmanager
     def others(self) -> Iterator[None]:
-        """Somebody asks until the block ends; every answer is right and in time."""
-        times: list[float] = []
+        """Somebody asks until the block ends; every answer is right."""
+        answers = 0
         failures: list[BaseException] = []
         over = threading.Event()
 
         def go_on() -> None:
+            nonlocal answers
             try:
                 while not over.is_set():
-                    times.append(self.ask())
+                    self.ask()
+                    answers += 1
                     over.wait(0.1)
             except BaseException as error:
                 failures.append(error)
@@ -81,18 +85,17 @@ class Attacked:
             over.set()
             thread.join()
         assert not failures, failures
-        assert times
-        assert max(times) < ANSWER_LIMIT, times
+        assert answers
 
-    def survive(self, attack: Callable[[], None]) -> None:
-        """Both runs of ``attack``, and what they leave behind."""
+    def survive(self, attack: Callable[[str], None]) -> None:
+        """Both runs of ``attack``, each with a name of its own, and what they leave behind."""
         with self.others():
-            attack()
-        self.server.wait_idle(30)
+            attack("first")
+        self.server.wait_idle()
         before = self.memory()
         with self.others():
-            attack()
-        self.server.wait_idle(30)
+            attack("other")
+        self.server.wait_idle()
         deadline = time.monotonic() + 10
         while (grown := self.memory() - before) > LEFT_OVER and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -101,10 +104,13 @@ class Attacked:
 
 @pytest.fixture(scope="module")
 def attacked_server(
-    shared_server_factory: Any, default_flags: list[str], text: Callable[[int, int], str]
+    shared_server_factory: Any,
+    default_flags: list[str],
+    token_bytes: int,
+    text: Callable[[int, int], str],
 ) -> Any:
     # Few pages, all of them touched before anything is measured.
-    pages = ["--kv-memory", "64MiB", "--max-model-len", "2048"]
+    pages = ["--kv-memory", str(2112 * token_bytes), "--max-model-len", "2048"]
     server = shared_server_factory(*default_flags, *pages, "--body-timeout", "4")
     with server.client() as client:
         client.completions.create(model=server.model, prompt=text(2000, 0), max_tokens=1)
@@ -128,28 +134,36 @@ def chat(attacked: Attacked, **fields: Any) -> dict[str, Any]:
 
 
 def nested(depth: int) -> str:
-    return '{"items":' * depth + "{}" + "}" * depth
+    return '{"items":' * depth + f'{{"const":"{NAME}"}}' + "}" * depth
 
 
 def allof_bomb(depth: int) -> dict[str, Any]:
     """2 ** depth schemas, if references were written out."""
     names = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(depth)}
-    return {"$defs": {**names, f"a{depth}": {"type": "string"}}, "$ref": "#/$defs/a0"}
+    return {"$defs": {**names, f"a{depth}": {"const": NAME}}, "$ref": "#/$defs/a0"}
+
+
+def cases(attacks: Iterable[str], *first: str) -> list[Any]:
+    """The names of ``attacks``; all but ``first`` are slow."""
+    return [pytest.param(name, marks=() if name in first else pytest.mark.slow) for name in attacks]
 
 
 SCHEMAS: dict[str, str] = {
     "63 deep": nested(60),
     "200 deep": nested(200),
     "100,000 deep": nested(100_000),
-    "lists, 300,000 deep": '{"enum":[' + "[" * 300_000 + "]" * 300_000 + "]}",
-    "itself": json.dumps({"$ref": "#"}),
+    "lists, 300,000 deep": '{"enum":[' + "[" * 300_000 + f'"{NAME}"' + "]" * 300_000 + "]}",
+    "itself": json.dumps({"$ref": "#", "$defs": {NAME: {}}}),
     "a circle": json.dumps(
-        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+        {
+            "$defs": {NAME: {"$ref": "#/$defs/b"}, "b": {"$ref": f"#/$defs/{NAME}"}},
+            "$ref": "#/$defs/b",
+        }
     ),
     "a chain": json.dumps(
         {
             "$defs": {f"a{i}": {"items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(1400)}
-            | {"a1400": {}},
+            | {"a1400": {"const": NAME}},
             "$ref": "#/$defs/a0",
         }
     ),
@@ -157,67 +171,75 @@ SCHEMAS: dict[str, str] = {
     "4 ** 12 cases": json.dumps(
         {
             "allOf": [
-                {"anyOf": [{"properties": {f"p{i}{j}": {"type": "string"}}} for j in range(4)]}
+                {"anyOf": [{"properties": {f"{NAME}{i}{j}": {"type": "string"}}} for j in range(4)]}
                 for i in range(12)
             ]
         }
     ),
-    "a billion items": json.dumps({"type": "array", "minItems": 10**9, "items": {"const": 1}}),
-    "a billion characters": json.dumps({"type": "string", "minLength": 10**9}),
-    "5,000 properties": json.dumps(
-        {"properties": {f"x{i}": {} for i in range(5000)}, "required": ["x1"]}
+    "a billion items": json.dumps({"type": "array", "minItems": 10**9, "items": {"const": NAME}}),
+    "a billion characters": json.dumps(
+        {"properties": {NAME: {"type": "string", "minLength": 10**9}}, "required": [NAME]}
     ),
-    "nested repetitions": json.dumps({"type": "string", "pattern": "^((a{1,500}){1,500}){1,500}$"}),
-    "catastrophic": json.dumps({"type": "string", "pattern": "^(a+)+$"}),
-    "exponential": json.dumps({"type": "string", "pattern": "^(.*a.{30}){3}$"}),
+    "5,000 properties": json.dumps(
+        {"properties": {f"x{i}": {} for i in range(4999)} | {NAME: {}}, "required": ["x1"]}
+    ),
+    "nested repetitions": json.dumps(
+        {"type": "string", "pattern": f"^{NAME}((a{{1,500}}){{1,500}}){{1,500}}$"}
+    ),
+    "catastrophic": json.dumps({"type": "string", "pattern": f"^{NAME}(a+)+$"}),
+    "exponential": json.dumps({"type": "string", "pattern": f"^{NAME}(.*a.{{30}}){{3}}$"}),
 }
 
 
-@pytest.mark.parametrize("name", list(SCHEMAS))
+@pytest.mark.parametrize(
+    "name", cases(SCHEMAS, "63 deep", "100,000 deep", "2 ** 25 references", "nested repetitions")
+)
 def test_schemas(attacked: Attacked, name: str) -> None:
-    """Answered, or refused with a 400: in time, either way."""
+    """Answered, or refused with a 400."""
     head = json.dumps(chat(attacked))[:-1]
-    asked = f'"json_schema":{{"name":"x","schema":{SCHEMAS[name]}}}'
-    body = f'{head},"response_format":{{"type":"json_schema",{asked}}}}}'
 
-    def attack() -> None:
-        begin = time.monotonic()
+    def attack(name_in_it: str) -> None:
+        schema = SCHEMAS[name].replace(NAME, name_in_it)
+        asked = f'"json_schema":{{"name":"x","schema":{schema}}}'
+        body = f'{head},"response_format":{{"type":"json_schema",{asked}}}}}'
         reply = attacked.http.post("/v1/chat/completions", content=body.encode())
         assert reply.status_code in (200, 400), reply.text[:500]
-        assert time.monotonic() - begin < 20
 
     attacked.survive(attack)
 
 
 GRAMMARS: dict[str, dict[str, Any]] = {
-    "catastrophic regex": {"guided_regex": "(x+x+)+y"},
-    "regex of many states": {"guided_regex": "(.*a.{25}){4}|(.*b.{25}){4}"},
-    "regex 20,000 deep": {"guided_regex": "(" * 20_000 + "a" + ")" * 20_000},
+    "catastrophic regex": {"guided_regex": f"{NAME}(x+x+)+y"},
+    "regex of many states": {"guided_regex": f"{NAME}(.*a.{{25}}){{4}}|(.*b.{{25}}){{4}}"},
+    "regex 20,000 deep": {"guided_regex": "(" * 20_000 + NAME + ")" * 20_000},
     "rules that overflow a stack": {
         "guided_grammar": "start: r0\n"
         + "\n".join(f"r{i}:r{i + 1}" for i in range(4500))
-        + '\nr4500: "a"'
+        + f'\nr4500: "{NAME}"'
     },
     "a grammar that takes for ever": {
         "guided_grammar": "start: R0\n"
         + "\n".join(f'R{i}:R{i + 1}|"x{i}"' for i in range(2900))
-        + '\nR2900: "a"'
+        + f'\nR2900: "{NAME}"'
     },
-    "an ambiguous grammar": {"guided_grammar": 'start: a\na: a a a | "x" | "x" "x" | a a'},
-    "many optional parts": {"guided_grammar": "start: " + '"a"? ' * 10_000},
-    "a grammar in a grammar": {"guided_grammar": 'start: %json {"$ref": "http://127.0.0.1/x"}'},
-    "a long text in many answers": {"guided_grammar": f'start: "{"a" * 60_000}"', "n": 16},
-    "many choices": {"guided_choice": [f"{i:060d}" for i in range(1000)]},
+    "an ambiguous grammar": {"guided_grammar": f'start: a\na: a a a | "{NAME}" | "x" "x" | a a'},
+    "many optional parts": {"guided_grammar": f'start: "{NAME}" ' + '"a"? ' * 10_000},
+    "a grammar in a grammar": {
+        "guided_grammar": f'start: %json {{"$ref": "http://127.0.0.1/{NAME}"}}'
+    },
+    "a long text in many answers": {"guided_grammar": f'start: "{NAME}{"a" * 60_000}"', "n": 16},
+    "many choices": {"guided_choice": [f"{NAME}{i:055d}" for i in range(1000)]},
 }
 
 
-@pytest.mark.parametrize("name", list(GRAMMARS))
+@pytest.mark.parametrize("name", cases(GRAMMARS, "rules that overflow a stack", "many choices"))
 def test_grammars(attacked: Attacked, name: str) -> None:
-    def attack() -> None:
-        begin = time.monotonic()
-        reply = attacked.http.post("/v1/chat/completions", json=chat(attacked, **GRAMMARS[name]))
+    body = json.dumps(chat(attacked, **GRAMMARS[name]))
+
+    def attack(name_in_it: str) -> None:
+        content = body.replace(NAME, name_in_it).encode()
+        reply = attacked.http.post("/v1/chat/completions", content=content)
         assert reply.status_code in (200, 400), reply.text[:500]
-        assert time.monotonic() - begin < 20
 
     attacked.survive(attack)
 
@@ -238,11 +260,11 @@ HUGE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(HUGE))
+@pytest.mark.parametrize("name", cases(HUGE, "n", "prompts of ids", "a number"))
 def test_huge_fields(attacked: Attacked, name: str) -> None:
     body = {"model": attacked.server.model, "prompt": "a", "max_tokens": 4, **HUGE[name]}
 
-    def attack() -> None:
+    def attack(_: str) -> None:
         for _ in range(5):
             reply = attacked.http.post("/v1/completions", json=body)
             assert reply.status_code == 400, reply.text[:300]
@@ -260,7 +282,7 @@ INJECTED = (
 )
 
 
-@pytest.mark.parametrize("injected", INJECTED)
+@pytest.mark.parametrize("injected", cases(INJECTED, INJECTED[0], INJECTED[-1]))
 def test_templates_in_messages_are_text(attacked: Attacked, injected: str) -> None:
     for role in ("user", "system", "assistant"):
         messages = [{"role": role, "content": injected}, {"role": "user", "content": "hi"}]
@@ -299,6 +321,7 @@ def test_nothing_is_fetched(attacked: Attacked, content: Any) -> None:
         assert not connection.raddr or connection.laddr.port == attacked.server.port
 
 
+@pytest.mark.slow
 def test_slow_bodies(attacked: Attacked) -> None:
     """300 that send a byte now and then: a 408 each, when the time is over."""
     head = (
@@ -306,7 +329,7 @@ def test_slow_bodies(attacked: Attacked) -> None:
         "Content-Length: 1000\r\n\r\n"
     )
 
-    def attack() -> None:
+    def attack(_: str) -> None:
         slow = [socket.create_connection(("127.0.0.1", attacked.server.port)) for _ in range(300)]
         try:
             for connection in slow:
@@ -316,7 +339,7 @@ def test_slow_bodies(attacked: Attacked) -> None:
                     connection.sendall(b" ")
                 time.sleep(1)
             for connection in slow:
-                connection.settimeout(20)
+                connection.settimeout(GUARD)
                 assert connection.recv(100).startswith(b"HTTP/1.1 408")
         finally:
             for connection in slow:
@@ -325,22 +348,23 @@ def test_slow_bodies(attacked: Attacked) -> None:
     attacked.survive(attack)
 
 
+@pytest.mark.slow
 def test_ten_thousand_idle_connections(attacked: Attacked) -> None:
     process = psutil.Process(attacked.server.process.pid)
     before = process.num_fds()
 
-    def attack() -> None:
+    def attack(_: str) -> None:
         idle: list[socket.socket] = []
         try:
             for i in range(IDLE):
                 idle.append(socket.create_connection(("127.0.0.1", attacked.server.port)))
                 if i % 100 == 0:
                     idle[-1].sendall(b"GET /v1/models HTTP/1.1\r\nHo")  # and never goes on
-            assert attacked.ask() < ANSWER_LIMIT
+            attacked.ask()
         finally:
             for connection in idle:
                 connection.close()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + GUARD
         while process.num_fds() > before + 50 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert process.num_fds() <= before + 50
@@ -348,10 +372,11 @@ def test_ten_thousand_idle_connections(attacked: Attacked) -> None:
     attacked.survive(attack)
 
 
+@pytest.mark.slow
 def test_cancel_storms(attacked: Attacked, text: Callable[[int, int], str]) -> None:
     """600 streams that are left before, in and after their prefill."""
 
-    def attack() -> None:
+    def attack(_: str) -> None:
         for burst in range(15):
             streams = [
                 attacked.server.open_stream(text(5 + 20 * (i % 8), 1000 + i), 500)
@@ -362,11 +387,12 @@ def test_cancel_storms(attacked: Attacked, text: Callable[[int, int], str]) -> N
             time.sleep(0.01 * (burst % 5))
             for stream in streams:
                 stream.close()
-        attacked.server.wait_idle(30)
+        attacked.server.wait_idle()
 
     attacked.survive(attack)
 
 
+@pytest.mark.slow
 def test_the_time_of_a_refusal_says_nothing_of_the_key(
     shared_server_factory: Any, tiny_folder: Any
 ) -> None:

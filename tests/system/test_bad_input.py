@@ -16,7 +16,7 @@ def body(**fields) -> bytes:
 
 
 def post(server, content: bytes, path: str = "/v1/completions") -> httpx.Response:
-    return httpx.post(f"{server.url}{path}", content=content, timeout=60)
+    return httpx.post(f"{server.url}{path}", content=content, timeout=300)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import litellm
 from langchain_openai import ChatOpenAI
 
 MODEL = "smollm2-135m"
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of France? Answer in one sentence."
 PARIS = [{"role": "user", "content": QUESTION}]
 WEATHER = {
     "type": "function",
@@ -59,7 +59,7 @@ def langchain(server):
         temperature=0,
         max_tokens=60,
         max_retries=0,
-        timeout=60,
+        timeout=300,
     )
 
 

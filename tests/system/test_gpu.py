@@ -43,7 +43,7 @@ def environment(**more: str) -> dict[str, str]:
 def test_a_cpu_install_has_neither_triton_nor_flash_attn(tiny_model: Callable[..., Path]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CPU_ONLY, str(tiny_model("llama"))],
-        capture_output=True, text=True, timeout=120, env=environment(),
+        capture_output=True, text=True, timeout=300, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "imported by" not in done.stdout
@@ -53,7 +53,7 @@ def test_a_cpu_install_has_neither_triton_nor_flash_attn(tiny_model: Callable[..
 def test_gpu_without_a_gpu_is_one_clear_line(smollm2: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "headstart.server.cli", "serve", "smollm2-135m", "--backend", "gpu"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
         env=environment(HEADSTART_HOME=str(smollm2.parents[1])),
     )  # fmt: skip
     assert done.returncode == 1

@@ -7,18 +7,18 @@ import asyncio
 import pytest
 
 CONTEXT = 1024
-BYTES_PER_TOKEN = 23040  # bf16 keys and values of smollm2-135m: 30 layers, 3 heads of 64
 
 
 @pytest.fixture
-def small_server(start_server, smollm2):
-    memory = str(2 * CONTEXT * BYTES_PER_TOKEN)
+def small_server(start_server, smollm2, token_bytes):
+    memory = str(2 * CONTEXT * token_bytes)
     return start_server(
         *(str(smollm2), "--kv-memory", memory, "--max-model-len", str(CONTEXT)),
-        *("--weights", "int8", "--threads", "1"),
+        *("--threads", "1"),
     )
 
 
+@pytest.mark.slow
 async def test_24_requests_where_two_fit(small_server, text):
     async def ask(client, i: int) -> str:
         wanted = 16 + 37 * i % 200

@@ -6,20 +6,32 @@ import contextlib
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import psutil
 import pytest
 
+GUARD = 300
+"""Seconds after which a wait is given up."""
 
-def gone(process: psutil.Process, limit: float) -> float:
-    """Seconds until the process has ended."""
-    begin = time.monotonic()
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() - begin < limit, "the process is still there"
+ENDLESS = 30_000
+"""Tokens of an answer that nobody lives to see the end of."""
+
+
+def until(holds: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + GUARD
+    while not holds():
+        assert time.monotonic() < deadline, otherwise
         time.sleep(0.01)
-    return time.monotonic() - begin
+
+
+def wait_gone(process: psutil.Process) -> None:
+    until(
+        lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE,
+        "the process is still there",
+    )
 
 
 def start_streams(server, text, count: int, max_tokens: int):
@@ -34,15 +46,37 @@ def read_all(streams):
         return list(pool.map(lambda stream: stream.read(), streams))
 
 
+def engine_of(server, otherwise: str, but: psutil.Process | None = None) -> psutil.Process:
+    """The engine's process, as soon as there is one, and another one than ``but``."""
+    found = []
+
+    def there() -> bool:
+        with contextlib.suppress(ValueError):
+            found.append(server.engine)
+        return bool(found) and found[-1] != but
+
+    until(there, otherwise)
+    return found[-1]
+
+
+def refuses(server, client: httpx.Client) -> bool:
+    """Whether new requests are refused, or nobody listens any more."""
+    body = {"model": server.model, "prompt": "late", "max_tokens": 1}
+    try:
+        return client.post("/v1/completions", json=body).status_code == 503
+    except httpx.TransportError:
+        return True
+
+
 @pytest.fixture(scope="module")
-def flags(default_flags):
-    return [*default_flags, "--max-model-len", "4096"]
+def flags(long_folder):
+    return [str(long_folder), "--kv-memory", "256MiB", "--threads", "1"]
 
 
-def test_engine_killed_under_load_then_while_loading(start_server, default_flags, text):
-    server = start_server(*default_flags)
-    waiting = server.open_stream(text(3000, 50), 5)
-    streams = start_streams(server, text, 8, 4000)
+def test_engine_killed_under_load_then_while_loading(start_server, flags, text):
+    server = start_server(*flags)
+    waiting = server.open_stream(text(10_000, 50), 5)
+    streams = start_streams(server, text, 8, ENDLESS)
     statuses = set()
     stop = threading.Event()
 
@@ -53,7 +87,6 @@ def test_engine_killed_under_load_then_while_loading(start_server, default_flags
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    killed = time.monotonic()
     engine = server.engine
     engine.kill()
     for status, events in read_all(streams):
@@ -62,15 +95,13 @@ def test_engine_killed_under_load_then_while_loading(start_server, default_flags
         assert events[-1]["error"]["type"] == "service_unavailable_error"
     status, events = waiting.read()
     assert status == 503 or "error" in events[-1]
-    all_ended = time.monotonic() - killed
-    assert all_ended < 2
+    # All of them have ended before there is an engine again.
     refused = httpx.post(
-        f"{server.url}/v1/completions", json={"model": server.model, "prompt": "a"}, timeout=10
+        f"{server.url}/v1/completions", json={"model": server.model, "prompt": "a"}, timeout=GUARD
     )
     assert refused.status_code == 503
     assert refused.headers["retry-after"]
-    server.wait_for(lambda m: m["engine_up"] == 1, 15)
-    served_again = time.monotonic() - killed
+    server.wait_for(lambda m: m["engine_up"] == 1)
     stop.set()
     watcher.join()
     assert 503 in statuses
@@ -81,35 +112,17 @@ def test_engine_killed_under_load_then_while_loading(start_server, default_flags
     server.wait_idle()
 
     # Once more, and the next one while it loads.
-    server.engine.kill()
-    deadline = time.monotonic() + 10
-    loading = None
-    while loading is None or loading == engine:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-        with contextlib.suppress(ValueError):
-            loading = server.engine
-    time.sleep(0.3)
-    loading.kill()
-    begin = time.monotonic()
-    server.wait_for(lambda m: m["engine_restarts_total"] == 3 and m["engine_up"] == 1, 20)
+    again = server.engine
+    again.kill()
+    engine_of(server, "no engine is started", but=again).kill()
+    server.wait_for(lambda m: m["engine_restarts_total"] == 3 and m["engine_up"] == 1)
     assert server.health() == 200
-    print(
-        f"engine killed: streams ended after {all_ended:.2f} s, served again after "
-        f"{served_again:.2f} s; killed while loading: again after {time.monotonic() - begin:.2f} s"
-    )
 
 
 def test_engine_killed_at_the_first_start(start_server, flags):
     server = start_server(*flags, ready=False)
-    deadline = time.monotonic() + 20
-    while True:
-        assert time.monotonic() < deadline
-        with contextlib.suppress(ValueError):
-            server.engine.kill()
-            break
-        time.sleep(0.01)
-    assert server.process.wait(10) == 1
+    engine_of(server, "no engine is started").kill()
+    assert server.process.wait(GUARD) == 1
     last = server.log.splitlines()[-1]
     assert last == "headstart: error: the engine ended while starting (signal 9)"
     assert "Traceback" not in server.log
@@ -117,78 +130,60 @@ def test_engine_killed_at_the_first_start(start_server, flags):
 
 def test_server_killed_under_load(start_server, flags, text):
     server = start_server(*flags)
-    streams = start_streams(server, text, 4, 3000)
+    streams = start_streams(server, text, 4, ENDLESS)
     engine = server.engine
     server.process.kill()
-    seconds = gone(engine, 5)
+    wait_gone(engine)
     for stream in streams:
         stream.close()
-    print(f"server killed: the engine was gone after {seconds:.2f} s")
 
 
 def test_server_killed_while_the_engine_loads(start_server, flags):
     server = start_server(*flags, ready=False)
-    engine = None
-    while engine is None:
-        time.sleep(0.01)
-        with contextlib.suppress(ValueError):
-            engine = server.engine
+    engine = engine_of(server, "no engine is started")
     server.process.kill()
-    gone(engine, 15)
+    wait_gone(engine)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(start_server, flags, text, number):
-    server = start_server(*flags)
+    server = start_server(*flags, "--shutdown-timeout", str(GUARD))
     engine = server.engine
-    streams = start_streams(server, text, 4, 400)
-    kept_open = httpx.Client(base_url=server.url)
-    assert kept_open.get("/health").status_code == 200
-    server.signal(number)
-    time.sleep(0.3)
-    with contextlib.suppress(httpx.TransportError):  # the socket may be closed already
-        assert (
-            kept_open.post(
-                "/v1/completions", json={"model": server.model, "prompt": "late", "max_tokens": 1}
-            ).status_code
-            == 503
-        )
+    streams = start_streams(server, text, 4, 2000)
+    with httpx.Client(base_url=server.url, timeout=GUARD) as kept_open:
+        assert kept_open.get("/health").status_code == 200
+        server.signal(number)
+        until(lambda: refuses(server, kept_open), "requests are still taken")
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.url}/health").raise_for_status()
-    kept_open.close()
     for status, events in read_all(streams):
         assert status == 200
-        assert events[-1]["usage"]["completion_tokens"] == 400
+        assert events[-1]["usage"]["completion_tokens"] == 2000
         assert events[-2]["choices"][0]["finish_reason"] == "length"
-    assert server.process.wait(10) == 0
-    gone(engine, 1)
+    assert server.process.wait(GUARD) == 0
+    wait_gone(engine)
     assert "Traceback" not in server.log
 
 
 def test_a_second_signal_ends_at_once(start_server, flags, text):
-    server = start_server(*flags)
+    server = start_server(*flags, "--shutdown-timeout", str(10 * GUARD))
     engine = server.engine
-    streams = start_streams(server, text, 4, 4000)
-    server.signal(signal.SIGTERM)
-    time.sleep(0.3)
-    begin = time.monotonic()
+    streams = start_streams(server, text, 4, ENDLESS)
+    with httpx.Client(base_url=server.url, timeout=GUARD) as client:
+        server.signal(signal.SIGTERM)
+        until(lambda: refuses(server, client), "requests are still taken")
     server.signal(signal.SIGINT)
     for status, events in read_all(streams):
         assert status == 200
         assert "shutting down" in events[-1]["error"]["message"]
-    assert server.process.wait(5) == 0
-    seconds = time.monotonic() - begin
-    gone(engine, 1)
-    assert seconds < 3
+    assert server.process.wait(GUARD) == 0
+    wait_gone(engine)
     assert "Traceback" not in server.log
-    print(f"second signal: ended after {seconds:.2f} s")
 
 
 def test_a_signal_while_the_engine_loads(start_server, flags):
     server = start_server(*flags, ready=False)
     assert server.health() == 503
-    begin = time.monotonic()
     server.signal(signal.SIGTERM)
-    assert server.process.wait(10) == 0
+    assert server.process.wait(GUARD) == 0
     assert "Traceback" not in server.log
-    print(f"SIGTERM while loading: ended after {time.monotonic() - begin:.2f} s")

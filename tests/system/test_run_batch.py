@@ -36,7 +36,7 @@ def test_an_engine_that_is_killed_costs_no_line(default_flags, tmp_path):
         text=True,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not output.exists() or output.read_bytes().count(b"\n") < 10:
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -46,7 +46,7 @@ def test_an_engine_that_is_killed_costs_no_line(default_flags, tmp_path):
         engine.kill()
         before = output.read_bytes().count(b"\n")
         assert before < 50
-        _, log = process.communicate(timeout=60)
+        _, log = process.communicate(timeout=300)
     finally:
         process.kill()
         process.wait()
@@ -59,7 +59,10 @@ def test_an_engine_that_is_killed_costs_no_line(default_flags, tmp_path):
         assert answer["response"]["status_code"] == 200
         assert answer["response"]["body"]["usage"]["completion_tokens"] == 24
     again = subprocess.run(
-        [*command, "--model", model, *flags, "--resume"], capture_output=True, text=True, timeout=60
+        [*command, "--model", model, *flags, "--resume"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert again.returncode == 0, again.stderr
     assert "0 lines done, 0 failed; 50 were there already" in again.stderr

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headstart.engine.errors import ModelError
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.parameters import LayerParameters, Matrix, Parameters
+from headstart.engine.models.parameters import LayerParameters, Matrix, Parameters, trunk_prefix
 from headstart.engine.models.weights import FLOATS, Weights
 
 FOLDER = "int8"
@@ -57,7 +57,7 @@ def read_int8(config: ModelConfig, folder: Path) -> Parameters:
         raise ModelError(
             f"{folder} has no int8 weights: pull the model again, or use --weights bf16"
         )
-    weights = Weights.open(folder / FOLDER, dtypes=(*FLOATS, "I8"))
+    weights, whole = Weights.open(folder / FOLDER, dtypes=(*FLOATS, "I8")), Weights.open(folder)
 
     def take(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         tensor = weights.take(name, shape)
@@ -95,5 +95,5 @@ def read_int8(config: ModelConfig, folder: Path) -> Parameters:
         layers(),
         take("final_norm", (hidden,)),
         matrix("head", config.vocab_size, hidden),
-        Weights.open(folder).take("model.norm.weight", (hidden,)).float(),
+        whole.take(f"{trunk_prefix(whole)}norm.weight", (hidden,)).float(),
     )

@@ -1,9 +1,9 @@
 """RadixCache against a dictionary of prefixes, and its order of eviction."""
 
 import random
-import time
 from array import array
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -157,21 +157,18 @@ def test_use_without_eviction_does_not_grow_the_books() -> None:
     assert cache.evict(2) == 2
 
 
-def test_a_long_match_is_cheap() -> None:
-    """0.3 ms is the promise; the limit leaves room for a busy machine."""
+def test_a_long_match_is_cheap(count_calls: Callable[..., int]) -> None:
+    """A few calls a node, however many pages are in it: 0.3 ms where it was written."""
     pool = PagePool(1000, 32)
     cache = RadixCache(pool)
     rng = random.Random(0)
     prompt = [rng.randrange(49152) for _ in range(6048)]
     put(cache, pool, prompt[:6016])
     tokens = array("i", prompt)
-    best = 1.0
-    for _ in range(20):
-        start = time.perf_counter()
-        match = cache.match(cache.root(b""), tokens, len(tokens) - 1)
-        best = min(best, time.perf_counter() - start)
+    match = cache.match(cache.root(b""), tokens, len(tokens) - 1)
     assert len(match.pages) == 188
-    assert best < 1e-3
+    root = cache.root(b"")
+    assert count_calls(lambda: cache.match(root, tokens, len(tokens) - 1)) < 50
 
 
 class Tree(RuleBasedStateMachine):
@@ -266,4 +263,6 @@ class Tree(RuleBasedStateMachine):
 
 
 TestTree = Tree.TestCase
-TestTree.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestTree.settings = settings(
+    max_examples=3 * settings.default.max_examples // 2, stateful_step_count=40, deadline=None
+)

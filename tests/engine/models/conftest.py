@@ -62,7 +62,9 @@ def encode(values: npt.NDArray[np.float32], kind: Type, rng: np.random.Generator
     return blocks.reshape(*values.shape[:-1], -1)
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
+def add_tokenizer(
+    writer: gguf.GGUFWriter, folder: Path, templates: list[dict[str, str]] | None
+) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
@@ -73,7 +75,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
     writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(2)
-    writer.add_chat_template(tokenizer.chat_template)
+    writer.add_chat_template(templates or tokenizer.chat_template)
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +83,8 @@ def write_gguf() -> WriteGGUF:
     """``write_gguf(folder, path, arch="llama", kind=F32, drop=(), extra={}, keys={})``.
 
     ``kind`` applies to matrices. ``drop``: GGUF tensor names left out; ``extra``: float32 tensors
-    added; ``keys``: metadata under ``arch``. Returns the values stored, by Hugging Face name.
+    added; ``keys``: metadata under ``arch``; ``templates``: chat templates by name. Returns the
+    values stored, by Hugging Face name.
     """
 
     def write(
@@ -92,6 +95,7 @@ def write_gguf() -> WriteGGUF:
         drop: tuple[str, ...] = (),
         extra: dict[str, npt.NDArray[np.float32]] | None = None,
         keys: dict[str, Any] | None = None,
+        templates: list[dict[str, str]] | None = None,
     ) -> dict[str, npt.NDArray[np.float32]]:
         config = transformers.AutoConfig.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -110,9 +114,14 @@ def write_gguf() -> WriteGGUF:
             writer.add_key_length(head_dim)
             writer.add_value_length(head_dim)
         for key, value in (keys or {}).items():
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add: dict[type, Callable[[str, Any], None]] = {
+                bool: writer.add_bool,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+            }
             add[type(value)](f"{arch}.{key}", value)
-        add_tokenizer(writer, folder)
+        add_tokenizer(writer, folder, templates)
         stored = {}
         for name, tensor in model.state_dict().items():
             if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -399,7 +399,9 @@ def fuzzed(model: Path, lora: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 FUZZ = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=3 * settings.default.max_examples,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 

@@ -32,6 +32,8 @@ from headstart.engine.sequence import Sequence as EngineSequence
 from headstart.kernels.cpu.backend import CpuBackend
 from headstart.kernels.devices import instruction_sets, load_backend
 
+pytestmark = pytest.mark.covering
+
 NEW = 12
 F32_LOGITS = 1e-4  # as in test_parity.py
 

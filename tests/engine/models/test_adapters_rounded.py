@@ -36,6 +36,8 @@ from headstart.engine.sequence import ScheduledSequence, Sequence
 from headstart.kernels.backend import Backend, RopeTable
 from headstart.kernels.devices import instruction_sets, load_backend
 
+pytestmark = pytest.mark.covering
+
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
     "mistral": {"num_key_value_heads": 1},
@@ -234,6 +236,7 @@ def test_without_its_smoothing_an_int8_model_takes_no_adapter(
 # ------------------------------------------------------------------------------- default model
 
 
+@pytest.mark.slow
 def test_the_default_model(
     smollm2: Path, lora: Any, merge_into: Callable[[Any, Path], None]
 ) -> None:
@@ -242,14 +245,15 @@ def test_the_default_model(
     tokens = quality.text_tokens(smollm2, "evaluation")[:120]
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
 
-    def reference() -> Tensor:
+    def reference(model: Any) -> Tensor:
         with torch.inference_mode():
             logits: Tensor = model(input_ids=torch.tensor([tokens])).logits[0]
         return logits
 
-    base = reference()
+    base = reference(model)
     merge_into(model, path)
-    expected = reference()
+    expected = reference(model)
+    del model  # hundreds of megabytes
     spread = expected.std(dim=-1).mean()
 
     def distance(result: Tensor, expected: Tensor) -> float:

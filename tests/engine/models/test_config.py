@@ -167,6 +167,51 @@ ODD_VALUES: list[Any] = [
 ]
 
 
+@pytest.mark.parametrize("as_object", [False, True])
+@pytest.mark.parametrize(
+    ("generation", "ends"), [(None, (7, 9)), ({"eos_token_id": [8, 9]}, (8, 9, 7))]
+)
+def test_an_end_that_the_tokenizer_names(
+    tmp_path: Path, generation: dict[str, Any] | None, ends: tuple[int, ...], as_object: bool
+) -> None:
+    eos = {"content": "<|im_end|>", "lstrip": False} if as_object else "<|im_end|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    added = [{"id": 5, "content": "<s>"}, {"id": 9, "content": "<|im_end|>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    assert read(tmp_path, generation, eos_token_id=7).eos_token_ids == ends
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokenizer"),
+    [
+        ({}, {"added_tokens": [{"id": 9, "content": "</s>"}]}),
+        ({"eos_token": None}, {"added_tokens": [{"id": 9, "content": "</s>"}]}),
+        ({"eos_token": "</s>"}, {}),
+        ({"eos_token": "</s>"}, {"added_tokens": []}),
+        # Beyond the vocabulary the model was made with, so that it never comes.
+        ({"eos_token": "</s>"}, {"added_tokens": [{"id": 320, "content": "</s>"}]}),
+    ],
+)
+def test_a_tokenizer_that_names_no_end(
+    tmp_path: Path, settings: dict[str, Any], tokenizer: dict[str, Any]
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert read(tmp_path, eos_token_id=7).eos_token_ids == (7,)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_model_saved_without_its_head(tmp_path: Path, architecture: str) -> None:
+    bare = architecture.replace("ForCausalLM", "Model")
+    found = read(tmp_path, architectures=bare, model_type=MODEL_TYPES[architecture])
+    assert found == read(tmp_path, architectures=architecture, model_type=MODEL_TYPES[architecture])
+
+
+@pytest.mark.parametrize(("value", "causal"), [(False, False), (True, True), (None, True)])
+def test_is_causal(tmp_path: Path, value: bool | None, causal: bool) -> None:
+    assert read(tmp_path, is_causal=value).causal is causal
+
+
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_any_value_of_any_key_is_read_or_refused(tmp_path: Path, architecture: str) -> None:
     keys = (

@@ -21,6 +21,8 @@ from headstart.engine.models.gguf_file import GGUFFile
 from headstart.engine.models.gguf_tokenizer import write_tokenizer
 from headstart.engine.models.rope import rope_tables
 
+pytestmark = pytest.mark.covering
+
 
 def convert(path: Path) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
     file = GGUFFile(path)
@@ -69,6 +71,8 @@ def test_every_architecture_round_trips(
     for field in ModelConfig.__dataclass_fields__:
         if field == "architecture" and arch == "mistral":
             assert config.architecture == "LlamaForCausalLM"  # the same computation
+        elif field == "eos_token_ids":  # and <|endoftext|>, by its name
+            assert config.eos_token_ids == (*original.eos_token_ids, 0)
         elif field == "rms_norm_eps":
             assert config.rms_norm_eps == np.float32(original.rms_norm_eps)
         else:
@@ -115,13 +119,40 @@ def test_sliding_window_limits_the_context(
         assert convert(path)[0].max_position_embeddings == 64
 
 
+@pytest.mark.parametrize("causal", [False, True, None])
+def test_attention_in_both_directions(
+    tiny_model: Any, write_gguf: Any, tmp_path: Path, causal: bool | None
+) -> None:
+    keys = {} if causal is None else {"attention.causal": causal}
+    write_gguf(tiny_model("qwen2"), tmp_path / "m.gguf", arch="qwen2", keys=keys)
+    assert convert(tmp_path / "m.gguf")[0].causal is (causal is not False)
+
+
 def test_end_of_turn_ends_generation(tiny_model: Any, write_gguf: Any, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(tiny_model("llama"), path)
     file = GGUFFile(path)
     file.metadata["tokenizer.ggml.eot_token_id"] = 7
     config = ModelConfig.from_dict(hf_config(file), {}, source="test")
-    assert config.eos_token_ids == (2, 7)
+    assert config.eos_token_ids == (2, 7, 0)  # and <|endoftext|>, by its name
+
+
+@pytest.mark.parametrize(
+    "token", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eom_id|>", "</s>"]
+)
+def test_an_end_of_turn_that_no_key_names(
+    tiny_model: Any, write_gguf: Any, tmp_path: Path, token: str
+) -> None:
+    """It is known by what it is called, as in llama.cpp."""
+    write_gguf(tiny_model("llama"), tmp_path / "m.gguf")
+    file = GGUFFile(tmp_path / "m.gguf")
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    tokens[tokens.index("<|im_end|>")] = "something"
+    tokens[9] = token
+    file.metadata["tokenizer.ggml.eos_token_id"] = 5
+    config = ModelConfig.from_dict(hf_config(file), {}, source="test")
+    assert config.eos_token_ids[0] == 5
+    assert set(config.eos_token_ids) == {5, 9, 0}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
+from headstart.engine.errors import ModelError
 from headstart.engine.models.config import declared_pooling
 from headstart.engine.process.messages import Output
 from headstart.engine.ranges.segments import Span
@@ -159,6 +160,20 @@ def test_states_that_are_no_numbers(llama: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engine.decoder, "_hidden_norm", norm)
     engine.add(1, array("i", prompt), PoolingParams("last"))
     assert run(engine)[1][0].cached_tokens == 0
+
+
+@pytest.mark.parametrize(("last", "said"), [("Normalize", False), ("Dense", True)])
+def test_modules_behind_the_pooling_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, last: str, said: bool
+) -> None:
+    names = ("Transformer", "Pooling", last)
+    modules = [{"idx": i, "type": f"sentence_transformers.models.{n}"} for i, n in enumerate(names)]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    assert declared_pooling(tmp_path) is None
+    assert any("vectors are made without Dense" in m for m in caplog.messages) is said
+    (tmp_path / "modules.json").write_text("[3]")
+    with pytest.raises(ModelError, match="not a list of modules"):
+        declared_pooling(tmp_path)
 
 
 @pytest.mark.parametrize(

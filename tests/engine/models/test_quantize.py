@@ -19,6 +19,7 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models import quality
+from headstart.engine.models import quantize as quantizing
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.formats.int8 import read_int8, read_quality, read_smoothing
@@ -27,6 +28,7 @@ from headstart.engine.models.parameters import Matrix, read_float
 from headstart.engine.models.quantize import (
     ALPHA,
     calibrate,
+    model_digest,
     quantize,
     quantize_matrix,
     smooth_layer,
@@ -38,6 +40,8 @@ from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sequence import ScheduledSequence, Sequence
 from headstart.kernels.backend import RopeTable
 from headstart.kernels.devices import instruction_sets, load_backend
+
+pytestmark = pytest.mark.covering
 
 TEXT_TOKENS = 700
 MODELS: dict[str, dict[str, Any]] = {
@@ -161,6 +165,27 @@ def test_every_architecture_stays_close(folder: Path) -> None:
     assert [engine.generate([prompt], params)[0] for prompt in prompts] == together
 
 
+def test_known_quality_is_not_measured_again(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = [Path(shutil.copytree(tiny_model("llama"), tmp_path / name)) for name in "abc"]
+    known = {"tokens": 7.0, "f32": 2.0, "bf16": 3.0, "int8": 4.0}
+    (tmp_path / "known.json").write_text(json.dumps({model_digest(copies[0]): {"others": known}}))
+    monkeypatch.setattr(quantizing, "KNOWN", tmp_path / "known.json")
+    assert quantize(copies[0]) == known
+    assert read_quality(copies[0]) == known
+    weights = copies[1] / "model.safetensors"
+    changed = load_file(weights)
+    changed["model.norm.weight"] += 1
+    save_file(changed, weights)
+    assert quantize(copies[1]) != known
+    # Other ids of the same text.
+    tokenizer = json.loads((copies[2] / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:4]
+    (copies[2] / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert quantize(copies[2]) != known
+
+
 def test_a_context_shorter_than_a_window(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """The windows of the text follow the model: no position and no page beyond its own."""
     made = tiny_model("llama", max_position_embeddings=80)
@@ -261,6 +286,12 @@ def test_a_damaged_quality_file_is_named(tmp_path: Path, text: str) -> None:
         read_quality(tmp_path)
 
 
+def record_quality(folder: Path, int8: float) -> None:
+    (folder / "int8").mkdir()
+    recorded = {"tokens": 5000, "f32": 20.0, "bf16": 20.0, "int8": int8}
+    (folder / "int8" / "quality.json").write_text(json.dumps(recorded))
+
+
 @pytest.mark.parametrize(
     ("backend", "isa", "int8", "expected"),
     [
@@ -277,16 +308,51 @@ def test_a_damaged_quality_file_is_named(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_auto_takes_int8_where_it_is_fast_and_good(
-    tmp_path: Path, backend: str, isa: str, int8: float | None, expected: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    isa: str,
+    int8: float | None,
+    expected: str,
 ) -> None:
+    monkeypatch.delenv("HEADSTART_AUTO_WEIGHTS", raising=False)
     if int8 is not None:
-        (tmp_path / "int8").mkdir()
-        recorded = {"tokens": 5000, "f32": 20.0, "bf16": 20.0, "int8": int8}
-        (tmp_path / "int8" / "quality.json").write_text(json.dumps(recorded))
+        record_quality(tmp_path, int8)
     assert choose_weights("auto", backend, isa, tmp_path) == expected
     assert choose_weights("bf16", backend, isa, tmp_path) == "bf16"
 
 
-def test_an_unknown_weight_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("held", "isa", "int8", "expected"),
+    [
+        ("f32", "avx512_vnni", 20.0, "f32"),
+        ("bf16", "avx2", 20.0, "bf16"),
+        ("int8", "avx2", 20.0, "int8"),
+        ("int8", "avx2", 21.0, "f32"),
+        ("int8", "avx2", None, "f32"),
+    ],
+)
+def test_what_auto_takes_can_be_held(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held: str,
+    isa: str,
+    int8: float | None,
+    expected: str,
+) -> None:
+    monkeypatch.setenv("HEADSTART_AUTO_WEIGHTS", held)
+    if int8 is not None:
+        record_quality(tmp_path, int8)
+    assert choose_weights("auto", "cpu", isa, tmp_path) == expected
+    assert choose_weights("auto", "reference", isa, tmp_path) == "f32"
+    assert choose_weights("bf16", "cpu", isa, tmp_path) == "bf16"
+
+
+def test_an_unknown_weight_format_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="--weights must be auto, f32, f16, bf16, int8; got int3"):
         choose_weights("int3", "cpu", "avx2", tmp_path)
+    monkeypatch.setenv("HEADSTART_AUTO_WEIGHTS", "int3")
+    with pytest.raises(ConfigError, match="HEADSTART_AUTO_WEIGHTS must be f32, bf16, int8"):
+        choose_weights("auto", "cpu", "avx2", tmp_path)

@@ -58,7 +58,7 @@ def parameters_of(config: ModelConfig, biased: bool, int8: bool) -> Parameters:
     return Parameters(embedding, iter(layers), torch.randn(hidden), head)
 
 
-@settings(max_examples=60)
+@settings(max_examples=3 * settings.default.max_examples // 5)
 @given(
     ranks=st.integers(1, 5),
     kv_heads=st.integers(1, 3),

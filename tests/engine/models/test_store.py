@@ -1,5 +1,6 @@
 """pull and resolve: what lands in the cache, when it is made again, and errors in one line."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,7 +20,10 @@ from headstart.engine.errors import ModelError
 from headstart.engine.models import store
 from headstart.engine.models.config import POOLING_FILE, declared_pooling
 from headstart.engine.models.store import KNOWN_MODELS, PackagedModel, pull, resolve
+from headstart.engine.models.tokenizer import TokenizerConversion
 from headstart.engine.models.weights import Weights
+
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +127,11 @@ def test_safetensors_folder_is_linked(tiny_model: Any, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fast_tokenizer")
 class TestStaleness:
+    @pytest.fixture(autouse=True)
+    def no_int8(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is stale has nothing to do with the process that makes int8 weights."""
+        monkeypatch.setattr(store, "_quantize", lambda folder, report: None)
+
     def test_second_resolve_does_nothing(self, gguf_path: Path, tmp_path: Path) -> None:
         folder = resolve(str(gguf_path), tmp_path / "cache")
         before = (folder / "model.safetensors").stat()
@@ -187,7 +196,7 @@ def start_child(action: str, gguf_path: Path, cache: Path) -> subprocess.Popen[s
 def test_killed_pull_leaves_nothing_that_looks_finished(gguf_path: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     child = start_child("die", gguf_path, cache)
-    child.communicate(timeout=60)
+    child.communicate(timeout=300)
     assert child.returncode == -signal.SIGKILL
     left = visible(cache)
     assert [name for name in left if not name.startswith(".")] == []
@@ -200,7 +209,7 @@ def test_killed_pull_leaves_nothing_that_looks_finished(gguf_path: Path, tmp_pat
 def test_two_pulls_at_once(gguf_path: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     children = [start_child("live", gguf_path, cache) for _ in range(2)]
-    results = [child.communicate(timeout=120) for child in children]
+    results = [child.communicate(timeout=500) for child in children]
     assert [child.returncode for child in children] == [0, 0], results
     assert results[0][0] == results[1][0]
     assert visible(cache) == [Path(results[0][0].strip()).name]
@@ -344,6 +353,50 @@ def test_damaged_sources(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> No
     assert visible(tmp_path / "cache") == []
 
 
+def test_templates_by_name_in_a_folder(tiny_model: Any, tmp_path: Path) -> None:
+    """The one for chats with tools is kept beside the default."""
+    source = Path(shutil.copytree(tiny_model("llama"), tmp_path / "source"))
+    (source / "chat_template.jinja").unlink()
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    settings["chat_template"] = named
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    target = tmp_path / "target"
+    target.mkdir()
+    TokenizerConversion(source, target).wait()
+    assert (target / "chat_template.jinja").read_text() == "a"
+    assert (target / TOOL_TEMPLATE).read_text() == "b"
+
+
+@pytest.mark.usefixtures("fast_tokenizer")
+def test_a_changed_template_for_tools_is_converted_again(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_quantize", lambda *_: None)
+    source = Path(shutil.copytree(tiny_model("llama"), tmp_path / "source"))
+    (source / TOOL_TEMPLATE).parent.mkdir()
+    (source / TOOL_TEMPLATE).write_text("a")
+    folder = resolve(str(source), tmp_path / "cache")
+    before = (folder / "headstart.json").read_text()
+    (source / TOOL_TEMPLATE).write_text("longer")
+    resolve(str(source), tmp_path / "cache")
+    assert (folder / "headstart.json").read_text() != before
+
+
+@pytest.mark.usefixtures("fast_tokenizer")
+def test_what_a_gguf_file_says_beside_its_tokenizer(
+    tiny_model: Any, write_gguf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template of chats with tools, and how vectors are pooled."""
+    monkeypatch.setattr(store, "_quantize", lambda *_: None)
+    keys = {"pooling_type": 1}
+    templates = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    write_gguf(tiny_model("qwen2"), tmp_path / "m.gguf", "qwen2", keys=keys, templates=templates)
+    folder = resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")
+    assert (folder / TOOL_TEMPLATE).read_text() == "b"
+    assert declared_pooling(folder) == "mean"
+
+
 class TestHub:
     def test_delivered(
         self, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -426,6 +479,18 @@ class TestPackage:
         with pytest.raises(ModelError, match=r"has SHA-256 .*, expected 0000") as caught:
             resolve("tiny", tmp_path / "cache")
         assert_one_line(caught.value)
+
+    def test_recommended_settings_lie_beside_the_model(
+        self, package: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cache = tmp_path / "cache"
+        settings = resolve("tiny", cache) / "generation_config.json"
+        assert not settings.exists()
+        for temperature in (0.2, 0.1):  # a folder made with other settings is made again
+            wanted = dataclasses.replace(package, generation={"temperature": temperature})
+            monkeypatch.setitem(KNOWN_MODELS, "tiny", wanted)
+            resolve("tiny", cache)
+            assert json.loads(settings.read_text()) == {"temperature": temperature}
 
     def test_damaged_download_is_fetched_again(
         self, package: PackagedModel, tmp_path: Path

@@ -24,6 +24,8 @@ from headstart.engine.process.client import EngineClient
 from headstart.engine.process.messages import Abort, AdapterInfo, Stats, Step
 from headstart.engine.sampling.params import SamplingParams
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 async def client():
@@ -46,7 +48,7 @@ async def test_a_message_that_comes_while_one_is_sent_is_received(client, tmp_pa
             engine.send(msgspec.msgpack.encode(Step([], Stats(steps=steps))))
             time.sleep(0.02)  # the message arrives while the loop is busy
             client._send(Abort([1]))
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(300):
                 while client.stats.steps != steps:
                     await asyncio.sleep(0.001)
         receive.cancel()
@@ -177,7 +179,7 @@ async def tokens_of(stream) -> list[int]:
 
 
 async def ready_again(client: EngineClient) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(300):
         while not client.ready:
             await asyncio.sleep(0.005)
 

@@ -20,14 +20,15 @@ from headstart.engine.costs.attention import AttentionCosts
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
 from headstart.engine.models.quality import text_tokens
+from headstart.engine.models.quantize import quantize
 from headstart.engine.process.messages import RelayStats
 from headstart.engine.ranges import guard as relay_guard
 from headstart.engine.ranges import shared as relay_module
-from headstart.engine.ranges.guard import difference, prompt_tokens
+from headstart.engine.ranges.guard import TOLERANCE, difference, prompt_tokens
 from headstart.engine.ranges.shared import RelayPlan, shared_runs
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sequence import ScheduledSequence
-from headstart.kernels.backend import AttentionShape
+from headstart.kernels.backend import WEIGHT_FORMATS, AttentionShape
 from headstart.kernels.ranges import KVRanges
 
 PAGE = 32
@@ -54,7 +55,7 @@ def llama(tiny_model: Callable[..., Path]) -> Path:
 def make_engine(folder: Path, **settings: Any) -> Engine:
     fields = {"backend": "cpu", "weights": "f32", "threads": 2, "max_model_len": 224}
     fields |= {"kv_memory": 8 << 20, "relay": "on", **settings}
-    return Engine(EngineConfig(model_path=str(folder), **fields))
+    return Engine(EngineConfig(**{"model_path": str(folder), **fields}))
 
 
 @pytest.fixture(scope="session")
@@ -171,6 +172,28 @@ def test_the_cpu_kernels_differ_by_nothing(
     engine.warm_up()
     assert engine.stats.relay == RelayStats(enabled=True, checks=1, largest_difference=0.0)
     assert caplog.messages[-1] == "relay: on; 2048 shared tokens are read once from 2 sequences on"
+    assert errors(caplog) == []
+
+
+def in_format(weights: str, model: Path, folder: Path) -> dict[str, str]:
+    """Settings of an engine with such weights, of ``model``, or of a copy that has them."""
+    if weights == "int8":
+        shutil.copytree(model, folder)
+        quantize(folder)
+        return {"model_path": str(folder), "weights": weights}
+    return {"backend": "gpu" if weights == "f16" else "cpu", "weights": weights}
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # Triton's interpreter
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
+def test_every_weight_format_is_checked(
+    llama: Path, tmp_path: Path, weights: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(llama, **in_format(weights, llama, tmp_path / "copy"))
+    engine.warm_up()
+    relay = engine.stats.relay
+    assert (relay.enabled, relay.refused, relay.checks) == (True, False, 1)
+    assert relay.largest_difference < TOLERANCE[weights] / 2
     assert errors(caplog) == []
 
 

@@ -29,6 +29,8 @@ from headstart.kernels.backend import Backend
 from headstart.kernels.cpu.backend import CpuBackend
 from headstart.kernels.devices import instruction_sets, load_backend
 
+pytestmark = pytest.mark.covering
+
 F32_LOGITS = 1e-4  # largest difference of a logit, relative to the largest logit; measured 1e-5
 PAGE = 32
 NEW = 12

@@ -171,7 +171,7 @@ def neighbours(draw: st.DrawFn) -> tuple[Prompt, Prompt, int]:
     return (tokens, spans), (other, others), draw(st.integers(2, 5))
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(neighbours())
 def test_pages_are_equal_just_if_their_tokens_and_segments_are(
     drawn: tuple[Prompt, Prompt, int],

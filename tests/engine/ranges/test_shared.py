@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 from array import array
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -157,7 +157,7 @@ def plan_of(relay: Relay, some: list[ScheduledSequence]) -> RelayPlan:
 # ---------------------------------------------------------------- runs
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples // 2, deadline=None)
 @given(steps())
 def test_runs_are_all_that_is_shared(step: Step) -> None:
     runs = shared_runs(step.scheduled)
@@ -178,7 +178,7 @@ def test_runs_are_all_that_is_shared(step: Step) -> None:
     assert len(set(groups)) == len(groups)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=6 * settings.default.max_examples // 5, deadline=None)
 @given(steps())
 def test_runs_come_deepest_first_and_know_their_branches(step: Step) -> None:
     runs = shared_runs(step.scheduled)
@@ -206,7 +206,7 @@ def test_equal_tokens_of_two_namespaces_are_not_shared() -> None:
 # ---------------------------------------------------------------- plans
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=6 * settings.default.max_examples // 5, deadline=None)
 @given(steps(), cost_tables(), st.sampled_from(["on", "auto"]), st.sampled_from([4, 8, 12]))
 def test_ranges_can_be_read(step: Step, costs: AttentionCosts, mode: str, size: int) -> None:
     plan = relay(mode, size, costs).plan(step.scheduled)
@@ -248,7 +248,7 @@ def keys_read(ranges: KVRanges, num_rows: int) -> list[list[tuple[int, int]]]:
     return seen
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=6 * settings.default.max_examples // 5, deadline=None)
 @given(steps(), cost_tables(), st.sampled_from(["on", "auto"]), st.sampled_from([4, 8, 12]))
 def test_every_row_sees_the_same_keys(
     step: Step, costs: AttentionCosts, mode: str, size: int
@@ -301,7 +301,7 @@ def predicted(step: Step, costs: AttentionCosts, ranges: Items[SharedRange]) -> 
     return total
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples // 2, deadline=None)
 @given(steps(), cost_tables(), st.sampled_from(["on", "auto"]), st.sampled_from([4, 8, 12]))
 def test_predicted_seconds(step: Step, costs: AttentionCosts, mode: str, size: int) -> None:
     plan = relay(mode, size, costs).plan(step.scheduled)
@@ -330,7 +330,7 @@ def test_what_a_deeper_range_costs_above_it_is_counted() -> None:
     assert plan.seconds == pytest.approx(plan.plain_seconds)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples // 2, deadline=None)
 @given(steps(), cost_tables())
 def test_alone_in_its_tree_a_run_is_read_once_if_that_pays(
     step: Step, costs: AttentionCosts
@@ -348,7 +348,7 @@ def test_alone_in_its_tree_a_run_is_read_once_if_that_pays(
         assert saved <= 0.031 * read_apart or one in plan.ranges
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=settings.default.max_examples, deadline=None)
 @given(steps(), st.sampled_from([4, 8]))
 def test_free_sharing_is_taken_and_dear_sharing_is_not(step: Step, size: int) -> None:
     everything = relay("on", size).plan(step.scheduled)
@@ -516,7 +516,7 @@ def test_turned_off_it_plans_nothing(cache: RadixCache) -> None:
     assert on.plan(five(cache)) is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=settings.default.max_examples, deadline=None)
 @given(cost_tables(), st.integers(1, 12), st.sampled_from([4, 8]))
 def test_break_even_is_where_plans_begin_to_share(
     costs: AttentionCosts, pages: int, size: int
@@ -537,33 +537,25 @@ def test_break_even_of_less_than_a_step_is_never() -> None:
     assert relay("auto", 8).break_even(8) == 2
 
 
-# ---------------------------------------------------------------- the time it takes
+# ---------------------------------------------------------------- what it costs
 
 
-def best_time(relay: Relay, some: list[ScheduledSequence]) -> tuple[float, RelayPlan]:
-    best = 1.0
-    for _ in range(7):
-        begin = time.perf_counter()
-        plan = plan_of(relay, some)
-        best = min(best, time.perf_counter() - begin)
-    return best, plan
-
-
-def test_planning_a_step_of_64_sequences_is_cheap() -> None:
-    """0.3 ms is the promise; the limit leaves room for a busy machine."""
+def test_planning_a_step_of_64_sequences_is_cheap(count_calls: Callable[..., int]) -> None:
+    """0.3 ms where it was written."""
     pool = PagePool(2000, PAGE)
     cache = RadixCache(pool)
     prompts = [[1] * 400 + [2 + i % 4] * 200 + [6 + i % 16] * 100 for i in range(64)]
     for prompt in prompts[:16]:
         put(cache, pool, prompt)
     some = [scheduled(cache, prompt, first_page=1000 * i) for i, prompt in enumerate(prompts, 1)]
-    seconds, plan = best_time(relay(), some)
+    plan = plan_of(relay(), some)
     assert len(plan.ranges) == 1 + 4 + 16
-    assert seconds < 5e-3
+    planner = relay()
+    assert count_calls(lambda: plan_of(planner, some)) < 50 * 64
 
 
-def test_planning_on_a_chain_of_200_nodes_is_cheap() -> None:
-    """One sequence more at each node of a path: every run lies below another. 10 ms are fine."""
+def test_planning_on_a_chain_of_200_nodes_is_cheap(count_calls: Callable[..., int]) -> None:
+    """One sequence more at each node of a path: every run lies below another."""
     pool = PagePool(300, PAGE)
     cache = RadixCache(pool)
     prompt = list(itertools.chain.from_iterable([i] * PAGE for i in range(200)))
@@ -573,6 +565,7 @@ def test_planning_on_a_chain_of_200_nodes_is_cheap() -> None:
         for i in random.Random(0).sample(range(1, 201), 200)
     ]
     assert len({entry.seq.node for entry in some}) == 200
-    seconds, plan = best_time(relay(), some)
+    plan = plan_of(relay(), some)
     assert [len(members) for _, _, members in plan.ranges] == list(range(200, 1, -1))
-    assert seconds < 0.1
+    planner = relay()
+    assert count_calls(lambda: plan_of(planner, some)) < 500 * 200

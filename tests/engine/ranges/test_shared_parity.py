@@ -21,6 +21,8 @@ from headstart.engine.engine import Engine
 from headstart.engine.sampling.params import SamplingParams
 from headstart.kernels.devices import instruction_sets
 
+pytestmark = pytest.mark.covering
+
 PART = 130
 """Tokens of a prefix's level: more than a range must have, and no multiple of a page."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import select
 import socket
 import threading
 import time
@@ -26,8 +27,10 @@ from headstart.engine.runahead.opening import Opening
 from headstart.engine.runahead.shared_links import SharedSender
 from headstart.kernels.shared_memory import SharedMemory
 
+pytestmark = pytest.mark.covering
+
 LAYERS, PAGES, PAGE_BYTES = 3, 24, 64
-SECONDS = 20.0
+SECONDS = 120.0
 """A deadline, for what takes milliseconds."""
 
 
@@ -153,17 +156,16 @@ def test_what_is_sent_before_it_is_expected_waits(link: Link) -> None:
 
 
 def test_the_descriptor_says_when_something_comes(link: Link) -> None:
-    """Whoever sleeps on it wakes up; and does not, once it has read."""
+    """Whoever sleeps on it wakes up: for as long as a test may take it would wait otherwise."""
     link.begin(1, [1], [1])
     link.pass_on(1, 0)
     link.receiver.read()
-    begin = time.monotonic()
-    readable([link.receiver], 0.05)
-    assert time.monotonic() - begin > 0.04
+    poller = select.poll()
+    poller.register(link.receiver, select.POLLIN)
+    assert not poller.poll(50), "it has been read"
     timer = threading.Timer(0.05, lambda: link.sender.send(1, 1))
     timer.start()
-    readable([link.receiver], SECONDS)
-    assert time.monotonic() - begin < SECONDS / 2
+    readable([link.receiver], 3600.0)
     timer.join()
     link.wait_for(1, 1)
 
@@ -324,10 +326,8 @@ def test_a_closed_receiver_that_is_full_hears_the_goodbye(
     time.sleep(0.05)
     link.receiver.close()
     link.sender.close()
-    begin = time.monotonic()
     for end in (link.sender, link.receiver):
-        end.join(SECONDS)
-    assert time.monotonic() - begin < SECONDS / 2
+        end.join(3600.0)  # for as long as a test may take
 
 
 def test_an_end_that_never_comes_is_an_error(transport: str, tmp_path: Path) -> None:
@@ -402,7 +402,7 @@ DEEDS = st.lists(
     to=st.lists(PAGE, min_size=8, max_size=8, unique=True),
     deeds=DEEDS,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples // 5, deadline=None)
 def test_random_use(lasting: Link, of: list[int], to: list[int], deeds: list[Any]) -> None:
     """Four jobs of two pages, sent and dropped in any order. Pages change as soon as they may."""
     link, first = lasting, next(JOBS) * 10

@@ -19,7 +19,9 @@ from headstart.engine.engine import Engine
 from headstart.engine.runahead.chain import Chain
 from headstart.engine.sampling.params import SamplingParams
 
-SECONDS = 90.0
+pytestmark = pytest.mark.process
+
+SECONDS = 300.0
 """A deadline, for what takes some seconds."""
 NEW = 4
 

@@ -81,7 +81,7 @@ def sampling_params(draw: st.DrawFn, vocab: int) -> SamplingParams:
 
 
 @given(data=st.data(), vocab=st.sampled_from([1, 7, 256, 600]), seed=st.integers(0, 10**6))
-@settings(max_examples=150)
+@settings(max_examples=3 * settings.default.max_examples // 2)
 def test_both_samplers_choose_the_same(data: st.DataObject, vocab: int, seed: int) -> None:
     entries = []
     for _ in range(data.draw(st.integers(0, 6))):

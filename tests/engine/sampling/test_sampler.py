@@ -189,7 +189,7 @@ def test_extreme_uniforms_never_draw_a_token_without_weight() -> None:
     presence=st.floats(-2, 2),
     bias=st.dictionaries(st.integers(0, 19), st.floats(-5, 5), max_size=3),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=3 * settings.default.max_examples // 5)
 def test_penalties_against_the_definition(
     tokens: list[int],
     num_prompt: int,

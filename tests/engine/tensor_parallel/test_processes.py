@@ -23,8 +23,10 @@ from headstart.engine.process.client import EngineClient
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.tensor_parallel import collective
 
+pytestmark = pytest.mark.process
+
 PROMPT = [7, 8, 9] * 30
-SECONDS = 60.0
+SECONDS = 300.0
 """A deadline, for what takes some seconds."""
 
 

@@ -36,6 +36,8 @@ from headstart.engine.tensor_parallel.messages import Channel, ToRank
 from headstart.engine.work import LongChunk
 from headstart.kernels.cpu.backend import CpuBackend
 
+pytestmark = pytest.mark.covering
+
 NEW = 8
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # A vocabulary that no number of ranks divides.

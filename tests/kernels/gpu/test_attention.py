@@ -143,6 +143,7 @@ def close(dtype, result, expected):
     [(9, 3, 64), (4, 4, 32), (8, 1, 128), (7, 1, 16), (2, 2, 256), (6, 3, 80), (4, 2, 96)],
 )
 @pytest.mark.parametrize(("keys", "rows"), [(1, 1), (33, 5), (100, 37), (160, 1)])
+@pytest.mark.smoke
 def test_staircase(device, dtype, heads, kv_heads, head_dim, keys, rows):
     scene = Scene(device, dtype, AttentionShape(heads, kv_heads, head_dim), keys, rows)
     close(dtype, *scene.attend(staircase(scene, keys)))
@@ -151,6 +152,7 @@ def test_staircase(device, dtype, heads, kv_heads, head_dim, keys, rows):
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (6, 3, 80), (4, 1, 128)])
 @pytest.mark.parametrize(("keys", "rows"), [(33, 5), (150, 30)])
+@pytest.mark.smoke
 def test_eight_bit_keys_and_values(device, dtype, format, heads, kv_heads, head_dim, keys, rows):
     shape = AttentionShape(heads, kv_heads, head_dim)
     scene = Scene(device, dtype, shape, keys, rows, format=format)
@@ -184,6 +186,7 @@ def test_cut_anywhere_and_merge_equals_the_whole(device, dtype, seed):
 
 
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.smoke
 def test_shared_ranges_and_own_ones(device, dtype, seed):
     """RelayAttention (arXiv 2402.14808): rows of several sequences read one full range."""
     rng = random.Random(seed)

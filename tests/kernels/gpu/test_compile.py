@@ -17,6 +17,7 @@ from headstart.kernels.gpu.device import Config
 from headstart.kernels.gpu.tuning import Key, Tuner, candidates, nearest_architecture, shipped
 
 
+@pytest.mark.slow
 def test_what_is_chosen_compiles_fits_and_is_in_the_table():
     """No spills, shared memory within the chip's, tensor cores in use; README.md is not stale."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -114,6 +114,7 @@ def test_staircases_full_ranges_and_others(flash_scene, dtype, page, format):
     close(dtype, *scene.attend(ranges))
 
 
+@pytest.mark.smoke
 def test_a_whole_prompt(flash_scene, dtype):
     """Row 0 sees one key: the first row of a causal prompt."""
     scene = flash_scene(AttentionShape(4, 1, 80), 50, 50)

@@ -111,6 +111,7 @@ def added(device, x, y, adapters, rows):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 7, 8, 9, 33, 100, 511, 512])
+@pytest.mark.smoke
 def test_every_rank(device, dtype, rank):
     """Beside an adapter of another rank, so that neither is read as the other; inputs of an odd
     size, whose rows are not aligned, too."""

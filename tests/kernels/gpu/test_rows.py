@@ -51,6 +51,7 @@ def close(result, expected, dtype):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("has_delta", [False, True])
 @pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.smoke
 def test_norm(device, dtype, random, size, has_delta, count):
     residual, weight = random(count, size) * 3, random(size)
     delta = random(count, size).to(dtype) if has_delta else None
@@ -84,6 +85,7 @@ def test_a_row_that_overflowed_does_not_become_numbers(device, dtype, random):
 
 @pytest.mark.parametrize("size", [*SIZES, 1500])
 @pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.smoke
 def test_silu_mul(device, dtype, random, size, count):
     gate_up = (random(count, 2 * size) * 4).to(dtype)
     gate, up = gate_up.float().chunk(2, dim=-1)
@@ -199,6 +201,7 @@ class Writing:
     [(9, 3, 64), (4, 4, 16), (8, 1, 128), (6, 3, 80), (2, 2, 256), (4, 2, 96)],
 )
 @pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.smoke
 def test_rope_and_store(device, dtype, random, heads, kv_heads, head_dim, normed):
     scene = Writing(device, dtype, random, AttentionShape(heads, kv_heads, head_dim))
     norms = (random(head_dim), random(head_dim)) if normed else (None, None)
@@ -256,6 +259,7 @@ def test_random_writing(device, dtype, random, seed):
 
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 @pytest.mark.parametrize("head_dim", [48, 64])
+@pytest.mark.smoke
 def test_eight_bits_are_those_of_torch(device, dtype, random, format, head_dim):
     """Byte for byte, scales too. Rotation by nothing, so that keys are known exactly."""
     scene = Writing(device, dtype, random, AttentionShape(6, 3, head_dim), format=format, count=68)
