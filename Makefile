@@ -80,6 +80,7 @@ perplexity: .venv/.bench$(KIND) ## compare weight formats
 
 peers: .venv-peers/.installed
 
+# llama.cpp is compiled: some 12 minutes on two cores.
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install openvino-genai==2026.4.1.0 llama-cpp-python==0.3.36

@@ -1,11 +1,12 @@
 """bench.tokens: its texts are of every kind, and what it cannot do is one line."""
 
-import subprocess
-import sys
 import unicodedata
 
+import pytest
+
+from headstart.bench.command import exit_status
 from headstart.bench.token_texts import COUNT, texts
-from headstart.bench.tokens import comparable
+from headstart.bench.tokens import comparable, parser, run
 
 
 def test_texts_of_every_kind() -> None:
@@ -38,8 +39,7 @@ def test_texts_that_llama_cpp_cuts_otherwise_are_left_out() -> None:
     assert comparable("tekken", wanted) == wanted[:1]
 
 
-def test_without_llama_cpp() -> None:
-    command = [sys.executable, "-m", "headstart.bench.tokens", "--python", "/no/python"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == "error: /no/python: no such file; `make peers` creates it\n"
+def test_without_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
+    args = parser().parse_args(["--python", "/no/python"])
+    assert exit_status(lambda: run(args)) == 1
+    assert capsys.readouterr().err == "error: /no/python: no such file; `make peers` creates it\n"
