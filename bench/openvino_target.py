@@ -18,7 +18,7 @@ LINE_LIMIT = 2**26
 
 @dataclass(frozen=True, slots=True)
 class OpenVinoSettings:
-    """How the pipeline is set up; the defaults did best (see bench/README.md).
+    """How the pipeline is set up; the defaults did best (see bench/results/README.md).
 
     `cache_gb` is the KV cache in GB; `properties` go to the CPU plugin as they are.
     """

@@ -182,6 +182,57 @@ def segments_plot(
     return save(figure, folder, "segments")
 
 
+def peers_plot(
+    folder: Path, workloads: Sequence[str], ratios: Mapping[str, Mapping[str, float]]
+) -> list[Path]:
+    """peers: a bar for each workload and machine, from 1 to how many times better headstart is.
+
+    ``ratios`` per machine: those of the workloads that were measured there.
+    """
+    figure = Figure(figsize=(8.6, 0.62 * len(workloads) + 1.3), layout="constrained")
+    figure.set_facecolor("white")
+    axes = figure.add_subplot()
+    axes.set_xscale("log", base=2)
+    height = 0.8 / len(ratios)
+    colours = dict(zip(ratios, ("#2a6f97", "#e07a1f"), strict=True))
+    for place, (machine, measured) in enumerate(ratios.items()):
+        for row, name in enumerate(workloads):
+            if name not in measured:
+                continue
+            ratio = measured[name]
+            y = row + (place - (len(ratios) - 1) / 2) * height
+            axes.barh(y, ratio - 1, left=1, height=height, color=colours[machine])
+            ahead = ratio >= 1
+            axes.annotate(
+                f"{ratio:.2f}",
+                (ratio, y),
+                xytext=(3 if ahead else -3, 0),
+                textcoords="offset points",
+                ha="left" if ahead else "right",
+                va="center",
+                fontsize=9,
+            )
+    axes.axvline(1.0, color="black", linewidth=1.0)
+    axes.set_xlim(0.16, 8)
+    _plain_ticks(axes, [0.25, 0.5, 1, 2, 4])
+    axes.set_yticks(range(len(workloads)), workloads)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    axes.set_xlabel("◂ OpenVINO GenAI is ahead    ratio, in one run    headstart is ahead ▸")
+    handles = [_key(name, color=colour, linewidth=7.0) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    return save(figure, folder, "peers")
+
+
+def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
+    axes.xaxis.set_major_locator(FixedLocator(values))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def runahead_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
     """Per number of ranks: runahead-ttft-N, runahead-ratio-N and runahead-idle-N, over the prompt.
 

@@ -193,7 +193,7 @@ chat() { # chat QUESTION MAX_TOKENS STREAM
 
 check_answer() {
     local answer
-    answer=$(chat "What is the capital of France?" 24 false | python3 -c \
+    answer=$(chat "What is the capital of France? Answer in one sentence." 24 false | python3 -c \
         'import json, sys; print(json.load(sys.stdin)["choices"][0]["message"]["content"])')
     echo "   answer: $answer"
     [[ $answer == *Paris* ]] || fail_with_log "the answer does not name Paris"

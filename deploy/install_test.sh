@@ -77,10 +77,16 @@ inside() { # inside COMMAND: in the clone, as the user
         bash -c "cd ~/headstart && $1"
 }
 
-port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+free_port() {
+    python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+question=$(python3 -c 'import re, sys; print(re.search(r"-d \x27([^\x27]*)\x27", sys.stdin.read())[1])' \
+    <"$repository/README.md")
 
 serve_and_ask() { # serve_and_ask NAME: sets `seconds` from the clone to the answer
-    local log=$work/serve-$1.log answer begin
+    local log=$work/serve-$1.log answer begin port
+    port=$(free_port)
     rm -rf "$root/home/user/headstart" "$root/home/user/.cache/headstart"
     begin=$SECONDS
     git clone --quiet "file://$repository" "$root/home/user/headstart"
@@ -94,8 +100,7 @@ serve_and_ask() { # serve_and_ask NAME: sets `seconds` from the clone to the ans
         printf '%6d s  %s\n' "$((SECONDS - begin))" "$line"
     done &
     until answer=$(curl -fsS --max-time 120 "http://127.0.0.1:$port/v1/chat/completions" \
-        -H 'Content-Type: application/json' -d '{"model": "smollm2-135m", "temperature": 0,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}]}' 2>/dev/null); do
+        -H 'Content-Type: application/json' -d "$question" 2>/dev/null); do
         kill -0 "$server" 2>/dev/null || fail "make serve ended, see $log"
         ((SECONDS - begin < limit)) || fail "no answer after $limit s"
         sleep 0.5

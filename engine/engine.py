@@ -179,6 +179,9 @@ class Engine:
             page_size=backend.page_size,
             num_pages=num_pages,
             max_running=loaded.max_running,
+            threads=loaded.threads,
+            processes=config.tensor_parallel,
+            kv_bytes=num_pages * self._page_bytes * config.tensor_parallel,
             eos_token_ids=list(model.eos_token_ids),
             backend=loaded.device,
             weights=loaded.weights,
@@ -203,6 +206,10 @@ class Engine:
     def warm_up(self) -> None:
         """Have ready what the first requests would wait for: weights, kernels, RelayAttention."""
         warm_up(self._runner)
+        self._check_relay()
+        self.model = msgspec.structs.replace(self.model, relay=self._relay.mode)
+
+    def _check_relay(self) -> None:
         if self._relay.mode == "off":
             return
         self._guard.at_start(self._folder)

@@ -18,6 +18,7 @@ from starlette.routing import Match
 
 from headstart import __version__
 from headstart.engine.errors import HeadstartError
+from headstart.engine.process.messages import ModelInfo
 from headstart.server.access_log import REQUEST_ID, AccessLog, request_id
 from headstart.server.answer_format import find_format
 from headstart.server.anthropic import messages
@@ -70,15 +71,16 @@ def create_app(
     model_names: Sequence[str],
     settings: ServerSettings | None = None,
     defaults: GenerationDefaults = OPENAI,
+    on_ready: Callable[[ModelInfo], None] | None = None,
     on_start_failure: Callable[[HeadstartError], None] | None = None,
 ) -> FastAPI:
     """An ASGI app that starts the engine when it starts, and stops it when it stops.
 
     ``defaults``: how tokens are chosen where a request does not say.
 
-    The app answers at once; /health is 503 until the engine is ready. ``on_start_failure`` is told
-    when it never will be. ``app.state.runtime`` is the app's Runtime, ``app.state.post_paths`` what
-    takes a POST.
+    The app answers at once; /health is 503 until the engine is ready. ``on_ready`` is told when it
+    is, ``on_start_failure`` when it never will be. ``app.state.runtime`` is the app's Runtime,
+    ``app.state.post_paths`` what takes a POST.
     """
     settings = settings or ServerSettings()
     template = _chat_template(tokenizer, settings)
@@ -100,7 +102,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        start = asyncio.create_task(_start(engine, on_start_failure))
+        start = asyncio.create_task(_start(engine, on_ready, on_start_failure))
         try:
             yield
         finally:
@@ -160,9 +162,15 @@ def _chat_template(tokenizer: Tokenizer, settings: ServerSettings) -> ChatTempla
     return ChatTemplate(tokenizer, limits)
 
 
-async def _start(engine: EngineClient, on_failure: Callable[[HeadstartError], None] | None) -> None:
+async def _start(
+    engine: EngineClient,
+    on_ready: Callable[[ModelInfo], None] | None,
+    on_failure: Callable[[HeadstartError], None] | None,
+) -> None:
     try:
         await engine.start()
+        if on_ready is not None and engine.model is not None:
+            on_ready(engine.model)
     except HeadstartError as error:
         logger.error("the engine did not start: %s", error)
         if on_failure is not None:

@@ -12,8 +12,10 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -40,6 +42,9 @@ from headstart.server.flags.runahead import (
     runahead_secret,
 )
 from headstart.server.flags.settings import answer_settings, engine_config, server_settings
+
+if TYPE_CHECKING:
+    from headstart.engine.process.messages import ModelInfo
 
 logger = logging.getLogger(__name__)
 
@@ -182,11 +187,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything slow happens; raises ConfigError."""
+    """A socket that has its address, before anything slow happens; raises ConfigError.
+
+    It does not listen yet, so that clients are refused at once instead of waiting in vain.
+    """
+    listener = None
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        return listener
     except OSError as error:
+        if listener is not None:
+            listener.close()
         # Of a failed bind, strerror repeats the address.
         number = error.errno or 0
         reason = os.strerror(number) if number > 0 else error.strerror or error
@@ -197,6 +215,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run_serve(args: argparse.Namespace) -> int:
     """``headstart serve``."""
+    started = time.monotonic()
     adapters(args)  # wrong usage is told before anything slow happens
     if args.tensor_parallel > 1 and args.runahead is None:
         raise ConfigError("--tensor-parallel and --runahead cannot be combined")
@@ -220,7 +239,8 @@ def run_serve(args: argparse.Namespace) -> int:
     from headstart.engine.process.client import EngineClient
     from headstart.server.access_log import log_bare_lines
     from headstart.server.app import create_app
-    from headstart.server.serving import serve
+    from headstart.server.ready import summary
+    from headstart.server.serving import serve, url
 
     if settings.access_log_format == "json":
         log_bare_lines(sys.stderr)
@@ -228,18 +248,20 @@ def run_serve(args: argparse.Namespace) -> int:
         folder = resolve(args.model, args.cache_dir, ProgressLines())
         engine = EngineClient(engine_config(args, folder))
         failures: list[HeadstartError] = []
+
+        def ready(model: ModelInfo) -> None:
+            seconds, runtime = time.monotonic() - started, app.state.runtime
+            logger.info("%s", summary(runtime, model, url(listener, tls), seconds))
+
         app = create_app(
             engine,
             tokenizer_of(args, folder),
             model_names=model_names(args),
             settings=settings,
             defaults=generation_defaults(args, folder),
+            on_ready=ready,
             on_start_failure=failures.append,
         )
-        logger.info("answers: %s", app.state.runtime.answers)
-        logger.info("defaults of requests: %s", app.state.runtime.defaults)
-        keys = settings.keys
-        logger.info("keys: %d for the API, %d for admins", len(keys.api), len(keys.admin))
         serve(
             app,
             listener,

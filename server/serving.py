@@ -1,5 +1,8 @@
 """serve: uvicorn on a bound socket, with a shutdown that lets running requests end.
 
+The port opens when the model's files are there, and says 503 while the engine loads them: probes
+are answered from then on, and clients are told why. Before that, connections are refused.
+
     SIGTERM, SIGINT  ->  new requests get 503, the socket closes, running ones go on
                      ->  when all have ended, or the time is over: the engine stops, return
     a second one     ->  running ones end with an error, now
@@ -21,11 +24,14 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from headstart.engine.errors import HeadstartError
+from headstart.engine.errors import ConfigError, HeadstartError
 from headstart.server.runtime import Runtime
 from headstart.server.tls import Certificate
 
 logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+"""Connections that the system takes while the event loop is busy."""
 
 
 class ServingConfig(uvicorn.Config):
@@ -109,6 +115,13 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def url(listener: socket.socket, certificate: Certificate | None = None) -> str:
+    """Where the server is asked."""
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if certificate is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def serve(
     app: FastAPI,
     listener: socket.socket,
@@ -119,7 +132,10 @@ def serve(
     head_seconds: float = 20.0,
     certificate: Certificate | None = None,
 ) -> None:
-    """Serve until a signal, or until something is in ``failures``."""
+    """Serve until a signal, or until something is in ``failures``.
+
+    Raises ConfigError where another process has begun to listen at the address meanwhile.
+    """
     config = ServingConfig(
         app,
         head_seconds=head_seconds,
@@ -127,6 +143,7 @@ def serve(
         ws="none",
         lifespan="on",
         log_config=None,
+        log_level="warning",  # its "startup complete" says nothing of the model
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=drain_seconds,
@@ -135,7 +152,12 @@ def serve(
         ssl_keyfile=certificate.keyfile if certificate else None,
         ssl_keyfile_password=certificate.password if certificate else None,
     )
-    host, port = listener.getsockname()[:2]
-    scheme = "http" if certificate is None else "https"
-    logger.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {url(listener)}: {error.strerror}") from error
+    logger.info(
+        "listening on %s (not ready: the model is loading, requests get a 503 until it has)",
+        url(listener, certificate),
+    )
     DrainingServer(config, app.state.runtime, failures).run(sockets=[listener])

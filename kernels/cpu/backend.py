@@ -1,8 +1,8 @@
 """CpuBackend: the operations of Backend on the C++ kernels.
 
 float32 and bf16 matrix products are torch's (oneDNN); int8 ones are ours (linear.h says how, and
-bench/README.md why). Everything is called from one thread, so that torch and the kernels share
-one OpenMP team. Tensors cross as addresses: this class keeps every buffer they point into.
+bench/results/README.md why). Everything is called from one thread, so that torch and the kernels
+share one OpenMP team. Tensors cross as addresses: this class keeps every buffer they point into.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Prints the tables of request fields in server/README.md.
+"""Prints docs/request-fields.md: the fields of every kind of request, and what becomes of them.
 
-``python -m headstart.server.openai.field_table``
+``python -m headstart.server.openai.field_table > docs/request-fields.md``
 
 Made from the tables the server checks requests with, so they say what it does.
 """
@@ -77,9 +77,18 @@ SECTIONS: tuple[tuple[str, type[Body], Mapping[str, tuple[Any, ...]], tuple[str,
 )
 
 
+HEAD = """# Request fields
+
+Printed by `python -m headstart.server.openai.field_table`. What fields mean is in [api.md](api.md).
+A field that is not here is a 400 that names it; so is a refused one with another value than those
+it may have.
+
+"""
+
+
 def field_tables() -> str:
-    """Markdown: one table for each kind of body."""
-    return "\n".join(_table(*section) for section in SECTIONS)
+    """The page in Markdown: one table for each kind of body."""
+    return HEAD + "\n".join(_table(*section) for section in SECTIONS)
 
 
 def _table(

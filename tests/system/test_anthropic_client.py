@@ -7,7 +7,7 @@ import pytest
 
 MODEL = "smollm2-135m"
 GREEDY = {"temperature": 0}  # the client has no field of its own for it
-PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+PARIS = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 WEATHER = {
     "name": "get_weather",
     "description": "The weather of a city",

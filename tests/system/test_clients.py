@@ -19,7 +19,7 @@ import litellm
 from langchain_openai import ChatOpenAI
 
 MODEL = "smollm2-135m"
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of France? Answer in one sentence."
 PARIS = [{"role": "user", "content": QUESTION}]
 WEATHER = {
     "type": "function",

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 MODEL = "smollm2-135m"
-PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+PARIS = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 
 
 @pytest.fixture

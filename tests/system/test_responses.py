@@ -9,7 +9,7 @@ import openai
 import pytest
 
 MODEL = "smollm2-135m"
-PARIS = "What is the capital of France?"
+PARIS = "What is the capital of France? Answer in one sentence."
 LOOK = {
     "type": "function",
     "name": "look",

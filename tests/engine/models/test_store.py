@@ -1,5 +1,6 @@
 """pull and resolve: what lands in the cache, when it is made again, and errors in one line."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -484,6 +485,18 @@ class TestPackage:
         with pytest.raises(ModelError, match=r"has SHA-256 .*, expected 0000") as caught:
             resolve("tiny", tmp_path / "cache")
         assert_one_line(caught.value)
+
+    def test_recommended_settings_lie_beside_the_model(
+        self, package: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cache = tmp_path / "cache"
+        settings = resolve("tiny", cache) / "generation_config.json"
+        assert not settings.exists()
+        for temperature in (0.2, 0.1):  # a folder made with other settings is made again
+            wanted = dataclasses.replace(package, generation={"temperature": temperature})
+            monkeypatch.setitem(KNOWN_MODELS, "tiny", wanted)
+            resolve("tiny", cache)
+            assert json.loads(settings.read_text()) == {"temperature": temperature}
 
     def test_damaged_download_is_fetched_again(
         self, package: PackagedModel, tmp_path: Path

@@ -1,0 +1,38 @@
+"""The summary that the log has when the model is ready: what runs, with what, and where."""
+
+from __future__ import annotations
+
+from headstart.engine.process.messages import ModelInfo
+from headstart.server.keys import Keys
+from headstart.server.runtime import Runtime
+
+
+def summary(runtime: Runtime, model: ModelInfo, url: str, seconds: float) -> str:
+    """A few aligned lines; ``seconds``: from the command to now."""
+    tokens = model.num_pages * model.page_size
+    several = f" in each of {model.processes} processes" if model.processes > 1 else ""
+    rows = {
+        "model": ", ".join((*runtime.model_names, *sorted(runtime.engine.adapters))),
+        "weights": model.weights,
+        "kernels": f"{model.backend}, {_count(model.threads, 'thread')}{several}",
+        "KV cache": f"{tokens:,} tokens in {model.kv_bytes / 2**30:.2f} GiB",
+        "context": f"{model.max_model_len:,} tokens",
+        "relay": model.relay,
+        "answers": str(runtime.answers),
+        "defaults": str(runtime.defaults),
+        "keys": _keys(runtime.settings.keys),
+        "URL": url,
+    }
+    lines = [f"ready after {seconds:.1f} s"]
+    lines += [f"  {name:<10}{value}" for name, value in rows.items()]
+    return "\n".join(lines)
+
+
+def _keys(keys: Keys) -> str:
+    if not keys.api and not keys.admin:
+        return "none: whoever reaches the URL may do everything"
+    return f"{len(keys.api)} for the API, {len(keys.admin)} for admins"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
