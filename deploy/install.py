@@ -20,6 +20,7 @@ import importlib.metadata
 import os
 import queue
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -196,7 +197,9 @@ def main() -> None:
             *([] if args.copy else ["-e"]),
             target,
         )
-    say(f"done in {time.monotonic() - begin:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = time.monotonic() - begin
+    say(f"done in {seconds:.0f} s, with {used.ru_utime + used.ru_stime:.0f} s of processor time")
 
 
 if __name__ == "__main__":

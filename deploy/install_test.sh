@@ -77,13 +77,16 @@ inside() { # inside COMMAND: in the clone, as the user
         bash -c "cd ~/headstart && $1"
 }
 
-port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+free_port() {
+    python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
 
 question=$(python3 -c 'import re, sys; print(re.search(r"-d \x27([^\x27]*)\x27", sys.stdin.read())[1])' \
     <"$repository/README.md")
 
 serve_and_ask() { # serve_and_ask NAME: sets `seconds` from the clone to the answer
-    local log=$work/serve-$1.log answer begin
+    local log=$work/serve-$1.log answer begin port
+    port=$(free_port)
     rm -rf "$root/home/user/headstart" "$root/home/user/.cache/headstart"
     begin=$SECONDS
     git clone --quiet "file://$repository" "$root/home/user/headstart"

@@ -5,6 +5,7 @@ smollm2      the default model, converted, in the user's own cache (pulled there
 """
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -46,11 +47,11 @@ INTERPRETED = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks that follow from what a test asks for, and `covering` ones from their parameters."""
-    products: dict[Any, list[pytest.Function]] = {}
-    smoke: set[Any] = set()
+    products: dict[str, list[pytest.Function]] = {}
+    smoke: set[str] = set()
     for item in items:
         assert isinstance(item, pytest.Function)
-        function = item.path, item.originalname
+        function = item.nodeid.partition("[")[0]
         if item.path in INTERPRETED or TESTS / "kernels" / "gpu" in item.path.parents:
             if not any(item.iter_markers("smoke")) or function in smoke:
                 item.add_marker("interpreter")
@@ -64,21 +65,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(item.iter_markers("covering")) and hasattr(item, "callspec"):
             products.setdefault(function, []).append(item)
     for product in products.values():
-        kept = covering(product)
+        [strength] = product[0].get_closest_marker("covering").args or (1,)
+        kept = covering(product, strength)
         for item in product:
             if item not in kept:
                 item.add_marker("slow")
 
 
-def covering(product: list[pytest.Function]) -> list[pytest.Function]:
-    """As few of a test's cases as have every value of every parameter, the fullest first.
+def covering(product: list[pytest.Function], strength: int) -> list[pytest.Function]:
+    """As few of a test's cases as have every value of every parameter, or every two together
+    where ``strength`` is 2; found greedily.
 
     A parameter called ``seed`` is not one to cover: one random case is as good as another.
     """
-    values = {
-        item: {pair for pair in item.callspec.indices.items() if pair[0] != "seed"}
-        for item in product
-    }
+    values = {}
+    for item in product:
+        pairs = [(name, repr(v)) for name, v in item.callspec.params.items() if name != "seed"]
+        values[item] = set(itertools.combinations(pairs, min(strength, len(pairs))))
     kept = [product[0]]
     missing = set().union(*values.values()) - values[product[0]]
     while missing:

@@ -329,8 +329,8 @@ def _modules(
     """What the names of modules begin with: "model.", or nothing where it was trained on a model
     without a head. And (layer, target) of each matrix the file changes: others are an error.
     """
-    bare = any(name.startswith(f"{PREFIX}layers.") for name in names)
-    trunk = "" if bare else "model."
+    whole = any(name.startswith(f"{PREFIX}model.") for name in names)
+    trunk = "model." if whole else ""
     known = {target.module: target.name for target in every}
     found = set()
     for name in names:

@@ -22,9 +22,11 @@ factors s, for LoRA adapters: adapters.py) and int8/quality.json.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,12 +42,13 @@ from headstart.engine.models.formats.int8 import FOLDER, QUALITY, SMOOTHING, rea
 from headstart.engine.models.parameters import LayerParameters, Matrix, read_float
 from headstart.engine.process.cores import usable_cores
 from headstart.kernels.backend import Backend, Linear, RopeTable
-from headstart.kernels.devices import load_backend
+from headstart.kernels.devices import instruction_sets, load_backend
 
 ALPHA = {"qkv": 0.6, "o": 0.4, "gate_up": 0.6, "down": 0.6, "head": 0.6}
 """Searched on SmolLM2-135M, as means over four roundings (bench/results/README.md, Quality);
 the paper's single value is 0.5."""
 CALIBRATION_TOKENS = 2048
+KNOWN = Path(__file__).with_name("known_quality.json")
 Ranges = dict[int, Tensor]
 
 
@@ -183,13 +186,40 @@ def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -
         os.replace(partial, target / name)
     del tensors, parameters, head
 
-    text = text_tokens(folder, "evaluation")
-    quality: dict[str, float] = {"tokens": len(text)}
-    for weights in ("f32", "bf16", "int8"):
-        quality[weights] = perplexity(_runner(folder, config, _backend(weights), weights), text)
-        advance()
+    quality = known_quality(folder)
+    if quality is None:
+        text = text_tokens(folder, "evaluation")
+        quality = {"tokens": len(text)}
+        for weights in ("f32", "bf16", "int8"):
+            quality[weights] = perplexity(_runner(folder, config, _backend(weights), weights), text)
+            advance()
     (target / QUALITY).write_text(json.dumps(quality, indent=1))
     return quality
+
+
+def known_quality(folder: Path) -> dict[str, float] | None:
+    """What was measured before of the same weights on the same token ids, or None.
+
+    It spares the default model's first start most of its time. KNOWN is by model_digest and by
+    instruction set, since bf16 products are rounded otherwise where hardware makes them.
+    """
+    known: dict[str, dict[str, dict[str, float]]] = json.loads(KNOWN.read_text())
+    figures = known.get(model_digest(folder), {})
+    return figures.get(instruction_sets()[0]) or figures.get("others")
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 of all that the perplexities depend on, but for roundings; "": several files."""
+    from headstart.engine.models.quality import text_tokens
+
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        return ""
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    for name in ("calibration", "evaluation"):
+        digest.update(array("i", text_tokens(folder, name)).tobytes())
+    return digest.hexdigest()
 
 
 def _layer_tensors(layer: LayerParameters) -> Iterator[tuple[str, Tensor]]:

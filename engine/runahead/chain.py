@@ -674,6 +674,8 @@ class Chain:
 
     def _close_links(self) -> None:
         self._chain = None
+        if self._finding_least is not None:
+            self._finding_least.cancel()
         self._least = self._finding_least = None
         self._forming = None
         for opening in self._opening.values():

@@ -13,7 +13,7 @@ from headstart.kernels import reference
 from headstart.kernels.backend import AttentionShape
 from headstart.kernels.devices import load_backend
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(2)
 
 TOLERANCE = {"f32": 2e-5, "bf16": 2e-2}  # bf16 keys, values and probabilities: 8 bits of mantissa
 

@@ -13,7 +13,7 @@ from headstart.kernels.backend import LoraPart
 from headstart.kernels.cpu.backend import Rows
 from headstart.kernels.devices import load_backend
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(2)
 
 RANKS = (1, 2, 7, 8, 16, 33, 256)
 # A word is 1 or 2 elements, a panel 16 outputs: below, on and between.

@@ -12,7 +12,7 @@ from headstart.kernels.backend import AttentionShape, RopeTable
 from headstart.kernels.devices import load_backend
 from headstart.kernels.ranges import KVRanges
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(2)
 
 FORMATS = ["f32", "bf16", "int8"]
 # A vector is 4, 8 or 16 elements: below, on and between its multiples, and enough for threads.

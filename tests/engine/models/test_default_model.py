@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.gguf_file import GGUFFile
+from headstart.engine.models.quantize import known_quality
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.store import fetch
 from headstart.engine.models.weights import Weights
@@ -63,7 +64,8 @@ def test_config_is_equal(smollm2: Path, theirs: Any) -> None:
     assert config.rms_norm_eps == theirs.config.rms_norm_eps
     assert config.max_position_embeddings == theirs.config.max_position_embeddings == 8192
     assert config.tie_word_embeddings
-    assert config.eos_token_ids == (theirs.config.eos_token_id,)
+    # And <|endoftext|>, by its name: llama.cpp ends there, too.
+    assert config.eos_token_ids == (theirs.config.eos_token_id, 0)
     cos, sin = rope_tables(config, 8192)
     their_cos, their_sin = theirs.model.rotary_emb(torch.zeros(1), torch.arange(8192)[None])
     assert torch.equal(cos, their_cos[0, :, :32])
@@ -78,3 +80,10 @@ def test_text_and_template_come_back(smollm2: Path, gguf_path: Path) -> None:
         assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
     assert ours.get_vocab_size() == len(metadata["tokenizer.ggml.tokens"])
     assert (smollm2 / "chat_template.jinja").read_text() == metadata["tokenizer.chat_template"]
+
+
+def test_the_default_models_quality_is_known(smollm2: Path) -> None:
+    """As it is converted today: otherwise its first start takes a minute longer."""
+    known = known_quality(smollm2)
+    assert known is not None
+    assert known["int8"] == pytest.approx(known["f32"], rel=0.05)

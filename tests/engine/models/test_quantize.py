@@ -19,6 +19,7 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models import quality
+from headstart.engine.models import quantize as quantizing
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.formats.int8 import read_int8, read_quality, read_smoothing
@@ -27,6 +28,7 @@ from headstart.engine.models.parameters import Matrix, read_float
 from headstart.engine.models.quantize import (
     ALPHA,
     calibrate,
+    model_digest,
     quantize,
     quantize_matrix,
     smooth_layer,
@@ -161,6 +163,27 @@ def test_every_architecture_stays_close(folder: Path) -> None:
     assert engine.model.weights == "int8"
     # A row's int8 products do not depend on its neighbours.
     assert [engine.generate([prompt], params)[0] for prompt in prompts] == together
+
+
+def test_known_quality_is_not_measured_again(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = [Path(shutil.copytree(tiny_model("llama"), tmp_path / name)) for name in "abc"]
+    known = {"tokens": 7.0, "f32": 2.0, "bf16": 3.0, "int8": 4.0}
+    (tmp_path / "known.json").write_text(json.dumps({model_digest(copies[0]): {"others": known}}))
+    monkeypatch.setattr(quantizing, "KNOWN", tmp_path / "known.json")
+    assert quantize(copies[0]) == known
+    assert read_quality(copies[0]) == known
+    weights = copies[1] / "model.safetensors"
+    changed = load_file(weights)
+    changed["model.norm.weight"] += 1
+    save_file(changed, weights)
+    assert quantize(copies[1]) != known
+    # Other ids of the same text.
+    tokenizer = json.loads((copies[2] / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:4]
+    (copies[2] / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert quantize(copies[2]) != known
 
 
 def test_a_context_shorter_than_a_window(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
