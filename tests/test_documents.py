@@ -115,3 +115,11 @@ def test_the_first_page_asks_something() -> None:
 
 def test_request_fields_are_those_of_the_server() -> None:
     assert (ROOT / "docs" / "request-fields.md").read_text() == field_tables()
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if p.parent in (ROOT, ROOT / "docs")], ids=page)
+def test_files_that_are_named_exist(path: Path) -> None:
+    for name in re.findall(
+        r"`((?:\.\./)?[\w/-]+/[\w-]+\.(?:py|sh|md|csv|yaml))`", path.read_text()
+    ):
+        assert (ROOT / name.removeprefix("../")).exists(), name

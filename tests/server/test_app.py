@@ -1,4 +1,4 @@
-"""Health, metrics, models, start-up, the access log, the OpenAPI document, README's tables."""
+"""Health, metrics, models, start-up, the access log, the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,7 +14,6 @@ import pytest
 from headstart.engine.errors import ModelError
 from headstart.engine.process.messages import RelayStats, Stats
 from headstart.server.app import create_app
-from headstart.server.openai.field_table import field_tables
 
 
 async def test_health_and_version(client, engine):
@@ -181,11 +179,6 @@ async def test_openapi_describes_the_bodies(client):
         ["characters"],
         ["tokens"],
     ]
-
-
-def test_readme_tables_are_those_of_the_code():
-    readme = Path(sys.modules["headstart.server"].__file__).with_name("README.md")
-    assert field_tables() in readme.read_text()
 
 
 def test_the_server_imports_no_torch():
