@@ -341,6 +341,7 @@ def test_default_model_on_every_backend(
     default_reference.check(some, outputs, 16)
 
 
+@pytest.mark.slow
 def test_default_model_logits(
     smollm2: Path, default_reference: Any, prompts: list[list[int]]
 ) -> None:
