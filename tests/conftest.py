@@ -4,6 +4,7 @@ tiny_model   factory: tiny_model("qwen3", num_key_value_heads=1) -> a Hugging Fa
 smollm2      the default model, converted, in the user's own cache (pulled there if missing)
 """
 
+import gc
 import hashlib
 import itertools
 import json
@@ -70,6 +71,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in product:
             if item not in kept:
                 item.add_marker("slow")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Engines and models refer to themselves: what holds the default model's weights goes now."""
+    if any(item.iter_markers("model")):
+        gc.collect()
 
 
 def covering(product: list[pytest.Function], strength: int) -> list[pytest.Function]:

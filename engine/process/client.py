@@ -205,7 +205,8 @@ class EngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watch
         if self._process and self._process.returncode is None:
-            self._send(Shutdown())
+            if not self._send(Shutdown()):
+                self._process.kill()
             try:
                 await asyncio.wait_for(self._process.wait(), 5)
             except TimeoutError:
@@ -346,12 +347,16 @@ class EngineClient:
         for question in list(self._asked):
             self._answer(question, EngineDeadError(message))
 
-    def _send(self, message: ToEngine) -> None:
+    def _send(self, message: ToEngine) -> bool:
+        """Whether it is on its way; not where the process has not got as far as to connect."""
         # The queue is unbounded (hwm 0), so this never waits, and the future is done already. Not
         # zmq.Socket.send: sending may take the one event that tells of messages to receive (the
         # socket's descriptor is edge-triggered), and only the asyncio socket looks again.
-        if self._socket is not None:
-            self._socket.send(self._encoder.encode(message), zmq.DONTWAIT)
+        if self._socket is None:
+            return False
+        sent = self._socket.send(self._encoder.encode(message), zmq.DONTWAIT)
+        assert isinstance(sent, asyncio.Future)
+        return sent.exception() is None
 
     def _close_socket(self) -> None:
         if self._socket is not None:

@@ -79,15 +79,18 @@ def alone(smollm2: Path) -> list[Answer]:
     return [answers(one, [prompt])[0] for prompt in prompts()]
 
 
+@pytest.mark.slow
 def test_together(smollm2: Path, alone: list[Answer]) -> None:
     assert answers(engine(smollm2, prefix_caching=False), prompts()) == alone
 
 
 @pytest.mark.parametrize("budget", [17, 64, 200])
+@pytest.mark.slow
 def test_in_chunks(smollm2: Path, alone: list[Answer], budget: int) -> None:
     assert answers(engine(smollm2, max_batched_tokens=budget), prompts()) == alone
 
 
+@pytest.mark.slow
 def test_from_the_cache(smollm2: Path, alone: list[Answer]) -> None:
     cached = engine(smollm2)
     assert answers(cached, prompts()) == alone
@@ -95,11 +98,13 @@ def test_from_the_cache(smollm2: Path, alone: list[Answer]) -> None:
     assert cached.stats.cached_tokens > 2000
 
 
+@pytest.mark.slow
 def test_preempted(smollm2: Path, alone: list[Answer]) -> None:
     small = engine(smollm2, kv_memory=36 << 20, max_model_len=1400)
     assert answers(small, prompts() + prompts()[::-1]) == alone + alone[::-1]
 
 
+@pytest.mark.slow
 def test_on_one_thread(smollm2: Path, alone: list[Answer]) -> None:
     assert answers(engine(smollm2, threads=1), prompts()) == alone
 
@@ -117,6 +122,7 @@ def nested() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("relay", ["on", "auto"])
+@pytest.mark.slow
 def test_with_prefixes_read_once(smollm2: Path, relay: str, tmp_path: Path) -> None:
     plain = engine(smollm2, prefix_caching=False)
     expected = [answers(plain, [prompt])[0] for prompt in nested()]
@@ -234,6 +240,7 @@ def test_segments_preempted(tiny_int8: Path) -> None:
     assert small.stats.preemptions > 0
 
 
+@pytest.mark.slow
 def test_segments_of_the_default_model(smollm2: Path) -> None:
     """Together, then from the cache, in chunks; the longest segment is of two tiles."""
     prompts, spans = (each[1:4] for each in segmented(40000))

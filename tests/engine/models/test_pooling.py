@@ -128,6 +128,7 @@ def test_an_adapter_changes_them(llama: Path, references: Any, lora: Any) -> Non
     assert not close(expected(references(llama), prompt, "mean"), expected(merged, prompt, "mean"))
 
 
+@pytest.mark.slow
 def test_int8_is_near(smollm2: Path, references: Any) -> None:
     """The final norm of the int8 model is not that of the hidden states: it smooths the head."""
     engine, prompt = make_engine(smollm2, weights="int8"), list(range(100, 160))

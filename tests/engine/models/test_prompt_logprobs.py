@@ -210,6 +210,7 @@ def test_nothing_but_the_prompt(llama: Path, references: Any) -> None:
     assert engine.stats.generation_tokens == 0
 
 
+@pytest.mark.slow
 def test_int8_is_near(smollm2: Path) -> None:
     """The head's inputs are smoothed and rounded there."""
     engines = [make_engine(smollm2, weights=weights) for weights in ("f32", "int8")]

@@ -6,6 +6,7 @@ The real engine in its process: test_service.py, and tests/system.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -67,6 +68,28 @@ async def test_an_engine_that_ends_at_once_is_one_error(client, monkeypatch):
     monkeypatch.setattr(asyncio, "create_subprocess_exec", dead_on_arrival)
     with pytest.raises(HeadstartError, match=r"ended while starting \(exit status 1\)"):
         await client.start()
+
+
+async def test_an_engine_that_has_not_connected_yet_is_ended_in_silence(
+    client, monkeypatch, caplog
+):
+    spawn, spawned = asyncio.create_subprocess_exec, []
+
+    async def slow_to_come(*_, **kwargs):
+        spawned.append(await spawn("sleep", "1000", **kwargs))
+        return spawned[0]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow_to_come)
+    starting = asyncio.create_task(client.start())
+    while not spawned:
+        await asyncio.sleep(0.01)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    await client.stop()
+    assert spawned[0].returncode == -signal.SIGKILL
+    gc.collect()  # when a future says that nobody has asked for its exception
+    await asyncio.sleep(0)
+    assert not caplog.records
 
 
 SERVICE = """

@@ -185,6 +185,7 @@ def test_logits(tiny: Path, references: Any, count: int, backend: str) -> None:
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_int8(make: Callable[..., Engine], smollm2: Path) -> None:
     """As near to one rank's logits as rounding is: rows are rounded by other scales."""
     texts = [some(1, 40)]
