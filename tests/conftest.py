@@ -65,6 +65,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("unit")
         if any(item.iter_markers("covering")) and hasattr(item, "callspec"):
             products.setdefault(function, []).append(item)
+    # Those that wait for servers go first, so that two processes end at about the same time.
+    items.sort(key=lambda item: TESTS / "system" not in item.path.parents)
     for product in products.values():
         [strength] = product[0].get_closest_marker("covering").args or (1,)
         kept = covering(product, strength)

@@ -14,7 +14,6 @@ def test_in_the_middle_of_a_stream(server, text):
     gone = [server.open_stream(text(60, seed), 4000) for seed in (202, 203, 204)]
     for stream in (*others, *gone):
         stream.wait_for_text()
-    assert server.metrics()["num_requests_running"] == 5
     for stream in gone:
         stream.close()
     seconds = server.wait_for(lambda m: m["num_requests_running"] <= 2)
