@@ -46,6 +46,12 @@ CONTROL_TEXTS = frozenset(
 """Tokens that llama.cpp takes for control tokens whatever the file says they are."""
 NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 """Special tokens: in GGUF's keys, and in tokenizer_config.json."""
+TEMPLATES = (
+    ("chat_template", "chat_template.jinja"),
+    ("chat_template.tool_use", "additional_chat_templates/tool_use.jinja"),
+)
+"""Chat templates in GGUF's keys, and where transformers keeps them; the second is for chats with
+tools."""
 MAX_ADDED = 1 << 16
 """More tokens of those types than any vocabulary has; each is compared with all the others."""
 MAX_PIECE = 512
@@ -64,13 +70,9 @@ def write_tokenizer(file: GGUFFile, target: Path) -> list[str]:
         "clean_up_tokenization_spaces": False,
         **{NAMES[name]: reader.tokens[i] for name, i in reader.ids.items()},
     }
-    templates = reader.chat_templates()
-    if set(templates) == {"default"}:
-        (target / "chat_template.jinja").write_text(templates["default"], encoding="utf-8")
-    elif templates:
-        settings["chat_template"] = [
-            {"name": name, "template": template} for name, template in templates.items()
-        ]
+    for path, template in reader.chat_templates().items():
+        (target / path).parent.mkdir(exist_ok=True)
+        (target / path).write_text(template, encoding="utf-8")
     tokenizer.save(str(target / "tokenizer.json"))
     (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     return reader.warnings
@@ -198,16 +200,9 @@ class _Reader:
         return tokenizer
 
     def chat_templates(self) -> dict[str, str]:
-        """By name; the one that has none is the default."""
-        found = {}
-        listed = self.strings("chat_templates", prefix="tokenizer.", default=[])
-        names = ["default", "tool_use", *listed]
-        for name in dict.fromkeys(names):
-            key = "chat_template" if name == "default" else f"chat_template.{name}"
-            template = self.value(key, str, None, prefix="tokenizer.")
-            if template is not None:
-                found[name] = template
-        return found
+        """By the file it goes to."""
+        found = {path: self.value(key, str, None, prefix="tokenizer.") for key, path in TEMPLATES}
+        return {path: template for path, template in found.items() if template is not None}
 
     # --- keys
 
@@ -220,14 +215,12 @@ class _Reader:
             self.fail(key, f"must be {_KINDS[kind]}, got {_shown(value)}", prefix=prefix)
         return value
 
-    def strings(
-        self, key: str, *, prefix: str = "tokenizer.ggml.", default: list[str] | None = None
-    ) -> list[str]:
-        value = self.file.metadata.get(prefix + key, default)
+    def strings(self, key: str) -> list[str]:
+        value = self.file.metadata.get(f"tokenizer.ggml.{key}")
         if value is None:
-            self.fail(key, "is missing", prefix=prefix)
+            self.fail(key, "is missing")
         if not isinstance(value, list):
-            self.fail(key, f"must be an array of strings, got {_shown(value)}", prefix=prefix)
+            self.fail(key, f"must be an array of strings, got {_shown(value)}")
         return value
 
     def numbers(self, key: str, kind: type) -> npt.NDArray[Any] | None:

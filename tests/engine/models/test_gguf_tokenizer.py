@@ -150,18 +150,9 @@ def test_chat_templates(pairs: Vocabulary, tmp_path: Path) -> None:
     assert not (out / "chat_template.jinja").exists()
     convert(path, out, chat_template="{{ é }}")
     assert (out / "chat_template.jinja").read_text(encoding="utf-8") == "{{ é }}"
-    convert(
-        path,
-        tmp_path / "named",
-        chat_template="a",
-        chat_templates=["tool_use"],
-        chat_template__tool_use="b",
-    )
-    settings = json.loads((tmp_path / "named" / "tokenizer_config.json").read_text())
-    assert settings["chat_template"] == [
-        {"name": "default", "template": "a"},
-        {"name": "tool_use", "template": "b"},
-    ]
+    convert(path, out, chat_template="a", chat_template__tool_use="b")
+    assert (out / "chat_template.jinja").read_text() == "a"
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "b"
 
 
 def test_an_id_beyond_the_tokens_is_none(pairs: Vocabulary, tmp_path: Path) -> None:
@@ -194,7 +185,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"ggml__add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be true or false"),
     ({"ggml__add_eos_token": "no"}, "tokenizer.ggml.add_eos_token must be true or false"),
     ({"chat_template": 5}, "tokenizer.chat_template must be a string"),
-    ({"chat_templates": "x"}, "tokenizer.chat_templates must be an array of strings"),
+    ({"chat_template__tool_use": 5}, r"tokenizer.chat_template.tool_use must be a string"),
     ({"ggml__model": "llama"}, "tokenizer.ggml.scores is missing"),
     (
         {"ggml__model": "llama", "ggml__scores": np.full(1304, np.nan, np.float32)},
