@@ -8,6 +8,7 @@ token alone: that which the tokenizer itself would take.
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 from array import array
@@ -53,6 +54,13 @@ SCHEMA = {
 PROMPTS = [[3, 4, 5, 6], [70, 71, 72] * 12, [9], [7, 8] * 40]
 
 TinyModel = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many tokens come in runs depends on no clock."""
+    monkeypatch.setattr("headstart.engine.sampling.grammar.SLOW_RUN", math.inf)
+    monkeypatch.setattr(engine_module, "RUN_SECONDS", math.inf)
 
 
 def choice(texts: list[str]) -> str:
