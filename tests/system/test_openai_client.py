@@ -200,6 +200,7 @@ async def test_a_seed_decides_alone_or_in_a_batch(async_client, text):
     assert len(set(batch)) > 6
 
 
+@pytest.mark.slow
 async def test_greedy_is_the_same_alone_and_among_16(async_client, text):
     # Up to some 1,000 tokens, so that prompts are cut into chunks differently in company.
     async def ask(seed: int) -> str:

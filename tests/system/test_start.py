@@ -58,6 +58,7 @@ def rewrite(file: Path, data: bytes) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("keep", [100, -1])
 @pytest.mark.parametrize(("name", "weights"), [("", "f32"), ("int8", "int8")])
 def test_truncated_weights(start_server, tiny, name, weights, keep):
@@ -66,6 +67,7 @@ def test_truncated_weights(start_server, tiny, name, weights, keep):
     assert str(file) in refusal(start_server, tiny, "--weights", weights)
 
 
+@pytest.mark.slow
 def test_tampered_header(start_server, tiny):
     file = tiny / "model.safetensors"
     rewrite(file, (2**62).to_bytes(8, "little") + file.read_bytes()[8:])
@@ -90,12 +92,13 @@ def test_damaged_json(start_server, tiny, name):
     assert name in refusal(start_server, tiny)
 
 
+@pytest.mark.slow
 def test_a_file_is_missing(start_server, tiny):
     (tiny / "tokenizer.json").unlink()
     assert "tokenizer.json" in refusal(start_server, tiny)
 
 
-@pytest.mark.parametrize("size", ["1KB", "100000GiB"])
+@pytest.mark.parametrize("size", ["1KB", pytest.param("100000GiB", marks=pytest.mark.slow)])
 def test_kv_memory(start_server, tiny_folder, size):
     error = refusal(start_server, tiny_folder, "--kv-memory", size)
     assert "--kv-memory" in error
