@@ -141,6 +141,8 @@ class Server:
 
     def end(self) -> None:
         """Kill both processes, whatever state they are in."""
+        if self.process.poll() is not None:
+            return  # the number may be another process's by now
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
