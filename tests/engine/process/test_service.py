@@ -197,13 +197,15 @@ async def test_a_start_that_fails_says_why(model: Path, tmp_path: Path, monkeypa
         (config_of(model, kv_memory=1000), "too little memory"),
     ):
         client = EngineClient(config)
-        with pytest.raises(HeadstartError, match=message) as caught:
-            await client.start()
-        assert "\n" not in str(caught.value)
-        assert not client.ready
-        assert client.pid is not None
-        assert ended(client.pid)
-        await client.stop()
+        try:
+            with pytest.raises(HeadstartError, match=message) as caught:
+                await client.start()
+            assert "\n" not in str(caught.value)
+            assert not client.ready
+            assert client.pid is not None
+            assert ended(client.pid)
+        finally:
+            await client.stop()
     assert list((tmp_path / "temp").iterdir()) == []
 
 
