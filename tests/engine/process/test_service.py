@@ -185,9 +185,11 @@ async def test_stop_leaves_nothing(model: Path, tmp_path: Path, monkeypatch) -> 
         client.add([1], params(1))
 
 
-async def test_a_start_that_fails_says_why(model: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temp"))
-    (tmp_path / "temp").mkdir()
+async def test_a_start_that_fails_says_why(
+    model: Path, tmp_path: Path, tmp_path_factory, monkeypatch
+) -> None:
+    temporary = tmp_path_factory.mktemp("t")  # a socket's path has 107 characters at most
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
     broken = Path(shutil.copytree(model, tmp_path / "model"))
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -206,7 +208,7 @@ async def test_a_start_that_fails_says_why(model: Path, tmp_path: Path, monkeypa
             assert ended(client.pid)
         finally:
             await client.stop()
-    assert list((tmp_path / "temp").iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
 async def test_a_killed_engine_fails_its_streams_and_comes_back(client: EngineClient) -> None:
