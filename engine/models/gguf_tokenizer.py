@@ -30,19 +30,15 @@ from tokenizers import (
 )
 
 from headstart.engine.errors import ModelError
+from headstart.engine.models.gguf import END_TOKENS
 from headstart.engine.models.gguf_file import GGUFFile
 from headstart.engine.models.pre_tokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """Of ``tokenizer.ggml.token_type``: those found in text before anything else is done to it."""
-CONTROL_TEXTS = frozenset(
-    (
-        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>"),
-        *("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]"),
-        *("<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>", "<|return|>", "<|flush|>"),
-        *("<|call|>", "<|calls|>"),
-    )
-)
+CONTROL_TEXTS = frozenset(END_TOKENS) | {
+    *("<turn|>", "<eos>", "<|return|>", "<|flush|>", "<|call|>", "<|calls|>")
+}
 """Tokens that llama.cpp takes for control tokens whatever the file says they are."""
 NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 """Special tokens: in GGUF's keys, and in tokenizer_config.json."""
