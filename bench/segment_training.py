@@ -15,10 +15,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -28,6 +27,9 @@ from headstart.engine.models.config import ModelConfig
 from headstart.engine.ranges.segments import Segments, turn_spans
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 RANK, ALPHA, DROPOUT = 32, 64, 0.05
 TARGETS = ("q_proj", "v_proj")
@@ -112,6 +114,9 @@ def load_model(folder: Path) -> Any:
 def add_adapter(model: Any, seed: int) -> PeftModel:
     """The model with a fresh adapter in float32; equal seeds give equal adapters."""
     torch.manual_seed(seed)
+    # Here, because it takes seconds: it imports models of its own.
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import hypothesis
@@ -269,6 +269,14 @@ def count_calls() -> Callable[[Callable[[], object]], int]:
         return calls
 
     return count
+
+
+@pytest.fixture(scope="session")
+def anthropic() -> ModuleType:
+    """Anthropic's client library: imported by who needs it, since that takes seconds."""
+    import anthropic
+
+    return anthropic
 
 
 @pytest.fixture(scope="session")

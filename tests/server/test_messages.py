@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import anthropic
 import httpx
 import msgspec
 import pydantic
@@ -77,7 +76,7 @@ def ask(build, engine):
 
 
 @pytest.fixture
-def official(app_saying):
+def official(app_saying, anthropic):
     """The official client of an app whose model says ``text``."""
 
     def make(app, text):
@@ -365,7 +364,7 @@ class Place(pydantic.BaseModel):
     city: str
 
 
-async def test_the_official_client(build, official, engine):
+async def test_the_official_client(build, official, engine, anthropic):
     app = build(THINKS)
     client = official(app, f"{THOUGHT}I look.\n{CALL}")
     fields = {"model": "tiny", "max_tokens": 200, "messages": [USER], "tools": [LOOK]}

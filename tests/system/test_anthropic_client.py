@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import anthropic
 import pytest
 
 MODEL = "smollm2-135m"
@@ -21,7 +20,7 @@ WEATHER = {
 
 
 @pytest.fixture
-def client(server):
+def client(server, anthropic):
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
         yield client
 
@@ -54,7 +53,7 @@ def test_a_stop_sequence(client):
     assert "France" not in message.content[0].text
 
 
-def test_errors(client):
+def test_errors(client, anthropic):
     with pytest.raises(anthropic.NotFoundError, match="does not exist"):
         client.messages.create(model="other", messages=PARIS, max_tokens=1)
     image = {"type": "image", "source": {"type": "url", "url": "https://example.org/fox.png"}}
@@ -64,7 +63,7 @@ def test_errors(client):
         )
 
 
-def test_a_tool_whole_and_streamed_and_its_result(tool_server):
+def test_a_tool_whole_and_streamed_and_its_result(tool_server, anthropic):
     client = anthropic.Anthropic(base_url=tool_server.url, api_key="none", max_retries=0)
     fields = {
         "model": MODEL,

@@ -8,15 +8,9 @@ import math
 import os
 import struct
 
+import jsonschema
 import pytest
 from pydantic import BaseModel
-
-# Before the import: LiteLLM would fetch a table of prices.
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
-os.environ["LANGCHAIN_TRACING_V2"] = os.environ["LANGSMITH_TRACING"] = "false"
-import jsonschema
-import litellm
-from langchain_openai import ChatOpenAI
 
 MODEL = "smollm2-135m"
 QUESTION = "What is the capital of France? Answer in one sentence."
@@ -36,7 +30,6 @@ WEATHER = {
 }
 FORCED = {"type": "function", "function": {"name": "get_weather"}}
 
-litellm.telemetry = False
 pytestmark = pytest.mark.filterwarnings("ignore:Items? .*ReadOnly:UserWarning")  # LiteLLM's types
 
 
@@ -51,7 +44,13 @@ def client(server):
         yield client
 
 
+# Either library is imported where it is used, since that takes seconds.
+
+
 def langchain(server):
+    os.environ["LANGCHAIN_TRACING_V2"] = os.environ["LANGSMITH_TRACING"] = "false"
+    from langchain_openai import ChatOpenAI
+
     return ChatOpenAI(
         model=MODEL,
         base_url=f"{server.url}/v1",
@@ -65,6 +64,11 @@ def langchain(server):
 
 def lite(server, **fields):
     fields = {"max_tokens": 60, "messages": PARIS} | fields
+    # Before the import: LiteLLM would fetch a table of prices.
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    import litellm
+
+    litellm.telemetry = False
     return litellm.completion(
         model=f"openai/{MODEL}",
         api_base=f"{server.url}/v1",
