@@ -17,7 +17,7 @@ def engine_of(process: subprocess.Popen) -> psutil.Process | None:
 
 def test_an_engine_that_is_killed_costs_no_line(default_flags, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    body = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    body = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
     requests = [
         {
             "custom_id": f"line-{i}",
@@ -57,7 +57,7 @@ def test_an_engine_that_is_killed_costs_no_line(default_flags, tmp_path):
     assert sorted(a["custom_id"] for a in answers) == sorted(r["custom_id"] for r in requests)
     for answer in answers:
         assert answer["response"]["status_code"] == 200
-        assert answer["response"]["body"]["usage"]["completion_tokens"] == 24
+        assert answer["response"]["body"]["usage"]["completion_tokens"] == 8
     again = subprocess.run(
         [*command, "--model", model, *flags, "--resume"],
         capture_output=True,
