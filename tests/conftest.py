@@ -31,6 +31,7 @@ if not torch.cuda.is_available():
 
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from xdist.scheduler import LoadScopeScheduling
 
 # How long an example takes says more about the machine than about the code. "all" is chosen by
 # `make test-all`: tests that want more or fewer examples say so as multiples of the profile's.
@@ -44,6 +45,22 @@ INTERPRETED = (
     TESTS / "engine" / "test_gpu.py",
     TESTS / "engine" / "models" / "test_decode_graphs.py",
 )
+
+
+def asks_shared(nodeid: str) -> bool:
+    return nodeid.startswith("tests/system/default_model/")
+
+
+class WholeFiles(LoadScopeScheduling):  # type: ignore[misc]
+    """A file's tests run in one process, and so do all tests that ask the shared servers, which
+    are large."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "shared" if asks_shared(nodeid) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> WholeFiles:
+    return WholeFiles(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -66,7 +83,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(item.iter_markers("covering")) and hasattr(item, "callspec"):
             products.setdefault(function, []).append(item)
     # Those that wait for servers go first, so that two processes end at about the same time.
-    items.sort(key=lambda item: TESTS / "system" not in item.path.parents)
+    items.sort(
+        key=lambda item: (not asks_shared(item.nodeid), TESTS / "system" not in item.path.parents)
+    )
     for product in products.values():
         [strength] = product[0].get_closest_marker("covering").args or (1,)
         kept = covering(product, strength)

@@ -1,7 +1,7 @@
 """What an answer has to follow: every field to a grammar, or to an error that names what is wrong.
 
 That outputs follow grammars is in tests/engine/test_grammar.py, and for JSON schemas by the
-hundred in tests/system/test_schema_suite.py.
+hundred in tests/system/default_model/test_schema_suite.py.
 """
 
 from __future__ import annotations

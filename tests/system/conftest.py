@@ -1,7 +1,7 @@
 """The real server: ``python -m headstart.server.cli serve``, with its engine process.
 
 start_server  factory of server processes on free ports; whatever is left at the test's end is ended
-server        one server with the default model, for all tests that leave it as they found it
+default_model/ has servers that all of its tests ask
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 MODEL = "smollm2-135m"
-KV_MEMORY = "1GiB"
+KV_MEMORY = "512MiB"
 GUARD = 300
 """Seconds after which a wait is given up. No test is about how long anything takes: a slow or busy
 machine is no failure."""
@@ -197,6 +197,7 @@ class Stream:
 
 
 StartServer = Callable[..., Server]
+Servers = Callable[[Path], contextlib.AbstractContextManager[StartServer]]
 
 
 @pytest.fixture(scope="session")
@@ -206,6 +207,12 @@ def quiet_environment() -> Iterator[None]:
         patch.setenv("NO_PROXY", "127.0.0.1,localhost")
         patch.setenv("NO_COLOR", "1")
         yield
+
+
+@pytest.fixture(scope="session")
+def servers(quiet_environment: None) -> Servers:
+    """``with servers(folder) as start``: ``start_server`` for servers that end with the block."""
+    return _servers
 
 
 @contextlib.contextmanager
@@ -248,51 +255,6 @@ def default_flags(smollm2: Path) -> list[str]:
     flags = [MODEL, "--cache-dir", str(smollm2.parent.parent), "--kv-memory", KV_MEMORY]
     # One thread of kernels: two wait for each other where the tests share the cores with others.
     return [*flags, "--threads", "1"]
-
-
-# SmolLM2's own template writes no tools. This one has a variable, too.
-TOOL_TEMPLATE = """
-{%- if tools %}<|im_start|>system
-Tools, called as <tool_call>{...}</tool_call>: {{ tools | tojson }}<|im_end|>
-{% endif %}
-{%- for message in messages %}<|im_start|>{{ message['role'] }}
-{{ message['content'] }}
-{%- for call in message['tool_calls'] or [] %}<tool_call>
-{"name": {{ call['function']['name'] | tojson }}, "arguments": {{
-    call['function']['arguments'] | tojson }}}
-</tool_call>
-{%- endfor %}<|im_end|>
-{% endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% if persona %}As {{ persona }}: {% endif %}{% endif %}"""
-
-
-@pytest.fixture(scope="session")
-def tool_server(
-    default_flags: list[str], tmp_path_factory: pytest.TempPathFactory, quiet_environment: None
-) -> Iterator[Server]:
-    """The default model behind a template that writes tools; it goes by priorities."""
-    folder = tmp_path_factory.mktemp("tools")
-    (folder / "template.jinja").write_text(TOOL_TEMPLATE)
-    flags = ["--chat-template", str(folder / "template.jinja"), "--scheduling-policy", "priority"]
-    with _servers(folder) as start:
-        yield start(*default_flags, *flags)
-
-
-@pytest.fixture(scope="session")
-def shared_server(
-    default_flags: list[str], tmp_path_factory: pytest.TempPathFactory, quiet_environment: None
-) -> Iterator[Server]:
-    with _servers(tmp_path_factory.mktemp("server")) as start:
-        yield start(*default_flags)
-
-
-@pytest.fixture
-def server(shared_server: Server) -> Iterator[Server]:
-    """The shared server; every test must leave it alive and without work."""
-    yield shared_server
-    assert shared_server.health() == 200
-    shared_server.wait_idle()
 
 
 @pytest.fixture(scope="session")

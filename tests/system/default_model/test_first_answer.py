@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[3] / "README.md"
 TIMES = 20
 
 
