@@ -82,9 +82,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("unit")
         if any(item.iter_markers("covering")) and hasattr(item, "callspec"):
             products.setdefault(function, []).append(item)
-    # Those that wait for servers go first, so that two processes end at about the same time.
+    # Those that wait for processes go first, beside those that compute with the shared servers: so
+    # neither the cores nor one of two processes is idle at the end.
     items.sort(
-        key=lambda item: (not asks_shared(item.nodeid), TESTS / "system" not in item.path.parents)
+        key=lambda item: (not asks_shared(item.nodeid), not any(item.iter_markers("process")))
     )
     for product in products.values():
         [strength] = product[0].get_closest_marker("covering").args or (1,)

@@ -18,7 +18,7 @@ EMBEDDING = 57 * MB
 
 
 def test_memory_and_idle_cpu(start_server, smollm2, text, token_bytes, default_setup):
-    server = start_server(str(smollm2), "--kv-memory", "512MiB")
+    server = start_server(str(smollm2), "--kv-memory", "400MiB")
     processes = [psutil.Process(server.process.pid), server.engine]
     weights = WEIGHT_BYTES[default_setup.settings.weights] * PARAMETERS + EMBEDDING
     fresh = [process.memory_info().rss for process in processes]
