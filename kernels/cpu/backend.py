@@ -185,6 +185,8 @@ class CpuBackend(HostMemory):
             raise ValueError(
                 f"int8 weights need an input size divisible by 4, got {weight.shape[1]}"
             )
+        if weight.numel() and int(weight.min()) < -127:
+            raise ValueError("int8 weights must not be less than -127, and there is a -128")
         pad = -weight.shape[0] % _PANEL
         packed = pack_int8(weight)
         sums = torch.nn.functional.pad(weight.sum(dim=1, dtype=torch.int32) * 128, (0, pad))

@@ -1,15 +1,16 @@
-// Vectors, and the three multiply-accumulate units every kernel is written in.
+// Vectors, and the four multiply-accumulate units every kernel is written in.
 //
 // This header is compiled once per instruction set (see isa.cpp). It uses GCC's vector
 // extensions, so the same source is SSE2, NEON, AVX2 or AVX-512; only what they cannot say
 // (vdpbf16ps, vpdpbusd) is written with intrinsics.
 //
-//   word   4 bytes of the reduction axis: 1 float, 2 bf16 or 4 int8
+//   word   4 bytes of the reduction axis: 1 float, 2 bf16, 2 int16 or 4 int8
 //   unit   the instruction that multiplies a broadcast word with a vector of words and adds:
 //
 //            F32   acc[l] += a * b[l]
 //            BF16  acc[l] += a.0 * b[l].0 + a.1 * b[l].1
 //            I8    acc[l] += a.0 * b[l].0 + ... + a.3 * b[l].3     (a unsigned, b signed)
+//            I16   acc[l] += a.0 * b[l].0 + a.1 * b[l].1
 #pragma once
 
 #include <cstddef>
@@ -18,8 +19,10 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace headstart::HEADSTART_ISA {
@@ -28,14 +31,17 @@ namespace headstart::HEADSTART_ISA {
 inline constexpr int kVectorBytes = 64;
 inline constexpr int kScoreRows = 12;  // rows x 2 vectors of accumulators: 24 of 32 registers
 inline constexpr int kValueRows = 6;   // rows x 4 vectors
+inline constexpr int kWideRows = 12;   // rows x 2 vectors, of int16 products
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
 inline constexpr int kScoreRows = 4;  // 8 of 16 registers
 inline constexpr int kValueRows = 2;
+inline constexpr int kWideRows = 6;
 #else
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kScoreRows = 4;
 inline constexpr int kValueRows = 2;
+inline constexpr int kWideRows = 6;
 #endif
 inline constexpr int kLanes = kVectorBytes / 4;
 
@@ -90,6 +96,19 @@ static HEADSTART_INLINE void from_float(float v, uint16_t* p) {
 
 static HEADSTART_INLINE Floats broadcast(float x) { return Floats{} + x; }
 static HEADSTART_INLINE Ints broadcast(int32_t x) { return Ints{} + x; }
+// a * b as rounded to float: the compiler would round it once with an addition that follows, but
+// only where there is an instruction for that.
+static HEADSTART_INLINE Floats product(Floats a, Floats b) {
+  Floats v = a * b;
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#elif defined(__ARM_NEON)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
 static HEADSTART_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 static HEADSTART_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 static HEADSTART_INLINE Floats magnitude(Floats v) { return bits<Floats>(bits<Ints>(v) & 0x7fffffff); }
@@ -218,23 +237,83 @@ struct BF16 {
   }
 };
 
+// Both int8 units give the same integers on every instruction set: none of them saturates.
+//
+//   I8    4 products a word, where an instruction has them or can be made to: for few rows
+//   I16   2 products a word, of values widened before: for many rows, where I8 takes more
+//
+// kSigned: the accumulator gets (a - 128) * b instead of a * b. b is never -128.
 struct I8 {
   using word = int32_t;
   using element = int8_t;
   using accumulator = Ints;
   static constexpr int kPerWord = 4;
-  static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
 #if defined(__AVX512VNNI__)
+  static constexpr bool kThere = true, kSigned = false, kOneInstruction = true;
+  static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
     acc = (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)broadcast(a), (__m512i)b);
+  }
+#elif defined(__AVXVNNI__)
+  static constexpr bool kThere = true, kSigned = false, kOneInstruction = true;
+  static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
+    acc = (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)broadcast(a), (__m256i)b);
+  }
+#elif defined(__AVX512BW__)
+  // |a| * (b with a's sign): two of these are at most 128 * 127 * 2, which int16 holds.
+  static constexpr bool kThere = true, kSigned = true, kOneInstruction = false;
+  static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
+    const __m512i x = (__m512i)broadcast(a ^ int32_t(0x80808080));
+    const __m512i y = _mm512_mask_sub_epi8((__m512i)b, _mm512_movepi8_mask(x), _mm512_setzero_si512(), (__m512i)b);
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(x), y);
+    acc += (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+  }
+#elif defined(__AVX2__)
+  static constexpr bool kThere = true, kSigned = true, kOneInstruction = false;
+  static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
+    const __m256i x = (__m256i)broadcast(a ^ int32_t(0x80808080));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8((__m256i)b, x));
+    acc += (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  static constexpr bool kThere = true, kSigned = false, kOneInstruction = true;
+  static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
+    acc = (Ints)vusdotq_s32((int32x4_t)acc, (uint8x16_t)broadcast(a), (int8x16_t)b);
+  }
+#elif defined(__ARM_FEATURE_DOTPROD)
+  static constexpr bool kThere = true, kSigned = true, kOneInstruction = true;
+  static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
+    acc = (Ints)vdotq_s32((int32x4_t)acc, (int8x16_t)broadcast(a ^ int32_t(0x80808080)), (int8x16_t)b);
+  }
 #else
-    const uint32_t u = uint32_t(a);
-    acc += broadcast(int32_t(u & 255)) * ((b << 24) >> 24);
-    acc += broadcast(int32_t((u >> 8) & 255)) * ((b << 16) >> 24);
-    acc += broadcast(int32_t((u >> 16) & 255)) * ((b << 8) >> 24);
-    acc += broadcast(int32_t(u >> 24)) * (b >> 24);
+  static constexpr bool kThere = false, kSigned = false, kOneInstruction = false;
+  static HEADSTART_INLINE void multiply_add(Ints&, int32_t, Ints) {}
+#endif
+  static HEADSTART_INLINE Ints load_words(const int32_t* p) { return load_as<Ints>(p); }
+};
+
+struct I16 {
+  using word = int32_t;
+  using element = int16_t;
+  using accumulator = Ints;
+  static constexpr int kPerWord = 2;
+  static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
+#if defined(__AVX512BW__)
+    acc += (Ints)_mm512_madd_epi16((__m512i)broadcast(a), (__m512i)b);
+#elif defined(__AVX2__)
+    acc += (Ints)_mm256_madd_epi16((__m256i)broadcast(a), (__m256i)b);
+#elif defined(__SSE2__)
+    acc += (Ints)_mm_madd_epi16((__m128i)broadcast(a), (__m128i)b);
+#else
+    acc += broadcast((a << 16) >> 16) * ((b << 16) >> 16) + broadcast(a >> 16) * (b >> 16);
 #endif
   }
   static HEADSTART_INLINE Ints load_words(const int32_t* p) { return load_as<Ints>(p); }
+  // A vector of words of 4 int8 as two of words of 2 int16: the first two of each word, the others.
+  static HEADSTART_INLINE void widen(Ints words, Ints (&pairs)[2]) {
+    const Ints low = broadcast(0xffff);
+    pairs[0] = (((words << 24) >> 24) & low) | (((words << 16) >> 24) << 16);
+    pairs[1] = (((words << 8) >> 24) & low) | ((words >> 24) << 16);
+  }
 };
 
 // The one inner loop of attention scores, attention values and int8 linear layers:

@@ -25,7 +25,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--isa",
-        choices=("auto", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable"),
+        choices=(
+            *("auto", "avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2"),
+            *("neon_i8mm", "neon_dotprod", "portable"),
+        ),
         default="auto",
         help="instruction set of the CPU kernels (default: the machine's best one, or what "
         "HEADSTART_AUTO_ISA names)",

@@ -246,7 +246,7 @@ def int8_linear(backend, x, weight, scale, bias):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (4, 1), (100, 33), (36, 31), (576, 65)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (4, 1), (100, 33), (36, 31), (1540, 65)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_int8_linear(isa, random, threads, inputs, outputs, has_bias):
     backend = load_backend("cpu", isa=isa, weights="int8", threads=threads)
@@ -269,16 +269,40 @@ def test_int8_linear_of_many_rows_and_panels(isa, random, rows):
     assert ((result - expected).abs() <= 4e-7 * expected.abs() + 1e-12).all()
 
 
-def test_int8_linear_at_the_ends_of_its_range(isa):
+@pytest.mark.parametrize("rows", [3, 40])
+def test_int8_linear_at_the_ends_of_its_range(isa, rows):
     """All products of the largest size and one sign: nothing saturates on the way."""
     backend = load_backend("cpu", isa=isa, weights="int8", threads=1)
     for sign in (1, -1):
         weight = torch.full((40, 4096), 127 * sign, dtype=torch.int8)
         for value in (1.0, -1.0):
             result, expected = int8_linear(
-                backend, torch.full((3, 4096), value), weight, torch.ones(40), None
+                backend, torch.full((rows, 4096), value), weight, torch.ones(40), None
             )
             assert torch.allclose(result.double(), expected, rtol=4e-7)
+
+
+def test_int8_linear_has_the_same_bits_on_every_instruction_set(random):
+    """Whatever rows hold, and however many there are: both ways through a panel (linear.h)."""
+    weight = (random(70, 1540) * 50).round().clamp(-127, 127).to(torch.int8)
+    scale, bias = random(70).abs() / 50, random(70)
+    for rows in (1, 2, 4, 8, 9, 24, 25, 97, 200):
+        data = torch.randint(0, 256, (rows, 1540), dtype=torch.int16).to(torch.uint8)
+        scales = random(rows, 1).abs()
+        results = []
+        for isa in _cpu.supported():
+            backend = load_backend("cpu", isa=isa, weights="int8", threads=2)
+            x = Rows(data, scales, data.data_ptr(), scales.data_ptr(), rows)
+            results.append(backend.linear(x, backend.quantized_weight(weight, scale, bias)).clone())
+        assert all(torch.equal(results[0], result) for result in results), rows
+
+
+def test_a_weight_of_minus_128_is_refused(isa):
+    """Its sign cannot be changed, which instruction sets without VNNI do."""
+    backend = load_backend("cpu", isa=isa, weights="int8", threads=1)
+    weight = torch.full((8, 64), -128, dtype=torch.int8)
+    with pytest.raises(ValueError, match="-128"):
+        backend.quantized_weight(weight, torch.ones(8), None)
 
 
 def test_no_rows_are_no_work(isa, weights):
