@@ -47,7 +47,7 @@ install: $(SERVING) ## set up what serving needs, and no more
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headstart needs Python 3.11 or later: make PYTHON=...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }  # half an environment would count as one
 
 $(SERVING): $(SOURCES) | $(BIN)/python
 	$(INSTALL)

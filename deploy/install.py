@@ -16,7 +16,9 @@ For macOS, PyPI has a CPU build. All versions are those of constraints.txt, uv's
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import queue
 import re
@@ -74,31 +76,46 @@ def pip(*arguments: str, doing: str = "packages") -> str | None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             cwd=ROOT,
             # pip keeps in TMPDIR what has come so far.
             env={**os.environ, "TMPDIR": folder, "PIP_PROGRESS_BAR": "off"},
         )
 
         def read() -> None:
-            for line in process.stdout or ():
-                lines.put(line)
-            lines.put(None)
+            try:
+                for line in process.stdout or ():
+                    lines.put(line)
+            finally:
+                lines.put(None)
 
         threading.Thread(target=read, daemon=True).start()
-        while True:
-            try:
-                line = lines.get(timeout=QUIET_SECONDS)
-            except queue.Empty:
-                megabytes = sum(f.stat().st_size for f in Path(folder).rglob("*.whl")) // 10**6
-                downloads = f", {megabytes} MB downloaded" if megabytes else ""
-                say(f"  {doing}: {time.monotonic() - begin:.0f} s so far{downloads}")
-                continue
-            if line is None:
-                break
-            said.append(line)
-            show(line)
-        status = process.wait()
-    return "".join(said[-40:]) if status else None
+        try:
+            while True:
+                try:
+                    line = lines.get(timeout=QUIET_SECONDS)
+                except queue.Empty:
+                    megabytes = bytes_below(Path(folder)) // 10**6
+                    downloads = f", {megabytes} MB downloaded" if megabytes else ""
+                    say(f"  {doing}: {time.monotonic() - begin:.0f} s so far{downloads}")
+                    continue
+                if line is None:
+                    break
+                said.append(line)
+                show(line)
+            status = process.wait()
+        finally:
+            process.kill()
+    return ("".join(said[-40:]) or f"pip ended with status {status}\n") if status else None
+
+
+def bytes_below(folder: Path) -> int:
+    """Of the wheels in ``folder`` so far, while pip moves and removes them."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for wheel in folder.rglob("*.whl"):
+            total += wheel.stat().st_size
+    return total
 
 
 def run(*arguments: str) -> None:
@@ -126,17 +143,23 @@ def install_cuda_torch() -> None:
 
 def cpu_torch_by_uv(torch: str) -> bool:
     """Step 2, of torch alone: uv does not know how pip is configured."""
+    was_there = any(importlib.metadata.distributions(name="uv"))
     if failure := pip("install", pinned("uv")):
         say(f"pip cannot install uv: {failure.splitlines()[-1]}")
         return False
     uv = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--python", sys.executable]
-    result = subprocess.run(
-        [*uv, "--no-deps", "--torch-backend", "cpu", torch],
-        # Where PyTorch's index is cut off, that is to be known soon.
-        env={"UV_HTTP_CONNECT_TIMEOUT": "10", "UV_HTTP_RETRIES": "1", **os.environ},
-        check=False,
-    )
-    pip("uninstall", "--yes", "uv")
+    try:
+        result = subprocess.run(
+            [*uv, "--no-deps", "--torch-backend", "cpu", torch],
+            # Where PyTorch's index is cut off, that is to be known soon.
+            env={"UV_HTTP_CONNECT_TIMEOUT": "10", "UV_HTTP_RETRIES": "1", **os.environ},
+            check=False,
+        )
+    except OSError as error:  # pip may be configured to put programs elsewhere
+        say(f"uv cannot be run: {error}")
+        return False
+    if not was_there:
+        pip("uninstall", "--yes", "uv")
     return result.returncode == 0
 
 
@@ -177,6 +200,11 @@ def check_tools() -> None:
         missing.append("a C++20 compiler (Debian: g++; macOS: xcode-select --install)")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         missing.append("Python's headers (Debian: python3-dev)")
+    if importlib.util.find_spec("pip") is None:
+        sys.exit(
+            f"install: error: {sys.executable} has no pip: remove .venv and make it again "
+            "(Debian: python3-venv), or run python -m ensurepip"
+        )
     if missing:
         sys.exit(f"install: error: headstart is compiled here; missing: {', '.join(missing)}")
 

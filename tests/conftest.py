@@ -59,6 +59,7 @@ class WholeFiles(LoadScopeScheduling):  # type: ignore[misc]
         return "shared" if asks_shared(nodeid) else nodeid.partition("::")[0]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> WholeFiles:
     return WholeFiles(config, log)
 

@@ -96,7 +96,7 @@ _NAMES: dict[str, PreTokenizer] = {
             r"[\r\n]",
             rf"\s?{_CASED_LETTER}+",
             r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-            r"\s+$",
+            r"(?<!\s)\s+$",  # tried once in a run of white space, not at each character
             _CJK_WIDE,
             r"\p{N}+",
         )
@@ -135,7 +135,7 @@ _NAMES: dict[str, PreTokenizer] = {
     ),
     "jais-2": PreTokenizer(
         (
-            rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_OTHER}|\s*[\r\n]+|"
+            rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_OTHER}|(?<![^\S\r\n])\s*[\r\n]+|"
             + "|".join(rf"\s{{{2**n}}}(?!\S)" for n in range(9, 1, -1))
             + r"|\s{1,2}(?!\S)|\s{1}",
         )

@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +67,7 @@ from headstart.engine.runahead.messages import (
     Welcome,
 )
 from headstart.engine.runahead.opening import Opening
-from headstart.engine.runahead.planner import CUTS, Planner, Prompt
+from headstart.engine.runahead.planner import CUTS, Planner, Planning, Prompt
 from headstart.engine.runahead.rank import OPENING_SECONDS, JobNeighbours, RankConfig
 from headstart.engine.sequence import ScheduledSequence, Sequence
 from headstart.engine.work import LongChunk
@@ -126,7 +125,7 @@ class Ahead:
     ranks: list[_Rank]
     begun: float
     held: dict[int, int] = field(default_factory=dict)  # by place in the chain
-    planning: Future[Plan] | None = None
+    planning: Planning[Plan] | None = None
     plan: Plan | None = None
     chunk: LongChunk | None = None
     neighbours: JobNeighbours | None = None
@@ -238,7 +237,7 @@ class Chain:
             CutTable.load(config.machine_folder, self._about()),
         )
         self._least: int | None = None  # tokens of a prompt that runs ahead; None: not known yet
-        self._finding_least: Future[int] | None = None
+        self._finding_least: Planning[int] | None = None
         self._jobs: dict[int, Ahead] = {}
         self._lent: list[_Lent] = []
         self._stats = RunaheadStats()

@@ -17,6 +17,7 @@ Later ranks attend to more keys, so earlier ones get more tokens. Four ways to t
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -164,25 +165,36 @@ def _moves(chunks: int) -> list[tuple[int, ...]]:
     return list(moves)
 
 
-def modelled_cuts(chain: Chain, held: Sequence[int], positions: Positions) -> Trial | None:
+def _for_ever() -> bool:
+    return True
+
+
+def modelled_cuts(
+    chain: Chain,
+    held: Sequence[int],
+    positions: Positions,
+    going_on: Callable[[], bool] = _for_ever,
+) -> Trial | None:
     """Bounds for all ranks of ``chain``, and the seconds that costs.py predicts for them.
 
     Searched from even chunks and from equal times: one valley may end where a slow link begins.
     None where not every rank can get something to compute. Rank i holds ``[0, held[i])``.
+    ``going_on`` is asked before each trial; False ends the search with the best so far.
     """
     length, ranks = positions.end - positions.start, len(chain.ranks)
     even = [positions.start + length * i / ranks for i in range(1, ranks)]
 
     def seconds(bounds: Sequence[int]) -> float:
-        return first_token_seconds(chain, held, bounds)
+        return first_token_seconds(chain, held, bounds) if going_on() else math.inf
 
     found: list[Trial] = []
     for wanted in (even, _equal_times(chain, positions)):
         start = positions.bounds(wanted, held)
         if start is None:
             return None
-        found += search_cuts(seconds, positions, start, held)
-    return min(found, key=lambda trial: trial.seconds)
+        trials = search_cuts(seconds, positions, start, held)
+        found += itertools.takewhile(lambda trial: trial.seconds < math.inf, trials)
+    return min(found, key=lambda trial: trial.seconds, default=None)
 
 
 def _equal_times(chain: Chain, positions: Positions) -> list[float]:
@@ -225,13 +237,15 @@ def plan(
     length: int,
     page_size: int,
     segments: Segments = CAUSAL,
+    going_on: Callable[[], bool] = _for_ever,
 ) -> Plan:
     """The quickest way to the first token of a prompt of ``length`` tokens.
 
     Rank i of ``chain`` holds the KV of ``[0, held[i])``, the last one being the engine. Tried are
     the last 1, 2, ... ranks. They begin where the engine's prefix ends, and the first of them is
     sent what it lacks; or where that rank's own, shorter prefix ends, and compute again what the
-    engine has. Raises ValueError if the engine holds all of the prompt.
+    engine has. ``going_on``: as of modelled_cuts. Raises ValueError if the engine holds all of
+    the prompt.
     """
     engine = len(chain.ranks) - 1
     cached = held[engine]
@@ -242,7 +256,8 @@ def plan(
     for first in reversed(range(engine)):
         some = chain.last(engine + 1 - first)
         for begin in sorted({cached, min(cached, held[first])}):
-            found = modelled_cuts(some, held[first:], Positions(begin, length, page_size, segments))
+            positions = Positions(begin, length, page_size, segments)
+            found = modelled_cuts(some, held[first:], positions, going_on)
             if found is not None and found.seconds < best.seconds:
                 best = Plan(first, tuple(found.bounds), found.seconds, local)
     return best

@@ -46,9 +46,9 @@ struct TileState {  // one item's vectors; lives in the thread's scratch
   float* maximum;
   float* sum;                      // [vectors, kLanes]
   float* out;                      // [vectors, head_dim]
-  typename Unit::element* q;       // [vectors, head_dim]
+  typename Unit::left* q;          // [vectors, head_dim]
   float* scores;                   // [kScoreRows, block keys]
-  typename Unit::element* probabilities;
+  typename Unit::left* probabilities;
 };
 
 template <class Unit>
@@ -59,24 +59,24 @@ static TileState<Unit> carve_scratch(std::vector<char>& scratch, int vectors, in
     offset += (bytes + 63) / 64 * 64;
     return at;
   };
-  using element = typename Unit::element;
+  using left = typename Unit::left;
   const size_t padded = (vectors + kScoreRows + kLanes - 1) / kLanes * kLanes + kLanes;
   const size_t m = take(padded * 4), s = take(padded * kLanes * 4), o = take(size_t(vectors) * head_dim * 4),
-               q = take(size_t(vectors) * head_dim * sizeof(element)),
+               q = take(size_t(vectors) * head_dim * sizeof(left)),
                sc = take(size_t(kScoreRows) * block_keys * 4),
-               p = take(size_t(kScoreRows) * block_keys * sizeof(element));
+               p = take(size_t(kScoreRows) * block_keys * sizeof(left));
   if (scratch.size() < offset + 64) scratch.resize(offset + 64);
   char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
   return {reinterpret_cast<float*>(base + m),  reinterpret_cast<float*>(base + s),
-          reinterpret_cast<float*>(base + o),  reinterpret_cast<element*>(base + q),
-          reinterpret_cast<float*>(base + sc), reinterpret_cast<element*>(base + p)};
+          reinterpret_cast<float*>(base + o),  reinterpret_cast<left*>(base + q),
+          reinterpret_cast<float*>(base + sc), reinterpret_cast<left*>(base + p)};
 }
 
 // S[r] = q[r] . K of one page, R vectors. Beside it, another page's keys and values are asked for if
 // `ahead` is there, a few lines a word: all at once they would fill the queue of misses and hold up
 // the arithmetic. (An instance without prefetch of its own gains nothing and spills at R = 9.)
 template <class Unit, int R>
-static HEADSTART_CALLED void score_page(const typename Unit::element* q, const typename Unit::element* keys,
+static HEADSTART_CALLED void score_page(const typename Unit::left* q, const typename Unit::element* keys,
                                         int head_dim, int page_size, float* scores, int stride,
                                         const typename Unit::element* ahead) {
   using word = typename Unit::word;
@@ -85,7 +85,7 @@ static HEADSTART_CALLED void score_page(const typename Unit::element* q, const t
   const char* end = ahead ? reinterpret_cast<const char*>(ahead + 2 * size_t(head_dim) * page_size) : line;
   for (int k = 0; k < page_size; k += 2 * kLanes) {
     Floats acc[R][2] = {};
-    dot_tile<Unit, R, 2>(acc, reinterpret_cast<const word*>(q), words,
+    dot_tile<Unit, R, 2>(acc, reinterpret_cast<const typename Unit::left_word*>(q), words,
                          reinterpret_cast<const word*>(keys) + k, page_size, words, [&](int) {
 #pragma GCC unroll 4
                            for (int i = 0; i < kLinesPerWord; ++i, line += 64) {
@@ -103,7 +103,7 @@ static HEADSTART_CALLED void score_page(const typename Unit::element* q, const t
 // O[r] = O[r] * alpha[r] + P[r] V over the block's pages, for C vectors of head_dim.
 template <class Unit, int R, int C>
 static HEADSTART_CALLED void add_values(float* out, int head_dim, const float* alpha,
-                                        const typename Unit::element* probabilities, int stride,
+                                        const typename Unit::left* probabilities, int stride,
                                         const typename Unit::element* const* values, int num_pages,
                                         int page_size, int keys) {
   using word = typename Unit::word;
@@ -114,7 +114,7 @@ static HEADSTART_CALLED void add_values(float* out, int head_dim, const float* a
     for (int c = 0; c < C; ++c) acc[r][c] = load(out + r * head_dim + c * kLanes) * broadcast(alpha[r]);
   for (int p = 0; p < num_pages; ++p) {
     const int count = std::min(page_size, keys - p * page_size);
-    dot_tile<Unit, R, C>(acc, reinterpret_cast<const word*>(probabilities + p * page_size),
+    dot_tile<Unit, R, C>(acc, reinterpret_cast<const typename Unit::left_word*>(probabilities + p * page_size),
                          stride / Unit::kPerWord, reinterpret_cast<const word*>(values[p]), head_dim,
                          (count + Unit::kPerWord - 1) / Unit::kPerWord);
   }
@@ -127,6 +127,7 @@ static HEADSTART_CALLED void add_values(float* out, int head_dim, const float* a
 template <class Unit>
 class Attend {
   using element = typename Unit::element;
+  using left = typename Unit::left;
 
  public:
   Attend(const AttendArgs& args, std::vector<char>& scratch)
@@ -189,10 +190,15 @@ class Attend {
 
   void gather_queries(const AttentionItem& item) {
     const element* q = static_cast<const element*>(args_.q);
-    element* to = state_.q;
+    left* to = state_.q;
     for (int e = item.entry_begin; e < item.entry_end; ++e) {
       const size_t head = size_t(plan_.rows[e]) * plan_.heads + size_t(item.kv_head) * group_;
-      std::memcpy(to, q + head * head_dim_, sizeof(element) * group_ * head_dim_);
+      const element* from = q + head * head_dim_;
+      if constexpr (sizeof(left) == sizeof(element)) {
+        std::memcpy(to, from, sizeof(element) * group_ * head_dim_);
+      } else {
+        for (int i = 0; i < group_ * head_dim_; i += kLanes) store(to + i, load(from + i));
+      }
       to += group_ * head_dim_;
     }
   }
@@ -268,7 +274,7 @@ class Attend {
     store(alpha, exp2<true>(before - shift));
     for (int r = 0; r < R; ++r) {
       const float* s = state_.scores + r * block_keys_;
-      element* p = state_.probabilities + r * block_keys_;
+      left* p = state_.probabilities + r * block_keys_;
       const Floats from = broadcast(shifts[r]);
       Floats sum = broadcast(0.0f);
       for (int k = 0; k < keys; k += 2 * kLanes) {
@@ -288,7 +294,7 @@ class Attend {
   }
 
   template <int R>
-  HEADSTART_INLINE void values_of(int v, const float* alpha, const element* probabilities,
+  HEADSTART_INLINE void values_of(int v, const float* alpha, const left* probabilities,
                                   const element* const* values, int pages, int keys) {
     constexpr int kColumns = 4;
     const element* columns[kBlockPages];

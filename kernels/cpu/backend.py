@@ -28,6 +28,7 @@ _LOG2E = 1.4426950408889634
 _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module has no name for it
 _PANEL = 32  # outputs a panel of packed int8 weights holds (linear.h)
 _SPLIT_PAGES = 32  # pages whose keys leave one partial result of a row (plan.h)
+_PARTIALS = 64  # partial results are held in multiples of it
 _TILE_VECTORS = 96  # query heads that go through keys together (plan.cpp)
 
 SCRATCH_BYTES = 64 << 20
@@ -120,6 +121,11 @@ ACTIVATIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8
 def _partial_bytes(shape: AttentionShape) -> int:
     """Of a row's partial result: the output, its lse and the lanes of its sum."""
     return shape.heads * (shape.head_dim + 1 + _cpu.SUM_LANES) * 4
+
+
+def _held_partials(count: int) -> int:
+    """``count`` and what is held beside it: buffers of few different sizes are kept then."""
+    return -(-count // _PARTIALS) * _PARTIALS
 
 
 def _tile_rows(shape: AttentionShape) -> int:
@@ -241,7 +247,7 @@ class CpuBackend(HostMemory):
     def plan_attention(
         self, num_rows: int, ranges: KVRanges, shape: AttentionShape
     ) -> AttentionPlan:
-        most = SCRATCH_BYTES // _partial_bytes(shape)
+        most = SCRATCH_BYTES // _partial_bytes(shape) // _PARTIALS * _PARTIALS
 
         def piece(first: int, last: int) -> _cpu.AttentionPlan:
             own = ranges if last - first == num_rows else ranges.of_rows(first, last)
@@ -266,7 +272,7 @@ class CpuBackend(HostMemory):
     def attention_scratch(self, rows: int, keys: int, shape: AttentionShape) -> int:
         splits, size = -(-keys // (_SPLIT_PAGES * self.page_size)), _partial_bytes(shape)
         of_tile = min(rows, _tile_rows(shape)) * splits
-        partials = min(rows * splits, max(SCRATCH_BYTES // size, of_tile))
+        partials = _held_partials(min(rows * splits, max(SCRATCH_BYTES // size, of_tile)))
         # And what the threads keep of the vectors they compute (carve_scratch in attention.h).
         vectors = max(_TILE_VECTORS, shape.group)
         return partials * size + self.threads * (vectors * (8 * shape.head_dim + 128) + (64 << 10))
@@ -391,7 +397,7 @@ class CpuBackend(HostMemory):
         heads, size = plan.shape.heads, plan.shape.heads * plan.shape.head_dim
         out = self._rows("attend", plan.num_rows, size)
         for first, piece in plan.pieces:
-            partials = piece.num_partials
+            partials = _held_partials(piece.num_partials)
             _, partial_ptr = self._buffer("partial", partials, size, torch.float32)
             _, lses_ptr = self._buffer("partial.lse", partials, heads, torch.float32)
             lanes = heads * _cpu.SUM_LANES

@@ -36,25 +36,25 @@ static HEADSTART_INLINE float row_value(const RowsIn& x, size_t row, int size, i
   }
 }
 
-// Row `row` of x as elements of the unit, whole vectors at a time where its type allows.
-template <class Element>
-static HEADSTART_INLINE void gather_row(const RowsIn& x, size_t row, int size, Element* to) {
+// Row `row` of x as the unit's left side, whole vectors at a time where its type allows.
+template <class Unit>
+static HEADSTART_INLINE void gather_row(const RowsIn& x, size_t row, int size, typename Unit::left* to) {
   int i = 0;
   if (x.type == Type::kU8) {
     const uint8_t* from = static_cast<const uint8_t*>(x.data) + row * size;
     const Floats scale = broadcast(x.scales[row]);
     for (; i + kLanes <= size; i += kLanes) {
       const Ints v = __builtin_convertvector(load_as<Bytes>(from + i), Ints) - 128;
-      store(to + i, __builtin_convertvector(v, Floats) * scale);
+      Unit::store_left(to + i, __builtin_convertvector(v, Floats) * scale);
     }
   } else if (x.type == Type::kF32) {
     const float* from = static_cast<const float*>(x.data) + row * size;
-    for (; i + kLanes <= size; i += kLanes) store(to + i, load(from + i));
+    for (; i + kLanes <= size; i += kLanes) Unit::store_left(to + i, load(from + i));
   } else {
     const uint16_t* from = static_cast<const uint16_t*>(x.data) + row * size;
-    for (; i + kLanes <= size; i += kLanes) store(to + i, load(from + i));
+    for (; i + kLanes <= size; i += kLanes) Unit::store_left(to + i, load(from + i));
   }
-  for (; i < size; ++i) from_float(row_value(x, row, size, i), to + i);
+  for (; i < size; ++i) Unit::store_left(to + i, row_value(x, row, size, i));
 }
 
 template <class Y>
@@ -68,7 +68,7 @@ static HEADSTART_INLINE void add_to(Y* y, Floats v, int count) {
 
 // sums [R][C] = a [R, words] times C vectors of a panel's columns.
 template <class Unit, int R, int C>
-static HEADSTART_CALLED void panel_sums(const typename Unit::word* a, ptrdiff_t stride, int words,
+static HEADSTART_CALLED void panel_sums(const typename Unit::left_word* a, ptrdiff_t stride, int words,
                                         const typename Unit::word* panel, ptrdiff_t panel_stride, Floats* sums) {
   Floats acc[R][C] = {};
   dot_tile<Unit, R, C>(acc, a, stride, panel, panel_stride, words);
@@ -78,7 +78,7 @@ static HEADSTART_CALLED void panel_sums(const typename Unit::word* a, ptrdiff_t 
 // out(r, column, sums) of every row and each vector of columns: a [rows, words] times packed panels
 // of W columns.
 template <class Unit, int W, class Out>
-static HEADSTART_INLINE void times_panels(int rows, const typename Unit::word* a, ptrdiff_t stride, int words,
+static HEADSTART_INLINE void times_panels(int rows, const typename Unit::left_word* a, ptrdiff_t stride, int words,
                                           const void* packed, int columns, Out&& out) {
   constexpr int C = W / kLanes > 2 ? 2 : W / kLanes;
   const auto* panel = static_cast<const typename Unit::word*>(packed);
@@ -97,8 +97,8 @@ static HEADSTART_INLINE void times_panels(int rows, const typename Unit::word* a
 
 template <class Unit, class Y>
 static void lora_tile(const LoraArgs& a, const LoraTask& task, std::vector<char>& scratch) {
-  using Element = typename Unit::element;
-  using Word = typename Unit::word;
+  using Left = typename Unit::left;
+  using Word = typename Unit::left_word;
   const auto words = [](int elements) { return (elements + Unit::kPerWord - 1) / Unit::kPerWord; };
   const int in_words = words(a.in_features);
   int most = 0;
@@ -109,14 +109,14 @@ static void lora_tile(const LoraArgs& a, const LoraTask& task, std::vector<char>
   Word* t = x + size_t(task.count) * in_words;
   Y* y[kScoreRows];
   for (int r = 0; r < task.count; ++r) {
-    x[size_t(r + 1) * in_words - 1] = 0;  // the last word may not be full
-    gather_row(a.x, task.rows[r], a.in_features, reinterpret_cast<Element*>(x + size_t(r) * in_words));
+    x[size_t(r + 1) * in_words - 1] = {};  // the last word may not be full
+    gather_row<Unit>(a.x, task.rows[r], a.in_features, reinterpret_cast<Left*>(x + size_t(r) * in_words));
     y[r] = static_cast<Y*>(a.y) + size_t(task.rows[r]) * a.out_features;
   }
   for (int p = 0; p < task.parts; ++p) {
     const LoraPart& part = task.part[p];
     times_panels<Unit, kDownPanel>(task.count, x, in_words, in_words, part.down, part.rank, [&](int r, int column, Floats v) {
-      store(reinterpret_cast<Element*>(t + size_t(r) * t_words) + column, v);
+      Unit::store_left(reinterpret_cast<Left*>(t + size_t(r) * t_words) + column, v);
     });
     times_panels<Unit, kUpPanel>(task.count, t, t_words, words(part.rank), part.up, part.outputs,
                                  [&](int r, int column, Floats v) {

@@ -43,7 +43,9 @@ class Pool {
       region_.store(((region_.load() >> kTeamBits) + 1) << kTeamBits | uint64_t(threads));
     }
     if (threads > 1) begins_.notify_all();
-    work(context);
+    // An exception must not leave while others use the caller's frame: it ends the process, as it
+    // does in OpenMP.
+    [&]() noexcept { work(context); }();
     spin([&] { return busy_.load(std::memory_order_acquire) == 0; });
   }
 

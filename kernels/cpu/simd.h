@@ -34,8 +34,8 @@ inline constexpr int kValueRows = 6;   // rows x 4 vectors
 inline constexpr int kWideRows = 12;   // rows x 2 vectors, of int16 products
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
-inline constexpr int kScoreRows = 4;  // 8 of 16 registers
-inline constexpr int kValueRows = 2;
+inline constexpr int kScoreRows = 6;  // 12 of 16 registers
+inline constexpr int kValueRows = 3;
 inline constexpr int kWideRows = 6;
 #else
 inline constexpr int kVectorBytes = 16;
@@ -189,14 +189,23 @@ static HEADSTART_INLINE Floats exp2(Floats x) {
   return bits<Floats>(bits<Ints>(p) + (bits<Ints>(t) << 23));
 }
 
+// Of a unit: `element` is what b is made of, `left` what a is, and a word of either is kPerWord of
+// them. Where bf16 has no instruction, a is float32 (of bf16 values): its words are broadcast from
+// memory as they are, and b is taken apart in two parts, one after the other.
 struct F32 {
   using word = float;
   using element = float;
+  using left = float;
+  using left_word = float;
   using accumulator = Floats;
   static constexpr int kPerWord = 1;
+  static constexpr int kParts = 1;
   static constexpr bool kExactExp = true;
   static HEADSTART_INLINE void multiply_add(Floats& acc, float a, Floats b) { acc += broadcast(a) * b; }
-  static HEADSTART_INLINE Floats load_words(const float* p) { return load(p); }
+  static HEADSTART_INLINE Floats load_part(const float* p, int) { return load(p); }
+  static HEADSTART_INLINE float part(float a, int) { return a; }
+  static HEADSTART_INLINE void store_left(float* p, Floats v) { store(p, v); }
+  static HEADSTART_INLINE void store_left(float* p, float v) { *p = v; }
   // Store two vectors of probabilities, and add what was stored to a sum.
   static HEADSTART_INLINE void keep(float* p, Floats a, Floats b, Floats& sum) {
     store(p, a);
@@ -206,36 +215,70 @@ struct F32 {
   }
 };
 
+#if defined(__AVX512BF16__)
 struct BF16 {
   using word = int32_t;
   using element = uint16_t;
+  using left = uint16_t;
+  using left_word = int32_t;
   using accumulator = Floats;
   static constexpr int kPerWord = 2;
+  static constexpr int kParts = 1;
   static constexpr bool kExactExp = false;
   static HEADSTART_INLINE void multiply_add(Floats& acc, int32_t a, Ints b) {
-#if defined(__AVX512BF16__)
     acc = (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)broadcast(a), (__m512bh)b);
-#else
-    const int32_t high = int32_t(0xffff0000);
-    acc += bits<Floats>(broadcast(a << 16)) * bits<Floats>(b << 16);
-    acc += bits<Floats>(broadcast(a & high)) * bits<Floats>(b & high);
-#endif
   }
-  static HEADSTART_INLINE Ints load_words(const int32_t* p) { return load_as<Ints>(p); }
+  static HEADSTART_INLINE Ints load_part(const int32_t* p, int) { return load_as<Ints>(p); }
+  static HEADSTART_INLINE int32_t part(int32_t a, int) { return a; }
+  static HEADSTART_INLINE void store_left(uint16_t* p, Floats v) { store(p, v); }
+  static HEADSTART_INLINE void store_left(uint16_t* p, float v) { from_float(v, p); }
   static HEADSTART_INLINE void keep(uint16_t* p, Floats a, Floats b, Floats& sum) {
-#if defined(__AVX512BF16__)
     const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
     store_as(p, both);
     const __m512bh ones = (__m512bh)(Ints{} + 0x3f803f80);
     sum = (Floats)_mm512_dpbf16_ps((__m512)sum, both, ones);
-#else
-    store(p, a);
-    store(p + kLanes, b);
-    sum += load(p);  // as rounded: every instruction set adds up what it multiplies with
-    sum += load(p + kLanes);
-#endif
   }
 };
+#else
+struct BF16 {
+  struct left_word {
+    float parts[2];
+  };
+  using word = int32_t;
+  using element = uint16_t;
+  using left = float;
+  using accumulator = Floats;
+  static constexpr int kPerWord = 2;
+  static constexpr int kParts = 2;
+  static constexpr bool kExactExp = false;
+  static HEADSTART_INLINE void multiply_add(Floats& acc, float a, Floats b) { acc += broadcast(a) * b; }
+  static HEADSTART_INLINE Floats load_part(const int32_t* p, int part) {
+    const Ints words = load_as<Ints>(p);
+    return bits<Floats>(part == 0 ? words << 16 : words & int32_t(0xffff0000));
+  }
+  static HEADSTART_INLINE float part(const left_word& a, int part) { return a.parts[part]; }
+  static HEADSTART_INLINE void store_left(float* p, Floats v) { store(p, rounded(v)); }
+  static HEADSTART_INLINE void store_left(float* p, float v) {
+    uint16_t half;
+    from_float(v, &half);
+    *p = to_float(half);
+  }
+  static HEADSTART_INLINE void keep(float* p, Floats a, Floats b, Floats& sum) {
+    a = rounded(a);
+    b = rounded(b);
+    store(p, a);
+    store(p + kLanes, b);
+    sum += a;  // as rounded: every instruction set adds up what it multiplies with
+    sum += b;
+  }
+
+ private:
+  static HEADSTART_INLINE Floats rounded(Floats v) {  // as bf16, to nearest even
+    const Ints b = bits<Ints>(v);
+    return bits<Floats>((b + 0x7fff + ((b >> 16) & 1)) & int32_t(0xffff0000));
+  }
+};
+#endif
 
 // Both int8 units give the same integers on every instruction set: none of them saturates.
 //
@@ -246,8 +289,10 @@ struct BF16 {
 struct I8 {
   using word = int32_t;
   using element = int8_t;
+  using left_word = int32_t;
   using accumulator = Ints;
   static constexpr int kPerWord = 4;
+  static constexpr int kParts = 1;
 #if defined(__AVX512VNNI__)
   static constexpr bool kThere = true, kSigned = false, kOneInstruction = true;
   static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
@@ -288,14 +333,17 @@ struct I8 {
   static constexpr bool kThere = false, kSigned = false, kOneInstruction = false;
   static HEADSTART_INLINE void multiply_add(Ints&, int32_t, Ints) {}
 #endif
-  static HEADSTART_INLINE Ints load_words(const int32_t* p) { return load_as<Ints>(p); }
+  static HEADSTART_INLINE Ints load_part(const int32_t* p, int) { return load_as<Ints>(p); }
+  static HEADSTART_INLINE int32_t part(int32_t a, int) { return a; }
 };
 
 struct I16 {
   using word = int32_t;
   using element = int16_t;
+  using left_word = int32_t;
   using accumulator = Ints;
   static constexpr int kPerWord = 2;
+  static constexpr int kParts = 1;
   static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
 #if defined(__AVX512BW__)
     acc += (Ints)_mm512_madd_epi16((__m512i)broadcast(a), (__m512i)b);
@@ -307,7 +355,8 @@ struct I16 {
     acc += broadcast((a << 16) >> 16) * ((b << 16) >> 16) + broadcast(a >> 16) * (b >> 16);
 #endif
   }
-  static HEADSTART_INLINE Ints load_words(const int32_t* p) { return load_as<Ints>(p); }
+  static HEADSTART_INLINE Ints load_part(const int32_t* p, int) { return load_as<Ints>(p); }
+  static HEADSTART_INLINE int32_t part(int32_t a, int) { return a; }
   // A vector of words of 4 int8 as two of words of 2 int16: the first two of each word, the others.
   static HEADSTART_INLINE void widen(Ints words, Ints (&pairs)[2]) {
     const Ints low = broadcast(0xffff);
@@ -332,19 +381,22 @@ struct Nothing {
 };
 template <class Unit, int R, int C, class Each = Nothing>
 static HEADSTART_INLINE void dot_tile(typename Unit::accumulator (&acc)[R][C],
-                                      const typename Unit::word* a, ptrdiff_t a_stride,
+                                      const typename Unit::left_word* a, ptrdiff_t a_stride,
                                       const typename Unit::word* b, ptrdiff_t b_stride, int n,
                                       Each&& each = {}) {
   for (int w = 0; w < n; ++w) {
     each(w);
-    decltype(Unit::load_words(b)) column[C];
+#pragma GCC unroll 2
+    for (int part = 0; part < Unit::kParts; ++part) {
+      decltype(Unit::load_part(b, 0)) column[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) column[c] = Unit::load_words(b + w * b_stride + c * kLanes);
+      for (int c = 0; c < C; ++c) column[c] = Unit::load_part(b + w * b_stride + c * kLanes, part);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const typename Unit::word word = a[r * a_stride + w];
+      for (int r = 0; r < R; ++r) {
+        const auto word = Unit::part(a[r * a_stride + w], part);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) Unit::multiply_add(acc[r][c], word, column[c]);
+        for (int c = 0; c < C; ++c) Unit::multiply_add(acc[r][c], word, column[c]);
+      }
     }
   }
 }

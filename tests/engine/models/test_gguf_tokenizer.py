@@ -77,6 +77,21 @@ def test_names(kept: Any, pairs: Vocabulary, tmp_path: Path, names: list[str]) -
     assert {name: kept["names"][name] for name in names} == dict.fromkeys(names, found)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("names", GROUPS.values(), ids=lambda names: names[0])
+def test_a_long_run_takes_no_more_than_its_length(
+    pairs: Vocabulary, tmp_path: Path, names: list[str]
+) -> None:
+    """A pattern that is tried anew at each character of a run takes minutes for these, which two
+    did, and hours for the longest that a server takes."""
+    pairs.write(tmp_path / "m.gguf", names[0])
+    tokenizer, _ = convert(tmp_path / "m.gguf", tmp_path / "converted")
+    count = 4_000_000 if "jais-2" in names else 500_000  # its pattern took a 512th of others' time
+    for end in ("", "1"):
+        assert tokenizer.encode(" " * count + end, add_special_tokens=False).ids
+
+
 def test_names_differ_in_their_tokens(kept: Any) -> None:
     """The texts tell most patterns apart."""
     assert len(set(kept["names"].values())) > 20

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from headstart.engine.ranges.segments import CAUSAL
+from headstart.engine.runahead import cuts
 from headstart.engine.runahead import planner as planner_module
-from headstart.engine.runahead.costs import Chain, LinkCosts, RankCosts
+from headstart.engine.runahead.costs import Chain, LinkCosts, RankCosts, first_token_seconds
 from headstart.engine.runahead.cuts import CutTable, Plan, plan
 from headstart.engine.runahead.planner import WORTH, Planner, Prompt
 
@@ -78,11 +83,11 @@ def test_cuts_that_are_asked_for(planner: Planner) -> None:
 def test_closing_gives_up_what_is_begun_and_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go, calls = threading.Event(), threading.Event(), []
 
-    def held(*args: Any) -> Plan:
+    def held(*args: Any, **more: Any) -> Plan:
         calls.append(args)
         begun.set()
         assert go.wait(SECONDS)
-        return plan(*args)
+        return plan(*args, **more)
 
     monkeypatch.setattr(planner_module, "plan", held)
     before = set(threading.enumerate())
@@ -92,13 +97,62 @@ def test_closing_gives_up_what_is_begun_and_what_waits(monkeypatch: pytest.Monke
     assert begun.wait(SECONDS)
     closing = threading.Thread(target=planner.close)
     closing.start()
-    cancelled = threading.Event()
-    waiting.add_done_callback(lambda future: cancelled.set())
-    assert cancelled.wait(SECONDS)
-    assert waiting.cancelled()
+    end = time.monotonic() + SECONDS
+    while not waiting.cancelled():
+        assert time.monotonic() < end
+        time.sleep(0.001)
     assert not first.done()
     go.set()
     closing.join(SECONDS)
     assert first.done()
     assert len(calls) == 1
     assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize("ask", ["plan", "pays_from"])
+def test_a_search_that_is_given_up_ends_with_its_trial(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    """Which an aborted prompt's would go on with, for seconds where there are many ranks."""
+    trials, begun, go = [], threading.Event(), threading.Event()
+
+    def held(*args: Any) -> float:
+        trials.append(args)
+        begun.set()
+        assert go.wait(SECONDS)
+        return first_token_seconds(*args)
+
+    monkeypatch.setattr(cuts, "first_token_seconds", held)
+    some = chain(12)
+    prompt = Prompt(1 << 17, (0,) * 12, CAUSAL)
+    asked = planner.plan(some, prompt) if ask == "plan" else planner.pays_from(some, 1 << 17)
+    assert begun.wait(SECONDS)
+    asked.cancel()
+    go.set()
+    asked.result(SECONDS)
+    assert len(trials) == 1
+
+
+def test_a_search_takes_no_longer_than_it_may(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the best so far is the answer: the engine alone, where there is no time at all."""
+    length, trials = 1 << 17, []
+    seconds = itertools.count()  # one passes whenever the time is asked
+    clock = SimpleNamespace(monotonic=lambda: next(seconds), sleep=time.sleep)
+    monkeypatch.setattr(planner_module, "time", clock)
+
+    def counted(*args: Any) -> float:
+        trials.append(args)
+        return first_token_seconds(*args)
+
+    monkeypatch.setattr(cuts, "first_token_seconds", counted)
+    local = COSTS.seconds(0, length)
+    prompt = Prompt(length, (0,) * 12, CAUSAL)
+    monkeypatch.setattr(planner_module, "SEARCH_SECONDS", 0.0)
+    for share, most in ((0.0, 0), (3.0, math.ceil(3 * local))):
+        monkeypatch.setattr(planner_module, "SEARCH_SHARE", share)
+        trials.clear()
+        bounds = planner.plan(chain(12), prompt).result(SECONDS).bounds
+        assert (len(bounds) > 2) == (most > 0)
+        assert len(trials) <= most
