@@ -97,9 +97,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Engines and models refer to themselves: what holds the default model's weights goes now."""
-    if any(item.iter_markers("model")):
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Engines and models refer to themselves: what holds the default model's weights, or what a
+    whole file has left, goes now."""
+    last = nextitem is None or nextitem.path != item.path
+    if last or any(item.iter_markers("model")):
         gc.collect()
 
 

@@ -41,7 +41,18 @@ steps should not take so long that those who decode notice."""
 CPU_FORMATS = ("f32", "bf16", "int8")
 
 INT8_TOLERANCE = 1.01
-"""int8 is chosen by "auto" while its perplexity is at most this many times that of bf16."""
+"""int8 is chosen by "auto" unless its perplexity is shown to be more than so many times bf16's."""
+
+FAST_INT8 = (
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512",
+    "avx_vnni",
+    "avx2",
+    "neon_i8mm",
+    "neon_dotprod",
+)
+"""Instruction sets on which int8 weights are faster than any others (kernels/cpu/linear.h)."""
 
 
 AUTO_WEIGHTS = "HEADSTART_AUTO_WEIGHTS"
@@ -64,16 +75,19 @@ def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
     held = os.environ.get(AUTO_WEIGHTS)
     if held and held not in CPU_FORMATS:
         raise ConfigError(f"{AUTO_WEIGHTS} must be {', '.join(CPU_FORMATS)}; got {held}")
-    fastest = held or ("int8" if isa in ("avx512_bf16", "avx512_vnni") else "f32")
+    fastest = held or ("int8" if isa in FAST_INT8 else "f32")
     if fastest != "int8":
         return fastest
     quality = read_quality(folder)
     if quality is None:
         reason = "the model has no int8 weights"
-    elif quality["int8"] <= quality["bf16"] * INT8_TOLERANCE:
-        return "int8"
     else:
-        reason = f"int8 perplexity is {quality['int8']:.3f}, bf16 {quality['bf16']:.3f}"
+        least, most = quality["int8_least"], quality["int8_most"]
+        between = f"{least - 1:+.1%} to {most - 1:+.1%}"
+        if least <= INT8_TOLERANCE:
+            logger.info("weights: int8, whose perplexity is %s of bf16's", between)
+            return "int8"
+        reason = f"its perplexity is {between} of bf16's"
     logger.info("weights: not int8, because %s", reason)
     return "bf16" if isa == "avx512_bf16" else "f32"
 

@@ -150,7 +150,7 @@ def calibrate(folder: Path, config: ModelConfig) -> tuple[list[tuple[Tensor, ...
 
 def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
     """Write int8 weights and quality.json into ``folder``; return the perplexities by format."""
-    from headstart.engine.models.quality import perplexity, text_tokens
+    from headstart.engine.models.quality import excess, perplexity, text_losses, text_tokens
 
     config = ModelConfig.from_folder(folder)
     steps, done = config.num_layers + 4, 0
@@ -189,10 +189,13 @@ def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -
     quality = known_quality(folder)
     if quality is None:
         text = text_tokens(folder, "evaluation")
-        quality = {"tokens": len(text)}
+        quality, losses = {"tokens": float(len(text))}, {}
         for weights in ("f32", "bf16", "int8"):
-            quality[weights] = perplexity(_runner(folder, config, _backend(weights), weights), text)
+            runner = _runner(folder, config, _backend(weights), weights)
+            losses[weights] = text_losses(runner, text)
+            quality[weights] = perplexity(losses[weights])
             advance()
+        quality["int8_least"], quality["int8_most"] = excess(losses["int8"], losses["bf16"])
     (target / QUALITY).write_text(json.dumps(quality, indent=1))
     return quality
 
@@ -258,10 +261,9 @@ def _runner(folder: Path, config: ModelConfig, backend: Any, weights: str) -> An
 
 
 def _run_over(runner: Any, token_ids: list[int]) -> None:
-    from headstart.engine.models.quality import log_likelihood, window_of, windows
+    from headstart.engine.models.quality import text_losses
 
-    for window in windows(token_ids, window_of(runner)):
-        log_likelihood(runner, window)
+    text_losses(runner, token_ids)
 
 
 def main() -> None:

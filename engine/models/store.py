@@ -45,7 +45,7 @@ from headstart.engine.models.tokenizer import TokenizerConversion
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 6
+FORMAT = 7
 """Version of the converted folder's contents; raise it when old folders must be made again."""
 MARKER = "headstart.json"
 

@@ -20,14 +20,21 @@ SMOOTHING = "smoothing.safetensors"
 
 
 def read_quality(folder: Path) -> dict[str, float] | None:
-    """Perplexities recorded at pull time, or None if int8 weights were not made."""
+    """Perplexities recorded at pull time, or None if int8 weights were not made.
+
+    ``int8_least`` and ``int8_most``: the ends of the 95% interval of int8's over bf16's. Where
+    only perplexities were recorded, both are their ratio.
+    """
     path = folder / FOLDER / QUALITY
     if not path.exists():
         return None
     try:
-        quality = json.loads(path.read_text())
-        return {name: float(quality[name]) for name in ("tokens", "f32", "bf16", "int8")}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        recorded = json.loads(path.read_text())
+        quality = {name: float(recorded[name]) for name in ("tokens", "f32", "bf16", "int8")}
+        for name in ("int8_least", "int8_most"):
+            quality[name] = float(recorded.get(name, quality["int8"] / quality["bf16"]))
+        return quality
+    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise ModelError(f"{path} is damaged: pull the model again") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from array import array
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +27,7 @@ from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.formats.int8 import read_int8, read_quality, read_smoothing
 from headstart.engine.models.loading import choose_weights
 from headstart.engine.models.parameters import Matrix, read_float
+from headstart.engine.models.quality import excess
 from headstart.engine.models.quantize import (
     ALPHA,
     calibrate,
@@ -170,6 +173,7 @@ def test_known_quality_is_not_measured_again(
 ) -> None:
     copies = [Path(shutil.copytree(tiny_model("llama"), tmp_path / name)) for name in "abc"]
     known = {"tokens": 7.0, "f32": 2.0, "bf16": 3.0, "int8": 4.0}
+    known |= {"int8_least": 1.25, "int8_most": 1.5}
     (tmp_path / "known.json").write_text(json.dumps({model_digest(copies[0]): {"others": known}}))
     monkeypatch.setattr(quantizing, "KNOWN", tmp_path / "known.json")
     assert quantize(copies[0]) == known
@@ -301,8 +305,11 @@ def record_quality(folder: Path, int8: float) -> None:
         ("cpu", "avx512_vnni", 20.21, "f32"),
         ("cpu", "avx512_bf16", float("nan"), "bf16"),
         ("cpu", "avx512_bf16", None, "bf16"),
-        ("cpu", "avx512", 20.0, "f32"),
-        ("cpu", "avx2", 20.0, "f32"),
+        ("cpu", "avx512", 20.0, "int8"),
+        ("cpu", "avx_vnni", 20.0, "int8"),
+        ("cpu", "avx2", 20.0, "int8"),
+        ("cpu", "avx2", 20.21, "f32"),
+        ("cpu", "neon_dotprod", 20.0, "int8"),
         ("cpu", "portable", 20.0, "f32"),
         ("reference", "avx512_bf16", 20.0, "f32"),
     ],
@@ -320,6 +327,34 @@ def test_auto_takes_int8_where_it_is_fast_and_good(
         record_quality(tmp_path, int8)
     assert choose_weights("auto", backend, isa, tmp_path) == expected
     assert choose_weights("bf16", backend, isa, tmp_path) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "expected"), [(1.005, 1.016, "int8"), (1.0101, 1.02, "f32")]
+)
+def test_int8_is_left_only_where_it_is_shown_to_cost_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: float, most: float, expected: str
+) -> None:
+    """What two perplexities differ by is noise, too: the interval of paired differences decides."""
+    monkeypatch.delenv("HEADSTART_AUTO_WEIGHTS", raising=False)
+    record_quality(tmp_path, 20.21)
+    path = tmp_path / "int8" / "quality.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"int8_least": least, "int8_most": most})
+    )
+    assert choose_weights("auto", "cpu", "avx2", tmp_path) == expected
+
+
+def test_the_interval_of_paired_losses() -> None:
+    random = numpy.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        others = random.normal(3, 2, 2048)  # what is hard is hard in both
+        least, most = excess((others + random.normal(0.01, 0.1, 2048)).tolist(), others.tolist())
+        assert 1.004 < most / least < 1.014
+        inside += least <= math.exp(0.01) <= most
+    assert 180 <= inside <= 198  # 95% of them, and a little less by few runs
+    assert excess([1.0] * 100, [1.0] * 100) == (0.0, math.inf)  # one run says nothing
 
 
 @pytest.mark.parametrize(

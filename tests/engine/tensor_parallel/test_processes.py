@@ -98,7 +98,9 @@ async def test_an_engine_that_loses_a_process_ends_and_comes_back(
                     await reader
             await until(lambda before=restarts: client.ready and client.restarts > before)
             assert await tokens_of(client.add(PROMPT, params(20))) == expected
-        told = capfd.readouterr().err.splitlines()
+        # Beside them, a process that an earlier test killed the peers of may say so.
+        said = capfd.readouterr().err.splitlines()
+        told = [line for line in said if "tensor parallel" in line]
         assert told == ["ERROR: tensor parallel: rank 1 ended (signal 9)"] * 2
         ranks = followers(client.pid)
         assert client.pid is not None
