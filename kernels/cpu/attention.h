@@ -296,7 +296,7 @@ class Attend {
   template <int R>
   HEADSTART_INLINE void values_of(int v, const float* alpha, const left* probabilities,
                                   const element* const* values, int pages, int keys) {
-    constexpr int kColumns = 4;
+    constexpr int kColumns = kValueColumns;
     const element* columns[kBlockPages];
     for (int d = 0; d < head_dim_; d += kColumns * kLanes) {
       for (int p = 0; p < pages; ++p) columns[p] = values[p] + d * Unit::kPerWord;

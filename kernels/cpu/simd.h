@@ -30,17 +30,20 @@ namespace headstart::HEADSTART_ISA {
 #if defined(__AVX512F__)
 inline constexpr int kVectorBytes = 64;
 inline constexpr int kScoreRows = 12;  // rows x 2 vectors of accumulators: 24 of 32 registers
-inline constexpr int kValueRows = 6;   // rows x 4 vectors
+inline constexpr int kValueRows = 6;   // rows x kValueColumns vectors
+inline constexpr int kValueColumns = 4;
 inline constexpr int kWideRows = 12;   // rows x 2 vectors, of int16 products
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
 inline constexpr int kScoreRows = 6;  // 12 of 16 registers
-inline constexpr int kValueRows = 3;
+inline constexpr int kValueRows = 6;
+inline constexpr int kValueColumns = 2;
 inline constexpr int kWideRows = 6;
 #else
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kScoreRows = 4;
 inline constexpr int kValueRows = 2;
+inline constexpr int kValueColumns = 4;
 inline constexpr int kWideRows = 6;
 #endif
 inline constexpr int kLanes = kVectorBytes / 4;

@@ -813,11 +813,11 @@ class HeldPlanner:
         self.begun, self.go = threading.Event(), threading.Event()
         monkeypatch.setattr(planner_module, "plan", self._plan)
 
-    def _plan(self, *args: Any) -> Plan:
+    def _plan(self, *args: Any, **more: Any) -> Plan:
         assert threading.current_thread() is not threading.main_thread(), "the engine waits"
         self.begun.set()
         assert self.go.wait(SECONDS)
-        return plan(*args)
+        return plan(*args, **more)
 
 
 @pytest.fixture
