@@ -36,10 +36,10 @@ inline constexpr int kDeep = 128;
 inline constexpr int kWideFrom = 2 * kScoreRows + 1;
 
 // Sums of a tile to outputs, from column `column` on.
-template <int R>
-static HEADSTART_INLINE void write_tile(const LinearArgs& a, int row, int column, const Ints (&acc)[R][2], bool has_zero_point) {
-#pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j, column += kLanes) {
+template <int R, int C>
+static HEADSTART_INLINE void write_tile(const LinearArgs& a, int row, int column, const Ints (&acc)[R][C], bool has_zero_point) {
+#pragma GCC unroll 8
+  for (int j = 0; j < C; ++j, column += kLanes) {
     const int count = std::min(kLanes, a.out_features - column);
     if (count <= 0) continue;
     const Ints sums = has_zero_point ? load_as<Ints>(a.weight_sums + column) : Ints{};
@@ -62,17 +62,19 @@ static HEADSTART_INLINE void write_tile(const LinearArgs& a, int row, int column
 
 template <int R>
 static HEADSTART_INLINE void narrow_tile(const LinearArgs& a, int row, int panel, int words, const char* ahead) {
+  // One or two rows wait for memory, which is quickest read from front to back: a whole panel wide.
+  constexpr int C = R == 1 ? kPanel / kLanes : R == 2 ? std::min(kPanel / kLanes, 4) : 2;
   const int32_t* x = reinterpret_cast<const int32_t*>(a.x) + size_t(row) * words;
   const int32_t* weight = reinterpret_cast<const int32_t*>(a.weight) + size_t(panel) * words * kPanel;
-  for (int c = 0; c < kPanel; c += 2 * kLanes) {
-    Ints acc[R][2] = {};
+  for (int c = 0; c < kPanel; c += C * kLanes) {
+    Ints acc[R][C] = {};
     if (ahead) {
-      dot_tile<I8, R, 2>(acc, x, words, weight + c, kPanel, words,
+      dot_tile<I8, R, C>(acc, x, words, weight + c, kPanel, words,
                          [&](int w) { __builtin_prefetch(ahead + size_t(w) * 64, 0, 2); });
     } else {
-      dot_tile<I8, R, 2>(acc, x, words, weight + c, kPanel, words);
+      dot_tile<I8, R, C>(acc, x, words, weight + c, kPanel, words);
     }
-    write_tile<R>(a, row, panel * kPanel + c, acc, !I8::kSigned);
+    write_tile<R, C>(a, row, panel * kPanel + c, acc, !I8::kSigned);
   }
 }
 
@@ -89,9 +91,14 @@ static HEADSTART_INLINE void narrow_panel(const LinearArgs& a, int panel, int pa
   }
 }
 
-// A row of uint8 as int16 without the zero point, [in_features] padded to words.
+// A row of uint8 as int16 without the zero point, in the order of I16::widen.
 static HEADSTART_INLINE void widen_row(const uint8_t* x, int words, int16_t* to) {
-  for (int i = 0; i < 4 * words; ++i) to[i] = int16_t(int(x[i]) - 128);
+  for (int w = 0; w < words; ++w, x += 4, to += 4) {
+    to[0] = int16_t(x[0] - 128);
+    to[1] = int16_t(x[2] - 128);
+    to[2] = int16_t(x[1] - 128);
+    to[3] = int16_t(x[3] - 128);
+  }
 }
 
 // The same panel and rows, from `x` [rows][2 * words]; sums [row_end - row_begin][2 * kLanes] holds
@@ -125,7 +132,7 @@ static HEADSTART_INLINE void wide_panel(const LinearArgs& a, const int32_t* x, i
           if (begin + depth < words) {
             std::memcpy(kept, acc, sizeof acc);
           } else {
-            write_tile<R>(a, row, panel * kPanel + c, acc, false);
+            write_tile<R, 2>(a, row, panel * kPanel + c, acc, false);
           }
         });
       }

@@ -360,11 +360,12 @@ struct I16 {
   }
   static HEADSTART_INLINE Ints load_part(const int32_t* p, int) { return load_as<Ints>(p); }
   static HEADSTART_INLINE int32_t part(int32_t a, int) { return a; }
-  // A vector of words of 4 int8 as two of words of 2 int16: the first two of each word, the others.
+  // A vector of words of 4 int8 as two of words of 2 int16: of each word 0 and 2, and 1 and 3.
   static HEADSTART_INLINE void widen(Ints words, Ints (&pairs)[2]) {
-    const Ints low = broadcast(0xffff);
-    pairs[0] = (((words << 24) >> 24) & low) | (((words << 16) >> 24) << 16);
-    pairs[1] = (((words << 8) >> 24) & low) | ((words >> 24) << 16);
+    typedef int16_t Shorts __attribute__((vector_size(kVectorBytes)));
+    const Shorts both = bits<Shorts>(words);
+    pairs[0] = bits<Ints>(Shorts((both << 8) >> 8));
+    pairs[1] = bits<Ints>(Shorts(both >> 8));
   }
 };
 
