@@ -25,7 +25,7 @@ help:
 serve: $(SERVING) ## serve MODEL (smollm2-135m) on 127.0.0.1:8000; CUDA=1: on an NVIDIA GPU
 	$(BIN)/headstart serve $(MODEL) $(ARGS)
 
-test: $(TESTING) ## run the tests, some 11 minutes on two cores
+test: $(TESTING) ## run the tests, 10 to 14 minutes on two cores
 	$(BIN)/pytest -n 2 --no-loadscope-reorder -m 'not slow and not interpreter' $(ARGS)
 
 test-all: $(TESTING) ## run every test, with as many random examples as the tests ask for
