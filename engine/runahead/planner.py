@@ -94,15 +94,16 @@ class Planner:
         self._closing.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
+    def _over(self, given_up: Event) -> bool:
+        return self._closing.is_set() or given_up.is_set()
+
     def _going_on(self, given_up: Event, local: float) -> Callable[[], bool]:
         """Whether a search may try more; the engine's thread gets the interpreter in between."""
         end = time.monotonic() + max(SEARCH_SECONDS, SEARCH_SHARE * local)
 
         def going_on() -> bool:
             time.sleep(0)
-            if self._closing.is_set() or given_up.is_set():
-                return False
-            return time.monotonic() < end
+            return not self._over(given_up) and time.monotonic() < end
 
         return going_on
 
@@ -142,15 +143,12 @@ class Planner:
             found = plan(chain, nothing, tokens, self._page_size, going_on=going_on)
             return found.seconds <= WORTH * local
 
-        def over() -> bool:
-            return self._closing.is_set() or given_up.is_set()
-
         low, high = 1, 2
-        while not over() and not pays(high):
+        while not self._over(given_up) and not pays(high):
             low, high = high, 2 * high
             if high * self._page_size > longest:
                 return longest
-        while not over() and high - low > 1:
+        while not self._over(given_up) and high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if pays(middle) else (middle, high)
         return high * self._page_size

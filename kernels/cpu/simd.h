@@ -219,15 +219,21 @@ struct F32 {
   }
 };
 
-#if defined(__AVX512F__)
-struct BF16 {
+// Of a unit that multiplies words of several elements as they are.
+struct WholeWords {
   using word = int32_t;
+  using left_word = int32_t;
+  static constexpr int kParts = 1;
+  static HEADSTART_INLINE Ints load_part(const int32_t* p, int) { return load_as<Ints>(p); }
+  static HEADSTART_INLINE int32_t part(int32_t a, int) { return a; }
+};
+
+#if defined(__AVX512F__)
+struct BF16 : WholeWords {
   using element = uint16_t;
   using left = uint16_t;
-  using left_word = int32_t;
   using accumulator = Floats;
   static constexpr int kPerWord = 2;
-  static constexpr int kParts = 1;
   static constexpr bool kExactExp = false;
   static HEADSTART_INLINE void multiply_add(Floats& acc, int32_t a, Ints b) {
 #if defined(__AVX512BF16__)
@@ -238,8 +244,6 @@ struct BF16 {
     acc += bits<Floats>(broadcast(a & high)) * bits<Floats>(b & high);
 #endif
   }
-  static HEADSTART_INLINE Ints load_part(const int32_t* p, int) { return load_as<Ints>(p); }
-  static HEADSTART_INLINE int32_t part(int32_t a, int) { return a; }
   static HEADSTART_INLINE void store_left(uint16_t* p, Floats v) { store(p, v); }
   static HEADSTART_INLINE void store_left(uint16_t* p, float v) { from_float(v, p); }
   static HEADSTART_INLINE void keep(uint16_t* p, Floats a, Floats b, Floats& sum) {
@@ -303,13 +307,10 @@ struct BF16 {
 //   I16   2 products a word, of values widened before: for many rows, where I8 takes more
 //
 // kSigned: the accumulator gets (a - 128) * b instead of a * b. b is never -128.
-struct I8 {
-  using word = int32_t;
+struct I8 : WholeWords {
   using element = int8_t;
-  using left_word = int32_t;
   using accumulator = Ints;
   static constexpr int kPerWord = 4;
-  static constexpr int kParts = 1;
 #if defined(__AVX512VNNI__)
   static constexpr bool kThere = true, kSigned = false, kOneInstruction = true;
   static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
@@ -350,17 +351,12 @@ struct I8 {
   static constexpr bool kThere = false, kSigned = false, kOneInstruction = false;
   static HEADSTART_INLINE void multiply_add(Ints&, int32_t, Ints) {}
 #endif
-  static HEADSTART_INLINE Ints load_part(const int32_t* p, int) { return load_as<Ints>(p); }
-  static HEADSTART_INLINE int32_t part(int32_t a, int) { return a; }
 };
 
-struct I16 {
-  using word = int32_t;
+struct I16 : WholeWords {
   using element = int16_t;
-  using left_word = int32_t;
   using accumulator = Ints;
   static constexpr int kPerWord = 2;
-  static constexpr int kParts = 1;
   static HEADSTART_INLINE void multiply_add(Ints& acc, int32_t a, Ints b) {
 #if defined(__AVX512BW__)
     acc += (Ints)_mm512_madd_epi16((__m512i)broadcast(a), (__m512i)b);
@@ -372,8 +368,6 @@ struct I16 {
     acc += broadcast((a << 16) >> 16) * ((b << 16) >> 16) + broadcast(a >> 16) * (b >> 16);
 #endif
   }
-  static HEADSTART_INLINE Ints load_part(const int32_t* p, int) { return load_as<Ints>(p); }
-  static HEADSTART_INLINE int32_t part(int32_t a, int) { return a; }
   // A vector of words of 4 int8 as two of words of 2 int16: of each word 0 and 2, and 1 and 3.
   static HEADSTART_INLINE void widen(Ints words, Ints (&pairs)[2]) {
     typedef int16_t Shorts __attribute__((vector_size(kVectorBytes)));
