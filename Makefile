@@ -28,8 +28,8 @@ serve: $(SERVING) ## serve MODEL (smollm2-135m) on 127.0.0.1:8000; CUDA=1: on an
 test: $(TESTING) ## run the tests, 10 to 14 minutes on two cores
 	$(BIN)/pytest -n 2 --no-loadscope-reorder -m 'not slow and not interpreter' $(ARGS)
 
-test-all: $(TESTING) ## run every test, with as many random examples as the tests ask for
-	$(BIN)/pytest --hypothesis-profile=all $(ARGS)
+test-all: $(TESTING) ## run every test, with as many random examples as they ask for: half an hour on two cores
+	$(BIN)/pytest -n 2 --no-loadscope-reorder --hypothesis-profile=all $(ARGS)
 
 test-gpu-interpreter: $(TESTING) ## run the GPU kernels' tests in Triton's interpreter
 	$(BIN)/pytest --hypothesis-profile=all -m 'interpreter or smoke' $(ARGS)
