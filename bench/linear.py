@@ -22,6 +22,7 @@ from headstart.engine.process.cores import usable_cores
 from headstart.kernels import _cpu
 from headstart.kernels.cpu.backend import CpuBackend, Rows
 from headstart.kernels.devices import instruction_sets
+from headstart.kernels.packing import pack_int8
 from headstart.kernels.processor import processor_name
 
 HIDDEN, INNER, QKV, VOCAB, LAYERS = 576, 1536, 960, 49152, 30
@@ -48,7 +49,7 @@ class Ours:
         self.name = isa
         self._backend = CpuBackend(isa=isa, weights="int8", threads=threads, page_size=32)
         self._weights = [
-            self._backend.quantized_weight(_random_weight(s), torch.rand(s[0]), None)
+            self._backend.packed_weight(pack_int8(_random_weight(s), torch.rand(s[0]), None))
             for s in shapes
         ]
 

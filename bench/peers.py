@@ -1,10 +1,11 @@
-"""headstart beside another engine on the same prompts: `python -m headstart.bench.peers`.
+"""headstart beside other engines on the same prompts: `python -m headstart.bench.peers`.
 
-Each repetition of each workload runs on one engine and then on the other (A B B A ...), so that
-drift of the machine meets both; the engine that is not measured waits and computes nothing.
-headstart is started by this command unless --url names a running server. OpenVINO GenAI runs in
-process, in an environment of its own (`make peers` creates it). With --beside vllm, on a GPU, it is
-vLLM's server, which is started from the --python that has it, on the weights headstart converted.
+Each repetition of each workload runs on one engine after the other (A B C, C B A, ...), so that
+drift of the machine meets all; an engine that is not measured waits and computes nothing.
+headstart is started by this command unless --url names a running server. OpenVINO GenAI and
+llama.cpp run as libraries in processes of their own, in an environment of their own (`make peers`
+creates it). With --beside vllm, on a GPU, it is vLLM's server, which is started from the --python
+that has it, on the weights headstart converted.
 
 JSON lines on stdout (or appended to --out), tables and the ratios on stderr. bench/README.md
 defines every figure. Exit status: 0, 1 if an engine cannot be used or a request failed, 2 for
@@ -22,17 +23,18 @@ import uvloop
 
 from headstart.bench.command import exit_status
 from headstart.bench.http_client import BenchError, connect
-from headstart.bench.openvino_target import OpenVinoSettings, start_openvino
 from headstart.bench.prompts import PromptSource
 from headstart.bench.report import print_comparison, print_header, print_result
 from headstart.bench.samples import Result, Target, summarise
 from headstart.bench.serve import emit, fresh_seed, now
 from headstart.bench.server_process import default_gguf, start_headstart, start_vllm
+from headstart.bench.worker_target import WORKERS, start_worker
 from headstart.bench.workloads import WORKLOADS, Workload, alternate, by_name, calibrate, check
 from headstart.engine.config import default_home
+from headstart.engine.models.gguf_weights import huggingface_folder
 from headstart.engine.models.store import resolve
 
-PEERS = ("openvino", "vllm")
+PEERS = (*WORKERS, "vllm")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,8 +47,14 @@ def parser() -> argparse.ArgumentParser:
     add = command.add_argument
     names = ", ".join(w.name for w in WORKLOADS)
     add("--workload", nargs="+", metavar="NAME", help=f"only these (default all): {names}")
-    add("--beside", choices=PEERS, default="openvino", help="the other engine (%(default)s)")
-    add("--only", choices=("headstart", "peer"), help="measure one engine alone")
+    add(
+        "--beside",
+        choices=PEERS,
+        nargs="+",
+        default=list(WORKERS),
+        help=f"the other engines (default: {' '.join(WORKERS)})",
+    )
+    add("--only", choices=("headstart", "peer"), help="measure headstart, or the others, alone")
     add("--url", help="a running headstart server; default: start one and stop it at the end")
     add("--model", default="smollm2-135m", help="what `headstart serve` gets (%(default)s)")
     add(
@@ -55,12 +63,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="'FLAG ...'",
         help="further arguments of `headstart serve`, as one string",
     )
-    add("--gguf", type=Path, help="GGUF for OpenVINO (default: the one headstart downloaded)")
+    add("--gguf", type=Path, help="GGUF for the others (default: --model's, if it is one file)")
     add(
         "--python",
         type=Path,
         default=Path(".venv-peers/bin/python"),
-        help="interpreter that has openvino-genai, or vllm (%(default)s)",
+        help="interpreter that has the other engines (%(default)s)",
     )
     add(
         "--vllm-args",
@@ -74,6 +82,13 @@ def parser() -> argparse.ArgumentParser:
         default={},
         metavar="JSON",
         help="pipeline settings, such as '{\"max_batched_tokens\": 2048}'",
+    )
+    add(
+        "--llama",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="settings of its context, such as '{\"ubatch\": 1024}'",
     )
     add("--out", type=Path, help="append the JSON lines to this file instead of printing them")
     add("--seed", type=int, help="of the prompts (default: new for every run)")
@@ -96,25 +111,26 @@ async def _targets(stack: AsyncExitStack, args: argparse.Namespace) -> list[Targ
         )
         client = connect(url, None, timeout=args.timeout, name="headstart")
         targets.append(await stack.enter_async_context(client))
-    if args.only != "headstart" and args.beside == "vllm":
-        _check(args.python, "give --python")
-        folder = resolve(args.model, default_home())
-        server = start_vllm(args.python, folder, shlex.split(args.vllm_args))
-        url = await stack.enter_async_context(server)
-        client = connect(url, None, timeout=args.timeout, name="vllm")
-        targets.append(await stack.enter_async_context(client))
-    elif args.only != "headstart":
-        try:
-            settings = OpenVinoSettings(**args.openvino)
-        except TypeError as error:
-            raise BenchError(f"--openvino: {error}") from error
-        gguf = args.gguf or default_gguf()
-        _check(args.python, "`make peers` creates it")
-        _check(gguf, "give --gguf")
-        worker = start_openvino(args.python, gguf, settings, timeout=args.timeout)
-        openvino = await stack.enter_async_context(worker)
-        print(f"openvino-genai {openvino.version}  {settings}", file=sys.stderr)
-        targets.append(openvino)
+    if args.only == "headstart":
+        return targets
+    for peer in args.beside:
+        if peer == "vllm":
+            _check(args.python, "give --python")
+            folder = huggingface_folder(resolve(args.model, default_home()))
+            server = start_vllm(args.python, folder, shlex.split(args.vllm_args))
+            url = await stack.enter_async_context(server)
+            client = connect(url, None, timeout=args.timeout, name="vllm")
+            targets.append(await stack.enter_async_context(client))
+        else:
+            own = Path(args.model)
+            gguf = args.gguf or (own if own.suffix == ".gguf" else default_gguf())
+            _check(args.python, "`make peers` creates it")
+            _check(gguf, "give --gguf")
+            settings = getattr(args, peer)
+            worker = start_worker(peer, args.python, gguf, settings, timeout=args.timeout)
+            engine = await stack.enter_async_context(worker)
+            print(f"{peer} {engine.version}  {settings or 'default settings'}", file=sys.stderr)
+            targets.append(engine)
     return targets
 
 

@@ -60,20 +60,26 @@ def _row(cells: list[str]) -> str:
 def print_comparison(rows: list[tuple[str, str, list[Result]]]) -> None:
     """Headline figures side by side: (workload, field of Result, one result per target).
 
-    The ratio says how many times better the first target is than the second: above 1 it is ahead,
-    whether the figure is a time (less is better) or a rate (more is better).
+    A ratio says how many times better the first target is than each of the others: above 1 it is
+    ahead, whether the figure is a time (less is better) or a rate (more is better).
     """
     names = [result.target for result in rows[0][2]]
-    head = f"\n{'workload':16}{'figure':22}" + "".join(f"{name:>12}" for name in names)
-    print(f"{head}{'ratio':>8}", file=sys.stderr)
+    heads = [*names, *(f"/{name}" for name in names[1:])]
+    print(
+        f"\n{'workload':16}{'figure':22}" + "".join(f"{head:>12}" for head in heads),
+        file=sys.stderr,
+    )
     for workload, field, results in rows:
         values: list[float | None] = [getattr(result, field) for result in results]
-        cells = "".join(f"{_number(value, 2):>12}" for value in values)
-        first, second = values[0], values[1]
-        ratio = "-"
-        if first and second:
-            ratio = f"{(first / second if field.endswith('_per_s') else second / first):.2f}x"
-        print(f"{workload:16}{field:22}{cells}{ratio:>8}", file=sys.stderr)
+        cells = [_number(value, 2) for value in values]
+        first = values[0]
+        for value in values[1:]:
+            ratio = "-"
+            if first and value:
+                ratio = f"{(first / value if field.endswith('_per_s') else value / first):.2f}x"
+            cells.append(ratio)
+        line = "".join(f"{cell:>12}" for cell in cells)
+        print(f"{workload:16}{field:22}{line}", file=sys.stderr)
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

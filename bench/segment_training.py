@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from headstart.bench.segment_task import Question
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.gguf_weights import huggingface_folder
 from headstart.engine.ranges.segments import Segments, turn_spans
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
@@ -106,7 +107,7 @@ def load_model(folder: Path) -> Any:
     """The model to adapt, in bf16, its weights frozen."""
     # Attention as plain products: fused attention takes twice as long backwards at this length.
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation="eager"
+        huggingface_folder(folder), dtype=torch.bfloat16, attn_implementation="eager"
     )
     return model.requires_grad_(False)
 

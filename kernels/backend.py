@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from headstart.kernels.packing import Int8Panels
 from headstart.kernels.ranges import IntArray, KVRanges
 from headstart.kernels.shared_memory import SharedMemory
 
@@ -165,8 +166,8 @@ class Backend(Protocol):
         """A dense layer from ``weight [out, in]`` and ``bias [out]``."""
         ...
 
-    def quantized_weight(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Linear:
-        """A dense layer from int8 ``weight [out, in]`` and float32 ``scale [out]``."""
+    def packed_weight(self, panels: Int8Panels) -> Linear:
+        """A dense layer from an int8 matrix; where it can be, it is used as it lies."""
         ...
 
     def kv_bytes_per_page(self, shape: AttentionShape, layers: int) -> int: ...

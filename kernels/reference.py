@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from headstart.kernels.backend import AttentionShape, DenseLinear, HostMemory, LoraPart, RopeTable
+from headstart.kernels.packing import Int8Panels
 from headstart.kernels.processor import processor_name
 from headstart.kernels.ranges import IntArray, KVRanges
 
@@ -97,8 +98,9 @@ class ReferenceBackend(HostMemory):
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
         return DenseLinear(weight.float(), None if bias is None else bias.float())
 
-    def quantized_weight(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> DenseLinear:
-        return self.linear_weight(weight.float() * scale[:, None], bias)
+    def packed_weight(self, panels: Int8Panels) -> DenseLinear:
+        scale = panels.scale[: panels.out_features, None]
+        return self.linear_weight(panels.weight().float() * scale, panels.bias)
 
     def kv_bytes_per_page(self, shape: AttentionShape, layers: int) -> int:
         return layers * self.page_size * 2 * shape.kv_heads * shape.head_dim * 4

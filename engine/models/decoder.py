@@ -19,7 +19,7 @@ from torch.nn.functional import rms_norm
 
 from headstart.engine.batch import AdapterRows, Batch, Read
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.parameters import Matrix, Parameters
+from headstart.engine.models.parameters import AnyMatrix, Matrix, Parameters
 from headstart.engine.models.ranks import OneRank, Ranks
 from headstart.engine.models.spec import DOWN, GATE_UP, MATRICES, QKV, O
 from headstart.kernels.backend import AttentionShape, Backend, FixedBatch, Linear, RopeTable
@@ -69,10 +69,10 @@ class Decoder:
         self.times_attention = not backend.asynchronous
         """Whether it is counted. Where ``attend`` only launches, it has to be waited for."""
 
-        def linear(matrix: Matrix) -> Linear:
-            if matrix.scale is None:
+        def linear(matrix: AnyMatrix) -> Linear:
+            if isinstance(matrix, Matrix):
                 return backend.linear_weight(matrix.weight, matrix.bias)
-            return backend.quantized_weight(matrix.weight, matrix.scale, matrix.bias)
+            return backend.packed_weight(matrix)
 
         def optional(norm: Tensor | None) -> Tensor | None:
             return None if norm is None else backend.constant(norm)

@@ -1,25 +1,20 @@
-"""GGUF to the Hugging Face form: config.json and float32 safetensors, tensor by tensor.
+"""A GGUF file in Hugging Face's terms: its config.json, and which tensor is which.
 
     file = GGUFFile(path)
     config = hf_config(file)                    # dict, as config.json has it
-    write_safetensors(file, config, target)     # dequantised by the gguf package
+    entries = tensor_entries(file, ModelConfig.from_dict(config, {}, source=str(path)))
 
-The mapping is ours instead of transformers' because that one drops RoPE scaling, Qwen3's head
-size and extra end tokens, and holds the whole model in memory. Rows of q and k are back in Hugging
-Face's order: llama.cpp interleaves the two halves of each head in files of architecture llama.
+The mapping is ours instead of transformers' because that one drops RoPE scaling, Qwen3's head size
+and extra end tokens, and holds the whole model in memory. gguf_weights.py reads the tensors.
+Imports no torch.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from gguf import dequantize
 from gguf.constants import GGMLQuantizationType as Type
 
 from headstart.engine.errors import ModelError
@@ -57,8 +52,6 @@ POOLING_MODES = {
     3: "pooling_mode_lasttoken",
 }
 """llama.cpp's numbers of them, and the names that sentence-transformers has for them."""
-CHUNK_ELEMENTS = 1 << 22
-"""Elements dequantised at a time: 16 MB of float32 and a few times that of temporaries."""
 IGNORED_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Not weights: they become RoPE settings in the config."""
 
@@ -235,8 +228,8 @@ def _factors(file: GGUFFile, info: TensorInfo) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One tensor on its way: ``heads`` is set where rows of each head are interleaved."""
+class TensorEntry:
+    """Hugging Face's name of a tensor; ``heads`` is set where rows of each head are interleaved."""
 
     hf_name: str
     info: TensorInfo
@@ -283,10 +276,10 @@ def _tensor_table(
             yield f"{hf}.{hf_name}.weight", f"{gg}.{gguf_name}.weight", (size,), None
 
 
-def _entries(file: GGUFFile, config: ModelConfig) -> list[_Entry]:
+def tensor_entries(file: GGUFFile, config: ModelConfig) -> list[TensorEntry]:
     """Match the file's tensors with what the config asks for; ModelError names the odd one."""
     gguf_llama = file.metadata["general.architecture"] in ("llama", "mistral")
-    entries: list[_Entry] = []
+    entries: list[TensorEntry] = []
     # One at a time, so that an absurd layer count ends at the first layer that is not there.
     for hf_name, gguf_name, shape, heads in _tensor_table(config, gguf_llama):
         info = file.tensors.get(gguf_name)
@@ -302,7 +295,7 @@ def _entries(file: GGUFFile, config: ModelConfig) -> list[_Entry]:
                 f"{file.path}: tensor {gguf_name} has type {info.type.name}; "
                 f"supported are {', '.join(kind.name for kind in TYPES)}"
             )
-        entries.append(_Entry(hf_name, info, heads))
+        entries.append(TensorEntry(hf_name, info, heads))
     extra = set(file.tensors) - {entry.info.name for entry in entries} - set(IGNORED_TENSORS)
     if extra:
         raise ModelError(
@@ -310,62 +303,3 @@ def _entries(file: GGUFFile, config: ModelConfig) -> list[_Entry]:
             f"{', '.join(sorted(extra)[:5])}"
         )
     return entries
-
-
-def write_safetensors(
-    file: GGUFFile,
-    config: dict[str, Any],
-    target: Path,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Write every tensor of ``file`` as float32 to the safetensors file ``target``.
-
-    ``progress(done, total)`` counts bytes written. At most CHUNK_ELEMENTS are in memory at once.
-    Raises ModelError naming a tensor that is missing, extra, misshapen, of an unsupported type or
-    not finite.
-    """
-    entries = _entries(file, ModelConfig.from_dict(config, {}, source=str(file.path)))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    total = 0
-    for entry in entries:
-        size = 4 * int(np.prod(entry.info.shape, dtype=np.int64))
-        header[entry.hf_name] = {
-            "dtype": "F32",
-            "shape": list(entry.info.shape),
-            "data_offsets": [total, total + size],
-        }
-        total += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start aligned
-    done = 0
-    with target.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little"))
-        out.write(text)
-        for entry in entries:
-            for chunk in _dequantised(file, entry):
-                out.write(chunk.data)
-                done += chunk.nbytes
-            if progress is not None:
-                progress(done, total)
-
-
-def _dequantised(file: GGUFFile, entry: _Entry) -> Iterator[npt.NDArray[np.float32]]:
-    """The tensor's values in order, some rows at a time."""
-    info = entry.info
-    rows = file.rows(info)
-    order: npt.NDArray[np.int64] | None = None
-    if entry.heads is not None:
-        # A bias is one row of one block size: reorder its values after dequantising instead.
-        half = info.shape[0] // entry.heads // 2
-        order = np.arange(info.shape[0]).reshape(entry.heads, half, 2).swapaxes(1, 2).reshape(-1)
-    step = max(1, CHUNK_ELEMENTS // info.shape[-1])
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        raw = rows[part] if order is None or len(info.shape) == 1 else rows[order[part]]
-        with np.errstate(all="ignore"):  # random bytes make infinite scales; checked below
-            values = np.asarray(dequantize(np.ascontiguousarray(raw), info.type), np.float32)
-        if order is not None and len(info.shape) == 1:
-            values = values[:, order]
-        if not np.isfinite(values).all():
-            raise ModelError(f"{file.path}: tensor {info.name} holds values that are not finite")
-        yield np.ascontiguousarray(values)

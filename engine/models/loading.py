@@ -41,7 +41,7 @@ steps should not take so long that those who decode notice."""
 CPU_FORMATS = ("f32", "bf16", "int8")
 
 INT8_TOLERANCE = 1.01
-"""int8 is chosen by "auto" unless its perplexity is shown to be more than so many times bf16's."""
+"""int8 is chosen by "auto" unless its perplexity is shown to be over so many times float32's."""
 
 FAST_INT8 = (
     "avx512_bf16",
@@ -85,9 +85,9 @@ def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
         least, most = quality["int8_least"], quality["int8_most"]
         between = f"{least - 1:+.1%} to {most - 1:+.1%}"
         if least <= INT8_TOLERANCE:
-            logger.info("weights: int8, whose perplexity is %s of bf16's", between)
+            logger.info("weights: int8, whose perplexity is %s of float32's", between)
             return "int8"
-        reason = f"its perplexity is {between} of bf16's"
+        reason = f"its perplexity is {between} of float32's"
     logger.info("weights: not int8, because %s", reason)
     return "bf16" if isa == "avx512_bf16" else "f32"
 

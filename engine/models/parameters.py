@@ -4,8 +4,8 @@ Matrices that read the same rows are stacked, so that they are one product:
 
     qkv      [ q_proj ; k_proj ; v_proj ]     gate_up  [ gate_proj ; up_proj ]
 
-``read_float`` takes them from Hugging Face safetensors; quantize.py writes and reads int8 ones.
-Layers are read one at a time, as they are asked for.
+``read_float`` takes them from Hugging Face safetensors or a GGUF file, formats/int8.py reads int8
+ones. Layers are read one at a time, as they are asked for.
 """
 
 from __future__ import annotations
@@ -13,21 +13,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.weights import Weights
+from headstart.engine.models.weights import GGUF_LINK, Weights
+from headstart.kernels.packing import Int8Panels
+
+if TYPE_CHECKING:
+    from headstart.engine.models.gguf_weights import GGUFWeights
 
 
 @dataclass(slots=True)
 class Matrix:
-    """``weight [out, in]``, float or int8 with float32 ``scale [out]``; float32 ``bias [out]``."""
+    """``weight [out, in]``, float; float32 ``bias [out]``."""
 
     weight: Tensor
     bias: Tensor | None = None
-    scale: Tensor | None = None
+
+
+AnyMatrix = Matrix | Int8Panels
 
 
 @dataclass(slots=True)
@@ -35,13 +42,13 @@ class LayerParameters:
     """One decoder layer. Norm weights are float32."""
 
     input_norm: Tensor
-    qkv: Matrix
+    qkv: AnyMatrix
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Matrix
+    o: AnyMatrix
     post_norm: Tensor
-    gate_up: Matrix
-    down: Matrix
+    gate_up: AnyMatrix
+    down: AnyMatrix
 
 
 @dataclass(slots=True)
@@ -55,32 +62,73 @@ class Parameters:
     embedding: Tensor
     layers: Iterator[LayerParameters]
     final_norm: Tensor
-    head: Matrix | None
+    head: AnyMatrix | None
     hidden_norm: Tensor | None = None
 
 
-def read_float(config: ModelConfig, folder: Path) -> Parameters:
-    """The float parameters of ``folder`` as stored. Raises ModelError naming a wrong tensor.
+class Checkpoint:
+    """The float parameters of ``folder``, read piece by piece as stored.
 
-    Tensors nobody asked for are an error, raised when the last layer has been read.
+    Raises ModelError naming a wrong tensor. Tensors nobody asked for are an error, raised when the
+    last layer has been read.
     """
-    weights = Weights.open(folder)
-    hidden, trunk = config.hidden_size, trunk_prefix(weights)
-    embedding = weights.take(f"{trunk}embed_tokens.weight", (config.vocab_size, hidden))
-    final_norm = weights.take(f"{trunk}norm.weight", (hidden,)).float()
-    head = weights.take("lm_head.weight", (config.vocab_size, hidden), optional=True)
+
+    def __init__(self, config: ModelConfig, folder: Path) -> None:
+        self.config = config
+        self._weights: Weights | GGUFWeights
+        if (folder / GGUF_LINK).is_symlink():
+            # Loaded where there is such a file only.
+            from headstart.engine.models.gguf_weights import GGUFWeights
+
+            self._weights = GGUFWeights.linked(folder, config)
+        else:
+            self._weights = Weights.open(folder)
+        self._trunk = trunk_prefix(self._weights)
+        self._table = (config.vocab_size, config.hidden_size)
+        self._embedding = f"{self._trunk}embed_tokens.weight"
+
+    @property
+    def has_head(self) -> bool:
+        return self.config.tie_word_embeddings or "lm_head.weight" in self._weights.names()
+
+    def embedding(self) -> Tensor:
+        return self._weights.take(self._embedding, self._table)
+
+    def embedding_rows(self) -> Iterator[Tensor]:
+        """The same in runs of rows."""
+        return self._weights.rows(self._embedding, self._table)
+
+    def head(self) -> Tensor | None:
+        """None where there is none, or where it is the embedding."""
+        return self._weights.take("lm_head.weight", self._table, optional=True)
+
+    def head_rows(self) -> Iterator[Tensor]:
+        tied = self.config.tie_word_embeddings
+        return self._weights.rows(self._embedding if tied else "lm_head.weight", self._table)
+
+    def final_norm(self) -> Tensor:
+        return self._weights.take(f"{self._trunk}norm.weight", (self.config.hidden_size,)).float()
+
+    def layers(self) -> Iterator[LayerParameters]:
+        for index in range(self.config.num_layers):
+            yield _read_layer(self.config, self._weights, f"{self._trunk}layers.{index}.")
+        self._weights.finish()
+
+
+def read_float(config: ModelConfig, folder: Path) -> Parameters:
+    """The float parameters of ``folder`` as stored, for a decoder (see ``Checkpoint``)."""
+    checkpoint = Checkpoint(config, folder)
+    embedding = checkpoint.embedding()
+    final_norm = checkpoint.final_norm()
+    head = checkpoint.head()
     if config.tie_word_embeddings:
         head = embedding
-
-    def layers() -> Iterator[LayerParameters]:
-        for index in range(config.num_layers):
-            yield _read_layer(config, weights, f"{trunk}layers.{index}.")
-        weights.finish()
-
-    return Parameters(embedding, layers(), final_norm, None if head is None else Matrix(head))
+    return Parameters(
+        embedding, checkpoint.layers(), final_norm, None if head is None else Matrix(head)
+    )
 
 
-def trunk_prefix(weights: Weights) -> str:
+def trunk_prefix(weights: Weights | GGUFWeights) -> str:
     """What the names of all tensors but the head's begin with: nothing where the checkpoint was
     saved without one."""
     names = weights.names()
@@ -88,7 +136,9 @@ def trunk_prefix(weights: Weights) -> str:
     return "" if bare else "model."
 
 
-def _read_layer(config: ModelConfig, weights: Weights, prefix: str) -> LayerParameters:
+def _read_layer(
+    config: ModelConfig, weights: Weights | GGUFWeights, prefix: str
+) -> LayerParameters:
     hidden, inner = config.hidden_size, config.intermediate_size
     q_size = config.num_heads * config.head_dim
     kv_size = config.num_kv_heads * config.head_dim

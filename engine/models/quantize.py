@@ -15,9 +15,10 @@ diag(1/s) costs nothing at run time, because what produces x takes it in:
     down                                 the rows of up
     o                                    the rows of v (one s for the query heads of a KV head)
 
-The ranges of x come from a bundled text. FOLDER gets int8/model.safetensors (everything but the
-embedding, which stays bf16, in the shape parameters.py describes), int8/smoothing.safetensors (the
-factors s, for LoRA adapters: adapters.py) and int8/quality.json.
+The ranges of x come from a bundled text. The model is read once, a layer at a time: the text goes
+through it in float32 (float_pass.py), is smoothed, rounded, packed and written, and the next one is
+read. FOLDER gets int8/model.safetensors (formats/int8.py describes it), int8/smoothing.safetensors
+(the factors s, for LoRA adapters: adapters.py) and int8/quality.json.
 """
 
 from __future__ import annotations
@@ -27,47 +28,56 @@ import json
 import os
 import sys
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headstart.engine.errors import HeadstartError, ModelError
+from headstart.engine.errors import HeadstartError
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.formats.int8 import FOLDER, QUALITY, SMOOTHING, read_int8
-from headstart.engine.models.parameters import LayerParameters, Matrix, read_float
+from headstart.engine.models.float_pass import FloatPass
+from headstart.engine.models.formats.int8 import (
+    FOLDER,
+    QUALITY,
+    SMOOTHING,
+    WEIGHTS,
+    matrix_sizes,
+    tensor_specs,
+)
+from headstart.engine.models.parameters import AnyMatrix, Checkpoint, LayerParameters, Matrix
+from headstart.engine.models.quality import (
+    WINDOW,
+    excess,
+    perplexity,
+    text_losses,
+    text_tokens,
+    windows,
+)
+from headstart.engine.models.runner import ModelRunner, load_decoder
+from headstart.engine.models.store import DAMAGED
+from headstart.engine.models.weights import GGUF_LINK, TensorFile, row_runs
 from headstart.engine.process.cores import usable_cores
-from headstart.kernels.backend import Backend, Linear, RopeTable
-from headstart.kernels.devices import instruction_sets, load_backend
+from headstart.kernels.devices import load_backend
+from headstart.kernels.packing import check_int8_shape, pack_int8
 
 ALPHA = {"qkv": 0.6, "o": 0.4, "gate_up": 0.6, "down": 0.6, "head": 0.6}
 """Searched on SmolLM2-135M, as means over four roundings (bench/results/README.md, Quality);
 the paper's single value is 0.5."""
-CALIBRATION_TOKENS = 2048
+CALIBRATION_TOKENS, LEAST_TOKENS = 2048, 512
+"""Of the text that ranges are taken from: for small models, and for those of many parameters."""
+PRODUCTS = 10**12
+"""Multiplications in each matrix that a text may cost (a model of 135M has all of its tokens)."""
 KNOWN = Path(__file__).with_name("known_quality.json")
-Ranges = dict[int, Tensor]
+KNOWN_BYTES = 1 << 30
+"""Larger models are not known, and not read once more to see that."""
+UNSUITABLE = 3
+"""Exit status of the command where a model has no int8 weights; DAMAGED: it is no model at all."""
 
 
-class RangeRecorder:
-    """A backend that notes the largest |x| of every input channel of every linear layer."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.ranges: Ranges = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def linear(self, x: Any, weight: Linear) -> Tensor:
-        rows = x if isinstance(x, Tensor) else x.data
-        seen = rows.float().abs().amax(dim=0)
-        before = self.ranges.get(id(weight))
-        self.ranges[id(weight)] = seen if before is None else torch.maximum(before, seen)
-        return self._backend.linear(x, weight)
+class UnsuitableError(HeadstartError):
+    """A whole model that has no int8 weights. The message says why."""
 
 
 def smoothing(ranges: Tensor, weight_ranges: Tensor, alpha: float) -> Tensor:
@@ -83,38 +93,44 @@ def _input_ranges(weight: Tensor) -> Tensor:
 
 
 def smooth_layer(
-    layer: LayerParameters, config: ModelConfig, recorded: tuple[Tensor, Tensor, Tensor, Tensor]
+    layer: LayerParameters, config: ModelConfig, recorded: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Move activation ranges into the weights of ``layer``, in place; returns the factors.
+    """Move activation ranges into the weights of ``layer``; returns the factors.
 
     recorded: largest |x| of the inputs of qkv, o, gate_up and down. The factors are of those
     inputs, float32 ``[in]`` each, under those names.
     """
-    qkv_in, o_in, gate_up_in, down_in = recorded
-    for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
-        matrix.weight = matrix.weight.float().clone()
-        matrix.bias = None if matrix.bias is None else matrix.bias.clone()
+    matrices = {name: _writable(getattr(layer, name)) for name in ("qkv", "o", "gate_up", "down")}
+    for name, matrix in matrices.items():
+        setattr(layer, name, matrix)
 
-    qkv = smoothing(qkv_in, _input_ranges(layer.qkv.weight), ALPHA["qkv"])
+    def factor_of(name: str) -> Tensor:
+        weight_ranges = _input_ranges(matrices[name].weight)
+        factor = smoothing(recorded[name], weight_ranges, ALPHA[name])
+        matrices[name].weight *= factor
+        return factor
+
+    qkv, gate_up, down = factor_of("qkv"), factor_of("gate_up"), factor_of("down")
     layer.input_norm = layer.input_norm / qkv
-    layer.qkv.weight *= qkv
-    gate_up = smoothing(gate_up_in, _input_ranges(layer.gate_up.weight), ALPHA["gate_up"])
     layer.post_norm = layer.post_norm / gate_up
-    layer.gate_up.weight *= gate_up
-
-    down = smoothing(down_in, _input_ranges(layer.down.weight), ALPHA["down"])
-    layer.down.weight *= down
-    _divide_rows(layer.gate_up, config.intermediate_size, down)
+    _divide_rows(matrices["gate_up"], config.intermediate_size, down)
 
     # One factor per value channel: all query heads of a KV head read the same values.
     groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
-    weight_ranges = _input_ranges(layer.o.weight).view(groups).amax(dim=1)
-    values = smoothing(o_in.view(groups).amax(dim=1), weight_ranges, ALPHA["o"])
+    weight_ranges = _input_ranges(matrices["o"].weight).view(groups).amax(dim=1)
+    values = smoothing(recorded["o"].view(groups).amax(dim=1), weight_ranges, ALPHA["o"])
     o = values[:, None, :].expand(groups).reshape(-1)
-    layer.o.weight *= o
+    matrices["o"].weight *= o
     first_value = (config.num_heads + config.num_kv_heads) * config.head_dim
-    _divide_rows(layer.qkv, first_value, values.reshape(-1))
+    _divide_rows(matrices["qkv"], first_value, values.reshape(-1))
     return {"qkv": qkv, "o": o, "gate_up": gate_up, "down": down}
+
+
+def _writable(matrix: AnyMatrix) -> Matrix:
+    """A float32 copy: what was read may be the mapped file itself."""
+    assert isinstance(matrix, Matrix)
+    bias = None if matrix.bias is None else matrix.bias.clone()
+    return Matrix(matrix.weight.to(torch.float32, copy=True), bias)
 
 
 def _divide_rows(matrix: Matrix, start: int, factor: Tensor) -> None:
@@ -123,100 +139,182 @@ def _divide_rows(matrix: Matrix, start: int, factor: Tensor) -> None:
         matrix.bias[start:] /= factor
 
 
-def quantize_matrix(matrix: Matrix) -> Matrix:
-    """int8 weight and float32 scale per output channel: w = scale * w_q, |w_q| <= 127."""
-    weight = matrix.weight.float()
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 rows and their float32 scales: w = scale * w_q, |w_q| <= 127."""
     scale = weight.abs().amax(dim=1) / 127
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros(()))
-    quantized = (weight * inverse[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return Matrix(quantized, matrix.bias, scale)
+    return (weight * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-def calibrate(folder: Path, config: ModelConfig) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-    """Ranges of the inputs of (qkv, o, gate_up, down) per layer, and of the head."""
-    from headstart.engine.models.quality import text_tokens
+class _Int8File:
+    """int8/model.safetensors on its way."""
 
-    backend = RangeRecorder(_backend("f32"))
-    runner = _runner(folder, config, backend, "f32")
-    backend.ranges.clear()
-    _run_over(runner, text_tokens(folder, "calibration", CALIBRATION_TOKENS))
-    decoder, ranges = runner.decoder, backend.ranges
-    layers = [
-        tuple(ranges[id(w)] for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
-        for layer in decoder.layers
-    ]
-    return layers, ranges[id(decoder.head)]
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        self._file = TensorFile(path, tensor_specs(config))
+        self.close = self._file.close
+
+    def rows(self, name: str, weight: Tensor) -> None:
+        """The next rows of matrix ``name``, whole panels but for the last, rounded and packed."""
+        panels = pack_int8(*quantize_rows(weight), None)
+        self._file.write(f"{name}.panels", panels.data.numpy().data)
+        self._file.write(f"{name}.scale", panels.scale.numpy().data)
+        self._file.write(f"{name}.sums", panels.sums.numpy().data)
+
+    def matrix(self, name: str, matrix: Matrix) -> None:
+        out_features, in_features = matrix.weight.shape
+        for part in row_runs((out_features, in_features)):
+            self.rows(name, matrix.weight[part])
+        if matrix.bias is not None:
+            self.vector(f"{name}.bias", matrix.bias)
+
+    def vector(self, name: str, vector: Tensor) -> None:
+        self._file.write(name, vector.contiguous().numpy().data)
+
+    def embedding(self, rows: Tensor) -> None:
+        self._file.write("embedding", rows.bfloat16().view(torch.int16).numpy().data)
+
+    def layer(self, index: int, layer: LayerParameters) -> None:
+        name = f"layers.{index}"
+        for norm in ("input_norm", "post_norm", "q_norm", "k_norm"):
+            value = getattr(layer, norm)
+            if value is not None:
+                self.vector(f"{name}.{norm}", value)
+        for kind in ("qkv", "o", "gate_up", "down"):
+            self.matrix(f"{name}.{kind}", getattr(layer, kind))
 
 
 def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
-    """Write int8 weights and quality.json into ``folder``; return the perplexities by format."""
-    from headstart.engine.models.quality import excess, perplexity, text_losses, text_tokens
+    """Write int8 weights and quality.json into ``folder``; return what is in that.
 
+    ``progress(done, total)`` counts megabytes of float32 weights, read and judged. Raises
+    UnsuitableError for a model that has none, and ModelError for a damaged one.
+    """
     config = ModelConfig.from_folder(folder)
-    steps, done = config.num_layers + 4, 0
-    parameters = read_float(config, folder)
-    if parameters.head is None or not config.causal:
-        raise ModelError("they are judged by how well text is predicted, which this model does not")
+    checkpoint = Checkpoint(config, folder)
+    _check(checkpoint)
+    known = known_quality(folder)
+    tokens = max(LEAST_TOKENS, PRODUCTS // _parameters(config))
+    evaluation = text_tokens(folder, "evaluation", tokens) if known is None else []
+    calibration = text_tokens(folder, "calibration", min(tokens, CALIBRATION_TOKENS))
+    advance = _counted(config, len(evaluation), progress)
 
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, steps)
-
-    ranges, head_range = calibrate(folder, config)
-    advance()
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
-    tensors: dict[str, Tensor] = {"embedding": parameters.embedding.bfloat16().contiguous()}
-    factors: dict[str, Tensor] = {}
-    for index, layer in enumerate(parameters.layers):
-        smoothed = smooth_layer(layer, config, ranges[index])  # type: ignore[arg-type]
-        factors |= {f"layers.{index}.{name}": factor for name, factor in smoothed.items()}
-        for name, value in _layer_tensors(layer):
-            tensors[f"layers.{index}.{name}"] = value
-        advance()
-    factor = smoothing(head_range, _input_ranges(parameters.head.weight), ALPHA["head"])
-    tensors["final_norm"] = parameters.final_norm / factor
-    head = quantize_matrix(Matrix(parameters.head.weight.float() * factor))
-    tensors |= _matrix_tensors("head", head)
-    for name, some in (("model.safetensors", tensors), (SMOOTHING, factors)):
-        partial = target / f"{name}.partial"
-        save_file({key: tensor.contiguous() for key, tensor in some.items()}, partial)
-        os.replace(partial, target / name)
-    del tensors, parameters, head
+    partial = target / f"{WEIGHTS}.partial"
+    losses, factors = _write(checkpoint, partial, calibration, evaluation, advance)
+    os.replace(partial, target / WEIGHTS)
+    partial = target / f"{SMOOTHING}.partial"
+    save_file({name: factor.contiguous() for name, factor in factors.items()}, partial)
+    os.replace(partial, target / SMOOTHING)
 
-    quality = known_quality(folder)
+    quality = known
     if quality is None:
-        text = text_tokens(folder, "evaluation")
-        quality, losses = {"tokens": float(len(text))}, {}
-        for weights in ("f32", "bf16", "int8"):
-            runner = _runner(folder, config, _backend(weights), weights)
-            losses[weights] = text_losses(runner, text)
-            quality[weights] = perplexity(losses[weights])
-            advance()
-        quality["int8_least"], quality["int8_most"] = excess(losses["int8"], losses["bf16"])
+        int8 = text_losses(_int8_runner(folder, config), evaluation)
+        quality = {"tokens": float(len(evaluation))}
+        quality |= {"f32": perplexity(losses), "int8": perplexity(int8)}
+        quality["int8_least"], quality["int8_most"] = excess(int8, losses)
+        advance(_parameters(config))
     (target / QUALITY).write_text(json.dumps(quality, indent=1))
     return quality
+
+
+@torch.inference_mode()
+def _write(
+    checkpoint: Checkpoint,
+    target: Path,
+    calibration: list[int],
+    evaluation: list[int],
+    advance: Callable[[int], None],
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Write all int8 weights. Returns the float32 losses of ``evaluation`` and the factors."""
+    config = checkpoint.config
+    size = min(WINDOW, config.max_position_embeddings)
+    seen = windows(calibration, size)
+    text = FloatPass(config, seen + windows(evaluation, size), len(seen))
+    out = _Int8File(target, config)
+    final_norm = checkpoint.final_norm()
+    factors: dict[str, Tensor] = {}
+    head_ranges = torch.zeros(config.hidden_size)
+    try:
+        for rows in checkpoint.embedding_rows():
+            text.embed(rows)
+            out.embedding(rows)
+            if config.tie_word_embeddings:
+                head_ranges = torch.maximum(head_ranges, _input_ranges(rows))
+            advance(rows.numel())
+        for index, layer in enumerate(checkpoint.layers()):
+            smoothed = smooth_layer(layer, config, text.layer(layer))
+            factors |= {f"layers.{index}.{name}": factor for name, factor in smoothed.items()}
+            out.layer(index, layer)
+            advance(_layer_parameters(config))
+        if not config.tie_word_embeddings:
+            for rows in checkpoint.head_rows():
+                head_ranges = torch.maximum(head_ranges, _input_ranges(rows))
+        factor = smoothing(text.finish(final_norm), head_ranges, ALPHA["head"])
+        out.vector("final_norm", final_norm / factor)
+        out.vector("hidden_norm", final_norm)
+        for rows in checkpoint.head_rows():
+            text.head(rows)
+            out.rows("head", rows.float() * factor)
+            advance(rows.numel())
+    finally:
+        out.close()
+    return text.losses(), factors
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Raise UnsuitableError for a model that is not served with int8 weights."""
+    config = checkpoint.config
+    if not checkpoint.has_head or not config.causal:
+        raise UnsuitableError(
+            "they are judged by how well text is predicted, which this model does not"
+        )
+    try:
+        for _, in_features in matrix_sizes(config).values():
+            check_int8_shape(in_features)
+    except ValueError as error:
+        raise UnsuitableError(str(error)) from error
+
+
+def _layer_parameters(config: ModelConfig) -> int:
+    return sum(rows * columns for rows, columns in matrix_sizes(config).values())
+
+
+def _parameters(config: ModelConfig) -> int:
+    """Of the matrices that a token is multiplied with."""
+    return config.num_layers * _layer_parameters(config) + config.vocab_size * config.hidden_size
+
+
+def _counted(
+    config: ModelConfig, judged: int, progress: Callable[[int, int], None] | None
+) -> Callable[[int], None]:
+    """What counts parameters that are done with, for ``progress``."""
+    total = _parameters(config) * (2 if judged else 1) + config.vocab_size * config.hidden_size
+    done = 0
+
+    def advance(parameters: int) -> None:
+        nonlocal done
+        done += parameters
+        if progress:
+            progress(done >> 18, total >> 18)
+
+    return advance
 
 
 def known_quality(folder: Path) -> dict[str, float] | None:
     """What was measured before of the same weights on the same token ids, or None.
 
-    It spares the default model's first start most of its time. KNOWN is by model_digest and by
-    instruction set, since bf16 products are rounded otherwise where hardware makes them.
+    It spares the default model's first start most of its time. KNOWN is by model_digest.
     """
-    known: dict[str, dict[str, dict[str, float]]] = json.loads(KNOWN.read_text())
-    figures = known.get(model_digest(folder), {})
-    return figures.get(instruction_sets()[0]) or figures.get("others")
+    known: dict[str, dict[str, float]] = json.loads(KNOWN.read_text())
+    return known.get(model_digest(folder))
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 of all that the perplexities depend on, but for roundings; "": several files."""
-    from headstart.engine.models.quality import text_tokens
-
-    weights = folder / "model.safetensors"
-    if not weights.exists():
+    """SHA-256 of all that the perplexities depend on, but for roundings; "": it is not known."""
+    gguf = folder / GGUF_LINK
+    weights = gguf if gguf.exists() else folder / WEIGHTS
+    if not weights.exists() or weights.stat().st_size > KNOWN_BYTES:
         return ""
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
@@ -225,45 +323,11 @@ def model_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _layer_tensors(layer: LayerParameters) -> Iterator[tuple[str, Tensor]]:
-    for name in ("input_norm", "post_norm", "q_norm", "k_norm"):
-        value = getattr(layer, name)
-        if value is not None:
-            yield name, value
-    for name in ("qkv", "o", "gate_up", "down"):
-        yield from _matrix_tensors(name, quantize_matrix(getattr(layer, name))).items()
-
-
-def _matrix_tensors(name: str, matrix: Matrix) -> dict[str, Tensor]:
-    tensors = {f"{name}.weight": matrix.weight, f"{name}.bias": matrix.bias}
-    tensors[f"{name}.scale"] = matrix.scale
-    return {key: value for key, value in tensors.items() if value is not None}
-
-
-def _backend(weights: str) -> Backend:
-    return load_backend("cpu", isa="auto", weights=weights, threads=usable_cores())
-
-
-def _runner(folder: Path, config: ModelConfig, backend: Any, weights: str) -> Any:
-    from headstart.engine.models.quality import WINDOW
-    from headstart.engine.models.rope import rope_tables
-    from headstart.engine.models.runner import ModelRunner
-
-    read = read_int8 if weights == "int8" else read_float
+def _int8_runner(folder: Path, config: ModelConfig) -> ModelRunner:
     length = min(WINDOW, config.max_position_embeddings)
-    try:
-        decoder = Decoder(
-            config, backend, read(config, folder), RopeTable(*rope_tables(config, length))
-        )
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    backend = load_backend("cpu", isa="auto", weights="int8", threads=usable_cores())
+    decoder = load_decoder(folder, config, backend, "int8", length)
     return ModelRunner(decoder, backend, -(-length // backend.page_size))
-
-
-def _run_over(runner: Any, token_ids: list[int]) -> None:
-    from headstart.engine.models.quality import text_losses
-
-    text_losses(runner, token_ids)
 
 
 def main() -> None:
@@ -271,7 +335,8 @@ def main() -> None:
     try:
         quantize(Path(sys.argv[1]), lambda done, total: print(done, total, flush=True))
     except HeadstartError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(UNSUITABLE if isinstance(error, UnsuitableError) else DAMAGED)
 
 
 if __name__ == "__main__":

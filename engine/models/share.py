@@ -20,7 +20,8 @@ from torch import Tensor
 
 from headstart.engine.errors import ConfigError
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.parameters import LayerParameters, Matrix, Parameters
+from headstart.engine.models.parameters import AnyMatrix, LayerParameters, Matrix, Parameters
+from headstart.kernels.packing import pack_int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +94,24 @@ class Share:
                 down=self.columns(layer.down),
             )
 
-    def rows(self, matrix: Matrix, *sizes: int) -> Matrix:
+    def rows(self, matrix: AnyMatrix, *sizes: int) -> AnyMatrix:
         """The rank's outputs of each of the matrices stacked in ``matrix``, of these sizes."""
 
         def cut(stacked: Tensor) -> Tensor:
             return torch.cat([self.part(one, 0) for one in torch.split(stacked, list(sizes))])
 
-        return Matrix(
-            cut(matrix.weight),
-            None if matrix.bias is None else cut(matrix.bias),
-            None if matrix.scale is None else cut(matrix.scale),
-        )
+        bias = None if matrix.bias is None else cut(matrix.bias)
+        if isinstance(matrix, Matrix):
+            return Matrix(cut(matrix.weight), bias)
+        return pack_int8(cut(matrix.weight()), cut(matrix.scale[: matrix.out_features]), bias)
 
-    def columns(self, matrix: Matrix) -> Matrix:
+    def columns(self, matrix: AnyMatrix) -> AnyMatrix:
         """What reads the rank's inputs; its outputs are terms of a sum, the bias in one of them."""
         bias = matrix.bias if self.rank == 0 else None
-        return Matrix(self.part(matrix.weight, 1), bias, matrix.scale)
+        if isinstance(matrix, Matrix):
+            return Matrix(self.part(matrix.weight, 1), bias)
+        weight = self.part(matrix.weight(), 1)
+        return pack_int8(weight, matrix.scale[: matrix.out_features], bias)
 
 
 WHOLE = Share(0, 1)

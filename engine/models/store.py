@@ -6,8 +6,10 @@
                                                   1_Pooling/config.json too
                           tokenizer.json, tokenizer_config.json
                           chat_template.jinja, additional_chat_templates/tool_use.jinja (if any)
-                          model.safetensors       or shards with their index; symbolic links to
-                                                  the source's own files unless converted
+                          model.safetensors       or shards with their index, or model.gguf:
+                                                  symbolic links to the source's own files
+                          int8/                   weights in int8 (formats/int8.py), unless the
+                                                  model has none
                           headstart.json          written last: format, source, its files,
                                                   warnings for whoever serves it
 
@@ -45,9 +47,11 @@ from headstart.engine.models.tokenizer import TokenizerConversion
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 7
+FORMAT = 8
 """Version of the converted folder's contents; raise it when old folders must be made again."""
 MARKER = "headstart.json"
+DAMAGED = 2
+"""Exit status of the process that makes int8 weights (quantize.py), for a model that is none."""
 
 Progress = Callable[[str, int, int], None]
 """``progress(stage, done, total)``: stage "download" (bytes), "weights" (bytes or files) or
@@ -302,7 +306,8 @@ def _convert(source: Path, target: Path, report: Progress) -> list[str]:
 def _quantize(folder: Path, report: Progress) -> None:
     """Make int8 weights in a process of its own, since that needs torch.
 
-    A model whose shape the int8 kernels do not compute is served in another format.
+    A model whose shape the int8 kernels do not compute is served in another format. Raises
+    ModelError if its weights are damaged.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "headstart.engine.models.quantize", folder],
@@ -322,21 +327,24 @@ def _quantize(folder: Path, report: Progress) -> None:
         except BaseException:  # such as Ctrl-C: "with" would wait for the process
             process.kill()
             raise
+    last = reason.splitlines()[-1] if reason else f"exit status {process.returncode}"
+    if process.returncode == DAMAGED:
+        raise ModelError(last)
     if process.returncode:
-        last = reason.splitlines()[-1] if reason else f"exit status {process.returncode}"
         logger.warning("no int8 weights for this model: %s", last)
 
 
 def _convert_gguf(source: Path, target: Path, report: Progress) -> list[str]:
-    """Config and tokenizer come first: they refuse what is damaged before any work."""
+    """What is damaged is refused before any work; the weights stay in the file."""
     # numpy and gguf are loaded for conversions only.
-    from headstart.engine.models.gguf import hf_config, pooling_config, write_safetensors
+    from headstart.engine.models.gguf import hf_config, pooling_config, tensor_entries
     from headstart.engine.models.gguf_file import GGUFFile
     from headstart.engine.models.gguf_tokenizer import write_tokenizer
+    from headstart.engine.models.weights import GGUF_LINK
 
     file = GGUFFile(source)
     config = hf_config(file)
-    ModelConfig.from_dict(config, {}, source=str(source))
+    tensor_entries(file, ModelConfig.from_dict(config, {}, source=str(source)))
     (target / "config.json").write_text(json.dumps(config, indent=1))
     report("tokenizer", 0, 1)
     warnings = write_tokenizer(file, target)
@@ -345,12 +353,10 @@ def _convert_gguf(source: Path, target: Path, report: Progress) -> list[str]:
     if pooling is not None:
         (target / POOLING_FILE).parent.mkdir()
         (target / POOLING_FILE).write_text(json.dumps(pooling))
-    write_safetensors(
-        file,
-        config,
-        target / "model.safetensors",
-        lambda done, total: report("weights", done, total),
-    )
+    place, cache = source.resolve(), target.parent.parent.resolve()
+    if place.is_relative_to(cache):  # the whole cache can be moved
+        place = Path(os.path.relpath(place, target.resolve()))
+    (target / GGUF_LINK).symlink_to(place)
     return warnings
 
 

@@ -2,16 +2,19 @@
 
     weights = Weights.open(folder)
     q = weights.take("model.layers.0.self_attn.q_proj.weight", (576, 576))
-    ...
+    for rows in weights.rows("lm_head.weight", (151936, 576)): ...      # too large for one tensor
     weights.finish()        # ModelError if the file holds tensors the model did not ask for
 
 One file (model.safetensors) or shards with model.safetensors.index.json. Tensors are views of the
-mapped file until they are changed or copied.
+mapped file until they are changed or copied. ``TensorFile`` writes such a file piece by piece.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -24,11 +27,18 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GGUF_LINK = "model.gguf"
+"""In a converted folder: the file that its weights are read from (gguf_weights.py)."""
 FLOATS = ("F32", "F16", "BF16")
 HARMLESS_SUFFIX = "rotary_emb.inv_freq"
 """Rotary frequencies, which old checkpoints store and the engine computes."""
 MAX_NAMED = 5
 """Tensors listed in one error; the rest are counted."""
+CHUNK_ELEMENTS = 1 << 22
+"""Elements of a large matrix that are read at a time: 16 MB of float32."""
+PANEL_ROWS = 32
+"""Runs of rows hold whole panels of packed weights (kernels/packing.py)."""
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "I32": 4}
 
 
 class Weights:
@@ -83,21 +93,32 @@ class Weights:
             if optional:
                 return None
             raise ModelError(f"tensor {name} is missing from {self._source}")
+        with self._reading(name, shape) as (file, _):
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+        """The same of a matrix, in runs of rows (``row_runs``)."""
+        if name not in self._owner:
+            raise ModelError(f"tensor {name} is missing from {self._source}")
+        for part in row_runs(shape):
+            with self._reading(name, shape) as (_, view):
+                rows: torch.Tensor = view[part]
+            yield rows
+
+    @contextmanager
+    def _reading(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Any, Any]]:
+        """The file that holds ``name`` and the tensor there, checked."""
         path, file = self._owner[name]
         try:
             view = file.get_slice(name)
             stored, dtype = tuple(view.get_shape()), view.get_dtype()
-            if stored != shape:
-                raise ModelError(
-                    f"tensor {name} in {path} has shape {_show(stored)}, "
-                    f"the config asks for {_show(shape)}"
-                )
+            check_shape(name, path, stored, shape)
             _check_dtype(name, path, dtype, self._dtypes)
-            tensor: torch.Tensor = file.get_tensor(name)
+            yield file, view
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{path}: tensor {name} cannot be read: {_line(error)}") from error
         self._taken.add(name)
-        return tensor
 
     def names(self) -> list[str]:
         """Every tensor in the files, taken or not."""
@@ -120,6 +141,55 @@ class Weights:
                 f"{self._source}: holds tensors this architecture does not use: "
                 f"{', '.join(extra[:MAX_NAMED])}{more}"
             )
+
+
+class TensorFile:
+    """Writes the safetensors file ``path``, in pieces that may come in any order of tensors.
+
+    ``specs``: name, dtype (safetensors' name of it) and shape of each, in the file's order. The
+    data begins at a multiple of 64 bytes, and so does every tensor behind others that are multiples
+    of 64 bytes long: what computes may then read it where it is mapped.
+    """
+
+    def __init__(self, path: Path, specs: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._begin: dict[str, int] = {}
+        total = 0
+        for name, dtype, shape in specs:
+            end = total + math.prod(shape) * DTYPE_BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [total, end]}
+            self._begin[name] = total
+            total = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % 64)
+        self._data = 8 + len(text)
+        self._written = dict.fromkeys(self._begin, 0)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._data + total)
+
+    def write(self, name: str, data: memoryview) -> None:
+        """The next bytes of ``name``."""
+        self._file.seek(self._data + self._begin[name] + self._written[name])
+        self._file.write(data)
+        self._written[name] += data.nbytes
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def check_shape(name: str, path: Path, stored: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raise ModelError unless the tensor is stored in the ``shape`` that is asked for."""
+    if stored != shape:
+        raise ModelError(
+            f"tensor {name} in {path} has shape {_show(stored)}, the config asks for {_show(shape)}"
+        )
+
+
+def row_runs(shape: tuple[int, int]) -> list[slice]:
+    """A matrix of this shape in runs of about CHUNK_ELEMENTS elements, of whole panels of rows."""
+    step = max(1, CHUNK_ELEMENTS // shape[1] // PANEL_ROWS) * PANEL_ROWS
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
 def weight_files(folder: Path) -> list[Path]:

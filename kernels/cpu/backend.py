@@ -19,6 +19,7 @@ from torch import Tensor
 
 from headstart.kernels import _cpu
 from headstart.kernels.backend import AttentionShape, DenseLinear, HostMemory, LoraPart, RopeTable
+from headstart.kernels.packing import Int8Panels
 from headstart.kernels.processor import processor_name
 from headstart.kernels.ranges import IntArray, KVRanges, in_pieces
 from headstart.kernels.shared_memory import SharedMemory
@@ -26,7 +27,6 @@ from headstart.kernels.shared_memory import SharedMemory
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _LOG2E = 1.4426950408889634
 _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module has no name for it
-_PANEL = 32  # outputs a panel of packed int8 weights holds (linear.h)
 _SPLIT_PAGES = 32  # pages whose keys leave one partial result of a row (plan.h)
 _PARTIALS = 64  # partial results are held in multiples of it
 _TILE_VECTORS = 96  # query heads that go through keys together (plan.cpp)
@@ -48,9 +48,9 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """An int8 weight in panels (linear.h). The tensors are kept for the addresses beside them."""
+    """An int8 weight and the addresses of what it consists of (linear.h)."""
 
-    tensors: tuple[Tensor, ...]
+    panels: Int8Panels
     weight_ptr: int
     scale_ptr: int
     sums_ptr: int
@@ -94,14 +94,6 @@ class AttentionPlan(NamedTuple):
 class Query(NamedTuple):
     data: Tensor
     ptr: int
-
-
-def pack_int8(weight: Tensor) -> Tensor:
-    """``[out, in]`` int8 to panels ``[out / 32][in / 4][32][4]``, zero-padded (linear.h)."""
-    out_features, in_features = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, -in_features % 4, 0, -out_features % _PANEL))
-    rows, columns = padded.shape
-    return padded.view(rows // _PANEL, _PANEL, columns // 4, 4).permute(0, 2, 1, 3).contiguous()
 
 
 def pack_lora(weight: Tensor, panel: int, dtype: torch.dtype) -> Tensor:
@@ -186,26 +178,15 @@ class CpuBackend(HostMemory):
             None if bias is None else bias.to(dtype),
         )
 
-    def quantized_weight(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> PackedLinear:
-        if weight.shape[1] % 4:
-            raise ValueError(
-                f"int8 weights need an input size divisible by 4, got {weight.shape[1]}"
-            )
-        if weight.numel() and int(weight.min()) < -127:
-            raise ValueError("int8 weights must not be less than -127, and there is a -128")
-        pad = -weight.shape[0] % _PANEL
-        packed = pack_int8(weight)
-        sums = torch.nn.functional.pad(weight.sum(dim=1, dtype=torch.int32) * 128, (0, pad))
-        scales = torch.nn.functional.pad(scale.float(), (0, pad))
-        tensors = (packed, scales, sums) + (() if bias is None else (bias.float().contiguous(),))
+    def packed_weight(self, panels: Int8Panels) -> PackedLinear:
         return PackedLinear(
-            tensors,
-            packed.data_ptr(),
-            scales.data_ptr(),
-            sums.data_ptr(),
-            0 if bias is None else tensors[3].data_ptr(),
-            weight.shape[1],
-            weight.shape[0],
+            panels,
+            panels.data.data_ptr(),
+            panels.scale.data_ptr(),
+            panels.sums.data_ptr(),
+            0 if panels.bias is None else panels.bias.data_ptr(),
+            panels.in_features,
+            panels.out_features,
         )
 
     def kv_bytes_per_page(self, shape: AttentionShape, layers: int) -> int:

@@ -21,6 +21,7 @@ from headstart.kernels.gpu import attention, flash, kv, lora, rows
 from headstart.kernels.gpu.device import Config, Device
 from headstart.kernels.gpu.plan import ITEMS_PER_PROCESSOR, Capacity, Cut, cut, most_splits
 from headstart.kernels.gpu.tuning import Tuner
+from headstart.kernels.packing import Int8Panels
 from headstart.kernels.ranges import IntArray, KVRanges, in_pieces
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class GpuBackend:
 
         return DenseLinear(placed(weight), None if bias is None else placed(bias))
 
-    def quantized_weight(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> DenseLinear:
+    def packed_weight(self, panels: Int8Panels) -> DenseLinear:
         raise ValueError("int8 weights are for CPUs: the gpu backend has f32, f16 and bf16")
 
     def _layout(self, shape: AttentionShape) -> kv.PageLayout:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from headstart.bench import openvino_target
+from headstart.bench import worker_target
 from headstart.bench.http_client import BenchError
-from headstart.bench.openvino_target import OpenVinoSettings, start_openvino
 from headstart.bench.peers import main
 from headstart.bench.prompts import Calibration, Messages, PromptSource
 from headstart.bench.report import print_comparison
 from headstart.bench.samples import Burst, Sample, summarise
 from headstart.bench.server_process import start_headstart, start_vllm
+from headstart.bench.worker_target import OpenVinoSettings, start_worker
 from headstart.bench.workloads import Workload, alternate
 
 FAKE_WORKER = """
@@ -145,19 +145,28 @@ def test_comparison_is_above_one_when_the_first_is_ahead(
     assert rows[3][-1] == "0.50x"
 
 
+def test_every_other_target_has_its_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [
+        result(n, Sample(0.0, times=(t, 9.0), output_tokens=2))
+        for n, t in zip("abc", (1.0, 2.0, 0.5), strict=True)
+    ]
+    print_comparison([("w", "ttft_ms_median", results)])
+    head, row = [line.split() for line in capsys.readouterr().err.splitlines() if line]
+    assert head == ["workload", "figure", "a", "b", "c", "/b", "/c"]
+    assert row[-2:] == ["2.00x", "0.50x"]
+
+
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "worker.py"
     path.write_text(FAKE_WORKER)
-    monkeypatch.setattr(openvino_target, "WORKER", path)
+    monkeypatch.setitem(worker_target.WORKERS, "openvino", (OpenVinoSettings, str(path)))
     return path
 
 
-async def test_openvino_target(worker: Path, tmp_path: Path) -> None:
-    gguf = tmp_path / "m.gguf"
-    async with start_openvino(
-        Path(sys.executable), gguf, OpenVinoSettings(), timeout=300
-    ) as target:
+async def test_a_worker_is_a_target(worker: Path, tmp_path: Path) -> None:
+    gguf, python = tmp_path / "m.gguf", Path(sys.executable)
+    async with start_worker("openvino", python, gguf, {}, timeout=300) as target:
         assert (target.name, target.model, target.version) == ("openvino", "m.gguf", "1.0")
         messages = PromptSource(1).conversation("s", 30, "u")
         assert await target.count(messages) == 54
@@ -169,12 +178,14 @@ async def test_openvino_target(worker: Path, tmp_path: Path) -> None:
     assert target.process.returncode is not None
 
 
-async def test_openvino_worker_that_dies(worker: Path, tmp_path: Path) -> None:
+async def test_a_worker_that_dies(worker: Path, tmp_path: Path) -> None:
     worker.write_text("raise SystemExit(3)")
-    with pytest.raises(BenchError, match="ended with status 3"):
-        async with start_openvino(
-            Path(sys.executable), tmp_path / "m", OpenVinoSettings(), timeout=300
-        ):
+    python = Path(sys.executable)
+    with pytest.raises(BenchError, match="openvino: the worker ended with status 3"):
+        async with start_worker("openvino", python, tmp_path / "m", {}, timeout=300):
+            pass
+    with pytest.raises(BenchError, match=r"settings of llama: .*'depth'"):
+        async with start_worker("llama", python, tmp_path / "m", {"depth": 1}, timeout=300):
             pass
 
 

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from headstart.engine.models.gguf_weights import huggingface_folder
 from headstart.engine.ranges.segments import Span
 
 TIE = 1e-3
@@ -48,7 +49,9 @@ class Reference:
     """transformers' model in float32: logits of token sequences, each computed once."""
 
     def __init__(self, folder: Path) -> None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            huggingface_folder(folder), dtype=torch.float32
+        )
         self.model = model.eval()
         self.known: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self.compared = self.ties = 0
@@ -151,7 +154,7 @@ def write_adapter_into(
     config["target_modules"] = list(targets)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    with safe_open(model / "model.safetensors", "pt") as file:
+    with safe_open(huggingface_folder(model) / "model.safetensors", "pt") as file:
         for name in sorted(file.keys()):
             module = name.removesuffix(".weight")
             is_weight = module != name and module.startswith("model.layers.")

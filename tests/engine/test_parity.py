@@ -360,7 +360,6 @@ def test_default_model_in_bf16_and_int8(smollm2: Path, default_reference: Any) -
     assert quality["tokens"] >= 4000
     assert quality["int8_least"] <= INT8_TOLERANCE
     assert quality["int8_most"] < 1.02
-    assert quality["bf16"] == pytest.approx(quality["f32"], rel=0.005)
     tokens = text_tokens(smollm2, "evaluation", 512)
     expected = default_reference.logits(tokens)
     spread = expected.std(dim=-1).mean()

@@ -11,6 +11,7 @@ from headstart.kernels import _cpu
 from headstart.kernels.backend import AttentionShape, RopeTable
 from headstart.kernels.cpu.backend import Rows
 from headstart.kernels.devices import load_backend
+from headstart.kernels.packing import pack_int8, panels_shape
 from headstart.kernels.ranges import KVRanges
 
 pytestmark = pytest.mark.covering(2)
@@ -238,7 +239,7 @@ def test_storing_touches_its_slots_alone(isa, random):
 def int8_linear(backend, x, weight, scale, bias):
     """(result, integer oracle) of the same quantised rows."""
     rows = backend.silu_mul(torch.cat([torch.full_like(x, 30.0), x], dim=1))
-    layer = backend.quantized_weight(weight, scale, bias)
+    layer = backend.packed_weight(pack_int8(weight, scale, bias))
     product = (rows.data.double() - 128) @ weight.double().T  # exact: far below 2^53
     expected = product * (scale.double() * rows.scales.double())
     if bias is not None:
@@ -294,16 +295,17 @@ def test_int8_linear_has_the_same_bits_on_every_instruction_set(random):
         for isa in _cpu.supported():
             backend = load_backend("cpu", isa=isa, weights="int8", threads=2)
             x = Rows(data, scales, data.data_ptr(), scales.data_ptr(), rows)
-            results.append(backend.linear(x, backend.quantized_weight(weight, scale, bias)).clone())
+            results.append(
+                backend.linear(x, backend.packed_weight(pack_int8(weight, scale, bias))).clone()
+            )
         assert all(torch.equal(results[0], result) for result in results), rows
 
 
-def test_a_weight_of_minus_128_is_refused(isa):
+def test_a_weight_of_minus_128_is_refused():
     """Its sign cannot be changed, which instruction sets without VNNI do."""
-    backend = load_backend("cpu", isa=isa, weights="int8", threads=1)
     weight = torch.full((8, 64), -128, dtype=torch.int8)
     with pytest.raises(ValueError, match="-128"):
-        backend.quantized_weight(weight, torch.ones(8), None)
+        pack_int8(weight, torch.ones(8), None)
 
 
 def test_no_rows_are_no_work(isa, weights):
@@ -313,17 +315,27 @@ def test_no_rows_are_no_work(isa, weights):
     rows = backend.norm(empty, None, torch.ones(64), 1e-5)
     assert backend.silu_mul(empty).data.shape == (0, 32)
     if weights == "int8":
-        layer = backend.quantized_weight(torch.ones(8, 64, dtype=torch.int8), torch.ones(8), None)
+        panels = pack_int8(torch.ones(8, 64, dtype=torch.int8), torch.ones(8), None)
+        layer = backend.packed_weight(panels)
     else:
         layer = backend.linear_weight(torch.ones(8, 64), None)
     assert backend.linear(rows, layer).shape == (0, 8)
     assert backend.argmax(empty) == []
 
 
-def test_an_input_size_no_word_fits_is_refused(isa):
-    backend = load_backend("cpu", isa=isa, weights="int8", threads=1)
+def test_an_input_size_no_word_fits_is_refused():
     with pytest.raises(ValueError, match="divisible by 4, got 30"):
-        backend.quantized_weight(torch.ones(8, 30, dtype=torch.int8), torch.ones(8), None)
+        pack_int8(torch.ones(8, 30, dtype=torch.int8), torch.ones(8), None)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 4), (33, 36), (96, 64)])
+def test_panels_hold_the_whole_weight(random, outputs, inputs):
+    weight = (random(outputs, inputs) * 50).round().clamp(-127, 127).to(torch.int8)
+    panels = pack_int8(weight, random(outputs).abs(), None)
+    assert panels.data.shape == panels_shape(outputs, inputs)
+    assert torch.equal(panels.weight(), weight)
+    assert torch.equal(panels.sums[:outputs], 128 * weight.sum(dim=1, dtype=torch.int32))
+    assert not panels.sums[outputs:].any()
 
 
 @pytest.mark.parametrize("form", ["f32", "bf16"])

@@ -1,4 +1,16 @@
-"""int8 weights as quantize.py wrote them: the weights, their smoothing, their perplexity."""
+"""int8 weights as quantize.py writes them: the weights, their smoothing, their perplexity.
+
+int8/model.safetensors has, of every matrix (layers.N.qkv, o, gate_up, down, and head):
+
+    NAME.panels   int8, as the kernels read it where it is mapped (kernels/packing.py): processes
+                  that serve one model share the memory, and a start reads nothing
+    NAME.scale    float32, of each output
+    NAME.sums     int32, of each output
+    NAME.bias     float32, where the model has it
+
+then the norms, float32, with the smoothing in them; ``hidden_norm``, the last one without it; and
+the embedding, bf16.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +23,21 @@ from torch import Tensor
 
 from headstart.engine.errors import ModelError
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.parameters import LayerParameters, Matrix, Parameters, trunk_prefix
+from headstart.engine.models.parameters import LayerParameters, Parameters
 from headstart.engine.models.weights import FLOATS, Weights
+from headstart.kernels.packing import PANEL, Int8Panels, panels_shape
 
 FOLDER = "int8"
+WEIGHTS = "model.safetensors"
 QUALITY = "quality.json"
 SMOOTHING = "smoothing.safetensors"
+DTYPES = {"I8": torch.int8, "I32": torch.int32, "F32": torch.float32, "BF16": torch.bfloat16}
 
 
 def read_quality(folder: Path) -> dict[str, float] | None:
     """Perplexities recorded at pull time, or None if int8 weights were not made.
 
-    ``int8_least`` and ``int8_most``: the ends of the 95% interval of int8's over bf16's. Where
+    ``int8_least`` and ``int8_most``: the ends of the 95% interval of int8's over float32's. Where
     only perplexities were recorded, both are their ratio.
     """
     path = folder / FOLDER / QUALITY
@@ -30,9 +45,9 @@ def read_quality(folder: Path) -> dict[str, float] | None:
         return None
     try:
         recorded = json.loads(path.read_text())
-        quality = {name: float(recorded[name]) for name in ("tokens", "f32", "bf16", "int8")}
+        quality = {name: float(recorded[name]) for name in ("tokens", "f32", "int8")}
         for name in ("int8_least", "int8_most"):
-            quality[name] = float(recorded.get(name, quality["int8"] / quality["bf16"]))
+            quality[name] = float(recorded.get(name, quality["int8"] / quality["f32"]))
         return quality
     except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise ModelError(f"{path} is damaged: pull the model again") from error
@@ -58,49 +73,99 @@ def read_smoothing(config: ModelConfig, folder: Path) -> list[dict[str, Tensor]]
     return layers
 
 
+def matrix_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a layer's matrices."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    return {
+        "qkv": (q_size + 2 * kv_size, hidden),
+        "o": (hidden, q_size),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
+
+
+def tensor_specs(config: ModelConfig) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of every tensor of WEIGHTS; what kernels read comes first."""
+    matrices = {
+        f"layers.{i}.{name}": size
+        for i in range(config.num_layers)
+        for name, size in matrix_sizes(config).items()
+    }
+    matrices["head"] = (config.vocab_size, config.hidden_size)
+    specs: list[tuple[str, str, tuple[int, ...]]] = []
+    for name, (out_features, in_features) in matrices.items():
+        shape = panels_shape(out_features, in_features)
+        outputs = (shape[0] * PANEL,)
+        specs += [(f"{name}.panels", "I8", shape)]
+        specs += [(f"{name}.scale", "F32", outputs), (f"{name}.sums", "I32", outputs)]
+    specs.append(("embedding", "BF16", (config.vocab_size, config.hidden_size)))
+    specs += [(name, "F32", (config.hidden_size,)) for name in ("final_norm", "hidden_norm")]
+    biases = {"qkv": config.qkv_bias, "o": config.o_bias}
+    biases |= dict.fromkeys(("gate_up", "down"), config.mlp_bias)
+    for i in range(config.num_layers):
+        norms = {"input_norm": config.hidden_size, "post_norm": config.hidden_size}
+        if config.qk_norm:
+            norms |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
+        specs += [(f"layers.{i}.{name}", "F32", (size,)) for name, size in norms.items()]
+        specs += [
+            (f"layers.{i}.{name}.bias", "F32", (rows,))
+            for name, (rows, _) in matrix_sizes(config).items()
+            if biases[name]
+        ]
+    return specs
+
+
 def read_int8(config: ModelConfig, folder: Path) -> Parameters:
-    """The int8 parameters of ``folder``. Raises ModelError naming what is missing or wrong."""
-    if not (folder / FOLDER / "model.safetensors").exists():
+    """The int8 parameters of ``folder``, mapped. Raises ModelError naming what is wrong."""
+    path = folder / FOLDER / WEIGHTS
+    if not path.exists():
         raise ModelError(
             f"{folder} has no int8 weights: pull the model again, or use --weights bf16"
         )
-    weights, whole = Weights.open(folder / FOLDER, dtypes=(*FLOATS, "I8")), Weights.open(folder)
+    weights = Weights.open_file(path, dtypes=(*FLOATS, "I8", "I32"))
+    specs = {name: (DTYPES[dtype], shape) for name, dtype, shape in tensor_specs(config)}
+    sizes = matrix_sizes(config)
 
-    def take(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    def take(name: str) -> Tensor:
+        dtype, shape = specs[name]
         tensor = weights.take(name, shape)
         if tensor.dtype is not dtype:  # the kernels read it by its address
-            raise ModelError(f"tensor {name} in {folder / FOLDER} is {tensor.dtype}, not {dtype}")
+            raise ModelError(f"tensor {name} in {path} is {tensor.dtype}, not {dtype}")
         return tensor
 
-    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    def optional(name: str) -> Tensor | None:
+        return take(name) if name in specs else None
 
-    def matrix(name: str, out_features: int, in_features: int, has_bias: bool = False) -> Matrix:
-        return Matrix(
-            take(f"{name}.weight", (out_features, in_features), torch.int8),
-            take(f"{name}.bias", (out_features,)) if has_bias else None,
-            take(f"{name}.scale", (out_features,)),
+    def matrix(name: str, size: tuple[int, int]) -> Int8Panels:
+        return Int8Panels(
+            take(f"{name}.panels"),
+            take(f"{name}.scale"),
+            take(f"{name}.sums"),
+            optional(f"{name}.bias"),
+            out_features=size[0],
+            in_features=size[1],
         )
 
     def layers() -> Iterator[LayerParameters]:
         for i in range(config.num_layers):
             name = f"layers.{i}"
             yield LayerParameters(
-                input_norm=take(f"{name}.input_norm", (hidden,)),
-                qkv=matrix(f"{name}.qkv", q_size + 2 * kv_size, hidden, config.qkv_bias),
-                q_norm=take(f"{name}.q_norm", (head_dim,)) if config.qk_norm else None,
-                k_norm=take(f"{name}.k_norm", (head_dim,)) if config.qk_norm else None,
-                o=matrix(f"{name}.o", hidden, q_size, config.o_bias),
-                post_norm=take(f"{name}.post_norm", (hidden,)),
-                gate_up=matrix(f"{name}.gate_up", 2 * inner, hidden, config.mlp_bias),
-                down=matrix(f"{name}.down", hidden, inner, config.mlp_bias),
+                input_norm=take(f"{name}.input_norm"),
+                qkv=matrix(f"{name}.qkv", sizes["qkv"]),
+                q_norm=optional(f"{name}.q_norm"),
+                k_norm=optional(f"{name}.k_norm"),
+                o=matrix(f"{name}.o", sizes["o"]),
+                post_norm=take(f"{name}.post_norm"),
+                gate_up=matrix(f"{name}.gate_up", sizes["gate_up"]),
+                down=matrix(f"{name}.down", sizes["down"]),
             )
         weights.finish()
 
     return Parameters(
-        take("embedding", (config.vocab_size, hidden), torch.bfloat16),
+        take("embedding"),
         layers(),
-        take("final_norm", (hidden,)),
-        matrix("head", config.vocab_size, hidden),
-        whole.take(f"{trunk_prefix(whole)}norm.weight", (hidden,)).float(),
+        take("final_norm"),
+        matrix("head", (config.vocab_size, config.hidden_size)),
+        take("hidden_norm"),
     )

@@ -5,6 +5,7 @@ An int8 layer computes with smoothed inputs (quantize.py), which A and B have to
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 import zlib
@@ -15,20 +16,21 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ModelError, RequestError
-from headstart.engine.models import quality
+from headstart.engine.models import quantize as quantizing
 from headstart.engine.models.adapters import Adapter, load_adapter
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
+from headstart.engine.models.float_pass import FloatPass
 from headstart.engine.models.formats.int8 import read_smoothing
 from headstart.engine.models.parameters import read_float
-from headstart.engine.models.quantize import calibrate, quantize, smooth_layer
+from headstart.engine.models.quality import windows
+from headstart.engine.models.quantize import quantize, smooth_layer
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.sampling.params import SamplingParams
@@ -51,13 +53,13 @@ TOKENS = random.Random(5).choices(range(3, 320), k=100)
 @pytest.fixture(scope="module")
 def short_text() -> Iterator[None]:
     """The bundled text is many tokens to a tokenizer of bytes."""
-    whole = quality.text_tokens
+    whole = quantizing.text_tokens
 
     def part(folder: Path, name: str, limit: int | None = None) -> list[int]:
         return whole(folder, name, 300)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality, "text_tokens", part)
+        patch.setattr(quantizing, "text_tokens", part)
         yield
 
 
@@ -119,11 +121,9 @@ def test_in_smoothed_layers_adapters_are_the_same_function(
     config = ModelConfig.from_folder(folder)
     parameters = read_float(config, folder)
     layers = list(parameters.layers)
-    ranges, _ = calibrate(folder, config)
-    factors = [
-        smooth_layer(layer, config, recorded)
-        for layer, recorded in zip(layers, ranges, strict=True)
-    ]
+    text = FloatPass(config, windows(quantizing.text_tokens(folder, "calibration")), 1)
+    text.embed(parameters.embedding)
+    factors = [smooth_layer(layer, config, text.layer(layer)) for layer in layers]
     assert factors[1].keys() == read_smoothing(config, folder)[1].keys()
     for smoothed, stored in zip(factors, read_smoothing(config, folder), strict=True):
         for name, factor in smoothed.items():
@@ -238,12 +238,15 @@ def test_without_its_smoothing_an_int8_model_takes_no_adapter(
 
 @pytest.mark.slow
 def test_the_default_model(
-    smollm2: Path, lora: Any, merge_into: Callable[[Any, Path], None]
+    smollm2: Path,
+    lora: Any,
+    references: Callable[[Path], Any],
+    merge_into: Callable[[Any, Path], None],
 ) -> None:
     """Logits near those of transformers in float32 with merged weights."""
     path = lora.write(smollm2, seed=1, r=16, lora_alpha=32, size=0.5)
-    tokens = quality.text_tokens(smollm2, "evaluation")[:120]
-    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokens = quantizing.text_tokens(smollm2, "evaluation")[:120]
+    model = copy.deepcopy(references(smollm2).model)
 
     def reference(model: Any) -> Tensor:
         with torch.inference_mode():

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.gguf_file import GGUFFile
+from headstart.engine.models.gguf_weights import GGUFWeights
 from headstart.engine.models.quantize import known_quality
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.store import fetch
-from headstart.engine.models.weights import Weights
 
 TEXTS = [
     "",
@@ -48,7 +48,7 @@ def theirs(gguf_path: Path) -> Any:
 
 @pytest.mark.slow
 def test_weights_are_equal(smollm2: Path, theirs: Any) -> None:
-    weights = Weights.open(smollm2)
+    weights = GGUFWeights.linked(smollm2, ModelConfig.from_folder(smollm2))
     state = theirs.state_dict()
     assert torch.equal(state.pop("lm_head.weight"), state["model.embed_tokens.weight"])
     for name, tensor in state.items():

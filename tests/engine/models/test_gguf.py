@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 
 from headstart.engine.errors import ModelError
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.gguf import TYPES, hf_config, write_safetensors
+from headstart.engine.models.gguf import TYPES, hf_config
 from headstart.engine.models.gguf_file import GGUFFile
 from headstart.engine.models.gguf_tokenizer import write_tokenizer
+from headstart.engine.models.gguf_weights import GGUFWeights, write_safetensors
 from headstart.engine.models.rope import rope_tables
 
 pytestmark = pytest.mark.covering
@@ -26,11 +27,11 @@ pytestmark = pytest.mark.covering
 
 def convert(path: Path) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
     file = GGUFFile(path)
-    config = hf_config(file)
+    config = ModelConfig.from_dict(hf_config(file), {}, source="test")
     target = path.with_suffix(".safetensors")
-    write_safetensors(file, config, target)
+    write_safetensors(GGUFWeights(file, config), target)
     write_tokenizer(file, path.parent)
-    return ModelConfig.from_dict(config, {}, source="test"), load_file(target)
+    return config, load_file(target)
 
 
 def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
@@ -249,7 +250,7 @@ def test_absurd_layer_count_ends_at_the_first_missing_layer(
     file = GGUFFile(tmp_path / "m.gguf")
     file.metadata["llama.block_count"] = 2**31 - 1
     with pytest.raises(ModelError, match=r"blk\.2\."):
-        write_safetensors(file, hf_config(file), tmp_path / "x")
+        GGUFWeights(file, ModelConfig.from_dict(hf_config(file), {}, source="test"))
 
 
 def outcome(path: Path) -> str:

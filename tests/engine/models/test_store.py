@@ -18,7 +18,9 @@ from tokenizers import Tokenizer
 
 from headstart.engine.errors import ModelError
 from headstart.engine.models import store
-from headstart.engine.models.config import POOLING_FILE, declared_pooling
+from headstart.engine.models.config import POOLING_FILE, ModelConfig, declared_pooling
+from headstart.engine.models.formats.int8 import read_int8
+from headstart.engine.models.gguf_weights import huggingface_folder
 from headstart.engine.models.store import KNOWN_MODELS, PackagedModel, pull, resolve
 from headstart.engine.models.tokenizer import TokenizerConversion
 from headstart.engine.models.weights import Weights
@@ -81,7 +83,7 @@ def test_gguf_file(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> None:
     assert folder.name.startswith("tiny-model.gguf-")
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
-        "model.safetensors",
+        "model.gguf",
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
@@ -93,7 +95,11 @@ def test_gguf_file(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> None:
     assert visible(tmp_path / "cache") == [folder.name]
     original = tiny_model("llama")
     theirs = load_file(original / "model.safetensors")
-    assert {name: a.tobytes() for name, a in load_file(folder / "model.safetensors").items()} == {
+    assert (folder / "model.gguf").resolve() == gguf_path.resolve()
+    whole = huggingface_folder(folder)
+    assert whole != folder
+    assert huggingface_folder(whole) == whole
+    assert {name: a.tobytes() for name, a in load_file(whole / "model.safetensors").items()} == {
         name: a.tobytes() for name, a in theirs.items()
     }
     text = "the lazy dog <|im_end|> naïve 漢字 🦊"
@@ -106,7 +112,7 @@ def test_gguf_file(gguf_path: Path, tiny_model: Any, tmp_path: Path) -> None:
     assert (settings["bos_token"], settings["eos_token"]) == ("<|endoftext|>", "<|im_end|>")
     template = (original / "chat_template.jinja").read_text()
     assert (folder / "chat_template.jinja").read_text() == template
-    for stage in ("weights", "tokenizer"):
+    for stage in ("int8 weights", "tokenizer"):
         counts = [(done, total) for name, done, total in stages if name == stage]
         assert counts[-1][0] == counts[-1][1]
 
@@ -135,18 +141,18 @@ def test_safetensors_folder_is_linked(tiny_model: Any, tmp_path: Path) -> None:
 class TestStaleness:
     def test_second_resolve_does_nothing(self, gguf_path: Path, tmp_path: Path) -> None:
         folder = resolve(str(gguf_path), tmp_path / "cache")
-        before = (folder / "model.safetensors").stat()
+        before = (folder / "config.json").stat()
         assert resolve(str(gguf_path), tmp_path / "cache") == folder
         assert pull(str(gguf_path), tmp_path / "cache") == folder
-        assert (folder / "model.safetensors").stat() == before
+        assert (folder / "config.json").stat() == before
 
     def test_changed_source_is_converted_again(self, gguf_path: Path, tmp_path: Path) -> None:
         folder = resolve(str(gguf_path), tmp_path / "cache")
-        before = (folder / "model.safetensors").stat().st_ino
+        before = (folder / "config.json").stat().st_ino
         stat = gguf_path.stat()
         os.utime(gguf_path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
         assert resolve(str(gguf_path), tmp_path / "cache") == folder
-        assert (folder / "model.safetensors").stat().st_ino != before
+        assert (folder / "config.json").stat().st_ino != before
         assert visible(tmp_path / "cache") == [folder.name]
 
     @pytest.mark.parametrize("marker", [f'{{"format": {store.FORMAT - 1}}}', "", "[]", None])
@@ -158,9 +164,9 @@ class TestStaleness:
             (folder / "headstart.json").unlink()
         else:
             (folder / "headstart.json").write_text(marker)
-        (folder / "model.safetensors").unlink()
+        (folder / "model.gguf").unlink()
         assert resolve(str(gguf_path), tmp_path / "cache") == folder
-        assert (folder / "model.safetensors").exists()
+        assert (folder / "model.gguf").exists()
 
     def test_link_to_nowhere(self, tiny_model: Any, tmp_path: Path) -> None:
         folder = resolve(str(tiny_model("llama")), tmp_path)
@@ -182,7 +188,7 @@ import os, signal, sys, time
 from pathlib import Path
 from headstart.engine.models.store import pull
 def progress(stage, done, total):
-    if stage == "weights" and {action!r} == "die":
+    if stage == "int8 weights" and {action!r} == "die":
         os.kill(os.getpid(), signal.SIGKILL)
 print(pull(sys.argv[1], Path(sys.argv[2]), progress))
 assert "torch" not in sys.modules
@@ -204,7 +210,8 @@ def test_killed_pull_leaves_nothing_that_looks_finished(gguf_path: Path, tmp_pat
     assert left  # it did get as far as the weights
     folder = pull(str(gguf_path), cache)
     assert visible(cache) == [folder.name]
-    Weights.open(folder)
+    config = ModelConfig.from_folder(folder)
+    assert len(list(read_int8(config, folder).layers)) == config.num_layers
 
 
 def test_two_pulls_at_once(gguf_path: Path, tmp_path: Path) -> None:
@@ -333,7 +340,7 @@ def test_folders_without_a_model(tmp_path: Path, gguf_path: Path) -> None:
 
 @pytest.mark.usefixtures("fast_tokenizer", "no_int8")
 def test_folder_with_one_gguf_file(gguf_path: Path, tmp_path: Path) -> None:
-    assert (pull(str(gguf_path.parent), tmp_path / "cache") / "model.safetensors").exists()
+    assert (pull(str(gguf_path.parent), tmp_path / "cache") / "model.gguf").exists()
 
 
 @pytest.mark.usefixtures("no_int8")
@@ -473,7 +480,7 @@ class TestPackage:
         stages.clear()
         (folder / "headstart.json").unlink()
         resolve("tiny", cache, lambda stage, done, total: stages.append(stage))
-        assert "weights" in stages
+        assert "int8 weights" in stages
         assert "download" not in stages  # converted again from what was fetched
 
     def test_new_checksum_means_converting_again(

@@ -1,4 +1,8 @@
-"""OpenVinoTarget: the worker process of openvino_worker.py as a benchmark target."""
+"""WorkerTarget: an engine in a process of its own, as a benchmark target.
+
+The process (openvino_worker.py, llama_engine_worker.py) runs in an environment that has the engine,
+gets the model and its settings on its command line, and answers JSON lines.
+"""
 
 import asyncio
 import json
@@ -12,7 +16,6 @@ from headstart.bench.http_client import BenchError
 from headstart.bench.prompts import Messages
 from headstart.bench.samples import Burst, Sample
 
-WORKER = Path(__file__).with_name("openvino_worker.py")
 LINE_LIMIT = 2**26
 
 
@@ -30,14 +33,31 @@ class OpenVinoSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenVinoTarget:
-    """A loaded worker; made by `start_openvino`. Answers come within `timeout` seconds or not."""
+class LlamaSettings:
+    """llama.cpp's context: `batch` and `ubatch` are its server's defaults."""
+
+    context: int = 24576
+    batch: int = 2048
+    ubatch: int = 512
+    threads: int | None = None
+
+
+WORKERS = {
+    "openvino": (OpenVinoSettings, "openvino_worker.py"),
+    "llama": (LlamaSettings, "llama_engine_worker.py"),
+}
+"""By the name of the target: its settings and the program."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTarget:
+    """A loaded worker; made by `start_worker`. Answers come within `timeout` seconds or not."""
 
     process: asyncio.subprocess.Process
+    name: str
     model: str
     version: str
     timeout: float
-    name: str = "openvino"
 
     async def count(self, messages: Messages) -> int:
         """Prompt tokens by the engine's own tokenizer and chat template."""
@@ -51,7 +71,7 @@ class OpenVinoTarget:
     async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        return await _answer(self.process, self.timeout)
+        return await _answer(self.name, self.process, self.timeout)
 
 
 def _sample(raw: dict[str, Any], wanted: int) -> Sample:
@@ -63,10 +83,11 @@ def _sample(raw: dict[str, Any], wanted: int) -> Sample:
         times=tuple(raw["times"]),
         prompt_tokens=raw["prompt_tokens"],
         output_tokens=raw["output_tokens"],
+        cached_tokens=raw.get("cached_tokens"),
     )
 
 
-async def _answer(process: asyncio.subprocess.Process, timeout: float) -> dict[str, Any]:
+async def _answer(name: str, process: asyncio.subprocess.Process, timeout: float) -> dict[str, Any]:
     """The next JSON line of the worker; anything else it prints is passed over."""
     assert process.stdout is not None
     try:
@@ -76,27 +97,35 @@ async def _answer(process: asyncio.subprocess.Process, timeout: float) -> dict[s
                     reply: dict[str, Any] = json.loads(line)
                     return reply
     except TimeoutError as error:
-        raise BenchError(f"openvino: no answer within {timeout:.0f} s") from error
-    raise BenchError(f"openvino: the worker ended with status {await process.wait()} (see above)")
+        raise BenchError(f"{name}: no answer within {timeout:.0f} s") from error
+    raise BenchError(f"{name}: the worker ended with status {await process.wait()} (see above)")
 
 
 @asynccontextmanager
-async def start_openvino(
-    python: Path, gguf: Path, settings: OpenVinoSettings, *, timeout: float
-) -> AsyncIterator[OpenVinoTarget]:
-    """Load the model with the interpreter `python` of an environment that has openvino-genai."""
+async def start_worker(
+    name: str, python: Path, gguf: Path, settings: dict[str, Any], *, timeout: float
+) -> AsyncIterator[WorkerTarget]:
+    """Load the model with the interpreter `python` of an environment that has the engine.
+
+    Raises BenchError for unknown settings.
+    """
+    kind, program = WORKERS[name]
+    try:
+        complete = kind(**settings)
+    except TypeError as error:
+        raise BenchError(f"settings of {name}: {error}") from error
     process = await asyncio.create_subprocess_exec(
         str(python),
-        str(WORKER),
+        str(Path(__file__).with_name(program)),
         str(gguf),
-        json.dumps(asdict(settings)),
+        json.dumps(asdict(complete)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=LINE_LIMIT,
     )
     try:
-        ready = await _answer(process, timeout)
-        yield OpenVinoTarget(process, gguf.name, ready["version"], timeout)
+        ready = await _answer(name, process, timeout)
+        yield WorkerTarget(process, name, gguf.name, ready["version"], timeout)
     finally:
         if process.returncode is None:
             process.kill()
