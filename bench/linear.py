@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from headstart.bench.steps import best
+from headstart.bench.steps import best, reading_speed
 from headstart.engine.process.cores import usable_cores
 from headstart.kernels import _cpu
 from headstart.kernels.cpu.backend import CpuBackend, Rows
@@ -105,10 +105,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    memory, a = torch.ones(1 << 26), torch.randn(2048, 2048)
-    read = 4 * memory.numel() / best(memory.sum) / 1e9
+    a = torch.randn(2048, 2048)
+    read = reading_speed() / 1e9
     flops = 2 * 2048**3 / best(lambda: a @ a.T) / 1e9
-    del memory
     # avx512_bf16 takes its int8 products from avx512_vnni.
     sets = [isa for isa in args.isa if isa != "avx512_bf16" or "avx512_vnni" not in args.isa]
     shapes = [shape for _ in range(LAYERS) for shape in SHAPES] + [(VOCAB, HIDDEN)]

@@ -51,7 +51,7 @@ async def measure(sequences: int, vocabulary: int, temperature: float) -> dict[s
         max_model_len=1 << 20,
         eos_token_ids=(),
     )
-    sampler = Sampler(vocabulary, backend.argmax)
+    sampler = Sampler(vocabulary, backend=backend)
     logits = torch.randn(sequences, vocabulary)
     context = zmq.Context()
     sender, receiver = context.socket(zmq.PAIR), context.socket(zmq.PAIR)

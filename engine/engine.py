@@ -150,7 +150,7 @@ class Engine:
         self._sampler: Sampler | DeviceSampler = (
             DeviceSampler(model.vocab_size, model.eos_token_ids)
             if self._overlaps or backend.asynchronous
-            else Sampler(model.vocab_size, backend.argmax, model.eos_token_ids)
+            else Sampler(model.vocab_size, model.eos_token_ids, backend)
         )
         threads = loaded.threads * max(config.tensor_parallel, config.runahead)
         self._grammars = Grammars(

@@ -143,3 +143,29 @@ class Kernels:
         /,
     ) -> None: ...
     def argmax(self, logits: int, rows: int, size: int, out: int, /) -> None: ...
+    def sample(
+        self,
+        rows: int,
+        size: int,
+        logits: int,
+        row: int,
+        temperature: int,
+        min_p: int,
+        top_k: int,
+        top_p: int,
+        uniform: int,
+        out: int,
+        /,
+    ) -> None: ...
+    def top(
+        self,
+        rows: int,
+        size: int,
+        count: int,
+        logits: int,
+        row: int,
+        ids: int,
+        values: int,
+        total: int,
+        /,
+    ) -> None: ...

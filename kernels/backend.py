@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from headstart.kernels.packing import Int8Panels
@@ -49,6 +51,30 @@ class LoraPart:
     first: int
     down: Tensor
     up: Tensor
+
+
+class Draws(NamedTuple):
+    """How rows of logits are drawn from, arrays of one length.
+
+    ``rows``: which rows; ``temperature`` above 0; ``min_p``, 0 for none; ``top_k``, at least 1, the
+    vocabulary's size or more for none; ``top_p``, 1 for none; ``uniform`` in [0, 1), float64.
+    """
+
+    rows: npt.NDArray[Any]
+    temperature: npt.NDArray[Any]
+    min_p: npt.NDArray[Any]
+    top_k: npt.NDArray[Any]
+    top_p: npt.NDArray[Any]
+    uniform: npt.NDArray[Any]
+
+
+class Top(NamedTuple):
+    """The largest logits of rows, in order: int32 ``ids`` and float32 ``values`` ``[rows, count]``;
+    float32 ``total [rows]``: log sum exp of all, so that ``value - total`` is a log-probability."""
+
+    ids: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
+    total: npt.NDArray[np.float32]
 
 
 class KernelChoices(Protocol):
@@ -106,7 +132,25 @@ class DenseLinear:
         return self.weight.shape[0]
 
 
-class Backend(Protocol):
+class Chooser(Protocol):
+    """From logits to tokens."""
+
+    def argmax(self, logits: Tensor) -> list[int]:
+        """Index of each row's largest value, the first of equals; or of a NaN."""
+        ...
+
+    def sample(self, logits: Tensor, draws: Draws) -> list[int]:
+        """A token for each of ``draws``, from its row of float32 ``logits [.., vocab]``; -1 where
+        that has a NaN or its largest value is infinite."""
+        ...
+
+    def top(self, logits: Tensor, rows: Sequence[int], count: int) -> Top:
+        """The ``count`` largest of these rows of float32 ``logits [.., vocab]``, at most all; of
+        equals those with the smaller id. No row as ``sample`` finds no token in."""
+        ...
+
+
+class Backend(Chooser, Protocol):
     """Operations on rows (tokens). Results of an operation are valid until its next call.
 
     ``Rows`` (typed Any) is whatever this backend hands to its own ``linear``: float32, bf16, or
@@ -259,10 +303,6 @@ class Backend(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Any:
         """``silu(gate) * up`` of ``[rows, 2 * size]``, as Rows ``[rows, size]``."""
-        ...
-
-    def argmax(self, logits: Tensor) -> list[int]:
-        """Index of each row's largest value, the first of equals; or of a NaN."""
         ...
 
 

@@ -19,10 +19,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from headstart.kernels.backend import AttentionShape, DenseLinear, HostMemory, LoraPart, RopeTable
+from headstart.kernels.backend import (
+    AttentionShape,
+    DenseLinear,
+    Draws,
+    HostMemory,
+    LoraPart,
+    RopeTable,
+    Top,
+)
 from headstart.kernels.packing import Int8Panels
 from headstart.kernels.processor import processor_name
 from headstart.kernels.ranges import IntArray, KVRanges
@@ -206,5 +215,77 @@ class ReferenceBackend(HostMemory):
         return torch.nn.functional.silu(gate) * up
 
     def argmax(self, logits: Tensor) -> list[int]:
-        best: list[int] = logits.argmax(dim=-1).tolist()
-        return best
+        return torch_argmax(logits)
+
+    def sample(self, logits: Tensor, draws: Draws) -> list[int]:
+        return sample(logits, draws)
+
+    def top(self, logits: Tensor, rows: Sequence[int], count: int) -> Top:
+        return top(logits, rows, count)
+
+
+def torch_argmax(logits: Tensor) -> list[int]:
+    """Position of the largest value of each row, or of a NaN if there is one."""
+    ids: list[int] = logits.argmax(-1).tolist()
+    return ids
+
+
+def sample(logits: Tensor, draws: Draws) -> list[int]:
+    """See Backend. Each filter keeps the tokens whose weight ``exp((logit - max) / temperature)``
+    reaches a threshold, so equally likely tokens at the cut are all kept, whatever their order:
+
+        min_p   min_p itself: the best token has weight 1
+        top_k   the k-th largest weight
+        top_p   the weight at which the sum from the largest down reaches top_p of the whole
+    """
+    tokens = []
+    for row, temperature, min_p, top_k, top_p, uniform in zip(*draws, strict=True):
+        values = logits[row].float().cpu().numpy()
+        best = values.max()
+        if not np.isfinite(best):
+            tokens.append(-1)
+            continue
+        weights = np.exp((values - best) / np.float32(temperature))
+        weights[weights < np.float32(threshold(weights, min_p, top_k, top_p))] = 0
+        tokens.append(_inverse_cdf(weights, uniform))
+    return tokens
+
+
+def top(logits: Tensor, rows: Sequence[int], count: int) -> Top:
+    """See Backend."""
+    chosen = logits[list(rows)].float()
+    values, ids = chosen.sort(dim=-1, descending=True, stable=True)
+    return Top(
+        ids[:, :count].int().cpu().numpy(),
+        values[:, :count].cpu().numpy(),
+        chosen.logsumexp(-1).cpu().numpy(),
+    )
+
+
+def threshold(weights: npt.NDArray[np.float32], min_p: float, top_k: int, top_p: float) -> float:
+    """The smallest weight that min_p, top_k and top_p keep; 0 if they keep all.
+
+    weights: [vocab], the largest 1. Of those above (1 - top_p) * whole / count alone are sums made
+    by size: those below add up to less than 1 - top_p, so the cut cannot be among them.
+    """
+    least = min_p
+    if top_k < len(weights):
+        position = len(weights) - top_k
+        least = max(least, float(np.partition(weights, position)[position]))
+    if top_p >= 1.0:
+        return least
+    kept = weights if least == 0.0 else weights[weights >= np.float32(least)]
+    total = float(kept.sum(dtype=np.float64))
+    large = kept[kept >= np.float32((1.0 - top_p) * total / len(kept) * 0.999)]
+    descending = np.sort(large)[::-1]
+    sums = np.cumsum(descending, dtype=np.float64)
+    last = int(np.searchsorted(sums, top_p * total))
+    return max(least, float(descending[min(last, len(descending) - 1)]))
+
+
+def _inverse_cdf(weights: npt.NDArray[np.float32], uniform: float) -> int:
+    """The first token at which the running sum exceeds ``uniform`` times the whole; at most the
+    last one that has a weight, since rounding may put the target at the very end."""
+    sums = np.cumsum(weights, dtype=np.float64)
+    first = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+    return min(first, int(np.flatnonzero(weights)[-1]))

@@ -11,18 +11,10 @@ The order of operations, as in vLLM:
                                   not in the mask of the sequence's grammar
     logprobs                      log softmax of the raw logits, before everything above
 
-Each filter keeps the tokens whose weight ``exp((logit - max) / temperature)`` reaches a threshold,
-so equally likely tokens at the cut are all kept, whatever their order. The thresholds are exact:
-
-    min_p   min_p itself: the best token has weight 1
-    top_k   the k-th largest weight, by selection
-    top_p   the weight at which the sum from the largest down reaches top_p of the whole. Only
-            weights above (1 - top_p) * whole / count are sorted: those below add up to less than
-            1 - top_p, so the cut cannot be among them
-
-Draw i of a sequence is ``uniform(seed, i)`` through the inverse of the cumulative weights in order
-of token id. It depends on seed, i and the sequence's logits alone, so neither preemption nor the
-rest of the batch changes it.
+What is behind / temperature is one operation of the backend (``sample``; kernels/reference.py says
+what the filters keep). Draw i of a sequence is ``uniform(seed, i)`` through the inverse of the
+cumulative weights in order of token id. It depends on seed, i and the sequence's logits alone, so
+neither preemption nor the rest of the batch changes it.
 
 Where the host does not wait for the device, device.py does the same on the device.
 
@@ -44,9 +36,10 @@ from headstart.engine.process.messages import TokenLogprobs
 from headstart.engine.sampling.grammar import Mask, Masks
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sequence import ScheduledSequence, Sequence
+from headstart.kernels.backend import Chooser, Draws
+from headstart.kernels.reference import ReferenceBackend
 
 GREEDY_BELOW = 1e-5  # temperatures under it are greedy: float32 could not tell the difference
-_BLOCK = 256  # weights summed at a time when drawing
 _TILE = 1 << 20  # logits worked on at a time, 4 MB
 _MASK = (1 << 64) - 1
 
@@ -93,24 +86,18 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def torch_argmax(logits: Tensor) -> list[int]:
-    """Position of the largest value of each row, or of a NaN if there is one."""
-    ids: list[int] = logits.argmax(-1).tolist()
-    return ids
-
-
 class Sampler:
-    """``argmax``: a faster ``torch_argmax``; it must return the position of a NaN, too.
+    """``backend``: what chooses; without one, the reference.
     ``eos_token_ids``: what ends a sequence that does not ignore them."""
 
     def __init__(
         self,
         vocab_size: int,
-        argmax: Callable[[Tensor], list[int]] = torch_argmax,
         eos_token_ids: Iterable[int] = (),
+        backend: Chooser | None = None,
     ) -> None:
         self._vocab_size = vocab_size
-        self._argmax = argmax
+        self._backend = backend or ReferenceBackend(page_size=1)
         self._eos_token_ids = tuple(eos_token_ids)
 
     def launch(
@@ -132,30 +119,31 @@ class Sampler:
         ``masks``: of what grammars allow.
         """
         checked_shape(logits, len(sequences), self._vocab_size)
-        greedy, changed, drawn = [], [], []  # greedy, greedy after changes to the logits, random
         masked = dict(zip(masks.rows, masks.bits, strict=True)) if masks else {}
+        # By whether the logits are changed first, and whether the token is drawn.
+        kinds: dict[tuple[bool, bool], list[int]] = {}
         for row, seq in enumerate(sequences):
             params = seq.params
-            if params.temperature >= GREEDY_BELOW:
-                drawn.append(row)
-            elif (
-                params.logit_bias
+            changed = (
+                bool(params.logit_bias)
                 or params.penalised
                 or row in masked
                 or is_restricted(params, seq.num_output_tokens)
-            ):
-                changed.append(row)
-            else:
-                greedy.append(row)
+            )
+            kinds.setdefault((changed, params.temperature >= GREEDY_BELOW), []).append(row)
         tokens: list[int | None] = [None] * len(sequences)
-        if greedy:
-            rows = logits if len(greedy) == len(sequences) else logits[greedy]
-            _scatter(tokens, greedy, self._greedy(rows))
-        for part in self._tiles(changed):
-            _scatter(tokens, part, self._greedy(self._changed(logits, part, sequences, masked)))
-        for part in self._tiles(drawn):
-            copy = self._changed(logits, part, sequences, masked)
-            _scatter(tokens, part, self._draw(copy, [sequences[row] for row in part]))
+        for (changed, drawn), rows in kinds.items():
+            for part in self._tiles(rows) if changed else (rows,):
+                source, places = logits, part
+                if changed:
+                    source = self._changed(logits, part, sequences, masked)
+                    places = list(range(len(part)))
+                if drawn:
+                    chosen = self._drawn(source, places, [sequences[row] for row in part])
+                else:
+                    whole = len(places) == len(source)
+                    chosen = self._greedy(source if whole else source[places])
+                _scatter(tokens, part, chosen)
         logprobs = self._logprobs(logits, sequences, tokens)
         return [Sampled(token, logprobs.get(row)) for row, token in enumerate(tokens)]
 
@@ -166,7 +154,7 @@ class Sampler:
             yield rows[start : start + n]
 
     def _greedy(self, rows: Tensor) -> list[int | None]:
-        ids = self._argmax(rows)
+        ids = self._backend.argmax(rows)
         best = rows.gather(1, torch.tensor(ids, device=rows.device).unsqueeze(1)).squeeze(1)
         return [
             id_ if finite else None
@@ -206,25 +194,23 @@ class Sampler:
                 copy.index_add_(0, torch.tensor(places), each)
         return copy
 
-    def _draw(self, logits: Tensor, sequences: list[Sequence]) -> list[int | None]:
-        n, vocab = logits.shape
-        best = logits.amax(-1, keepdim=True)
-        # Padded to whole blocks with tokens of weight 0.
-        weights = logits.new_full((n, -(-vocab // _BLOCK) * _BLOCK), float("-inf"))
-        torch.sub(logits, best, out=weights[:, :vocab])
-        weights.div_(torch.tensor([[seq.params.temperature] for seq in sequences])).exp_()
-        finite = best.squeeze(1).isfinite().tolist()
-        for row, seq, valid in zip(weights, sequences, finite, strict=True):
-            threshold = _threshold(row[:vocab].numpy(), seq.params) if valid else 0.0
-            if threshold > 0.0:
-                # threshold keeps what is above its limit.
-                below = float(np.nextafter(np.float32(threshold), np.float32(-1)))
-                torch.nn.functional.threshold(row, below, 0.0, inplace=True)
-        uniforms = np.array([uniform(seq.seed, seq.num_output_tokens) for seq in sequences])
-        return [
-            id_ if valid else None
-            for id_, valid in zip(_inverse_cdf(weights, uniforms), finite, strict=True)
-        ]
+    def _drawn(
+        self, logits: Tensor, places: list[int], sequences: list[Sequence]
+    ) -> list[int | None]:
+        """Tokens drawn from these rows of ``logits``, one for each sequence."""
+        params = [seq.params for seq in sequences]
+        tokens = self._backend.sample(
+            logits,
+            Draws(
+                rows=np.array(places),
+                temperature=np.array([p.temperature for p in params]),
+                min_p=np.array([p.min_p or 0.0 for p in params]),
+                top_k=np.array([p.top_k or self._vocab_size for p in params]),
+                top_p=np.array([1.0 if p.top_p is None else p.top_p for p in params]),
+                uniform=np.array([uniform(seq.seed, seq.num_output_tokens) for seq in sequences]),
+            ),
+        )
+        return [None if token < 0 else token for token in tokens]
 
     def _logprobs(
         self, logits: Tensor, sequences: list[Sequence], tokens: list[int | None]
@@ -235,18 +221,16 @@ class Sampler:
             for row, seq in enumerate(sequences)
             if seq.params.logprobs is not None and tokens[row] is not None
         ]
-        result = {}
-        for part in self._tiles(wanted):
-            counts = [min(sequences[row].params.logprobs or 0, self._vocab_size) for row in part]
-            rows = logits[part]
-            total = rows.logsumexp(-1, keepdim=True)
-            top = rows.topk(max(counts), -1)
-            values, ids = (top.values - total).tolist(), top.indices.tolist()
-            chosen = torch.tensor([[tokens[row]] for row in part], device=rows.device)
-            own = (rows.gather(1, chosen) - total).squeeze(1).tolist()
-            for i, (row, count) in enumerate(zip(part, counts, strict=True)):
-                best = list(zip(ids[i][:count], values[i][:count], strict=True))
-                result[row] = TokenLogprobs(int(chosen[i]), own[i], best)
+        result: dict[int, TokenLogprobs] = {}
+        if not wanted:
+            return result
+        counts = [min(sequences[row].params.logprobs or 0, self._vocab_size) for row in wanted]
+        ids, values, total = self._backend.top(logits, wanted, max(counts))
+        own = logits[wanted, [tokens[row] or 0 for row in wanted]].float().cpu().numpy() - total
+        values -= total[:, None]
+        for i, (row, count) in enumerate(zip(wanted, counts, strict=True)):
+            best = list(zip(ids[i, :count].tolist(), values[i, :count].tolist(), strict=True))
+            result[row] = TokenLogprobs(tokens[row] or 0, float(own[i]), best)
         return result
 
 
@@ -322,57 +306,3 @@ def _restrict(values: Row, seq: Sequence, eos_token_ids: tuple[int, ...]) -> Non
             bans[list(seq.params.allowed_token_ids)] = 0.0
             values += bans
         values[forbidden(seq, seq.num_output_tokens, eos_token_ids)] -= np.inf
-
-
-def _threshold(weights: Row, params: SamplingParams) -> float:
-    """The smallest weight that min_p, top_k and top_p keep; 0 if they keep all.
-
-    weights: [vocab], the largest 1.
-    """
-    threshold = params.min_p or 0.0
-    if params.top_k is not None and params.top_k < len(weights):
-        position = len(weights) - params.top_k
-        threshold = max(threshold, float(np.partition(weights, position)[position]))
-    if params.top_p is None or params.top_p >= 1.0:
-        return threshold
-    kept = weights if threshold == 0.0 else weights[weights >= np.float32(threshold)]
-    total = float(kept.sum(dtype=np.float64))
-    large = kept >= np.float32((1.0 - params.top_p) * total / len(kept) * 0.999)
-    # Picking costs more than it saves if most weights are large.
-    if np.count_nonzero(large) * 8 < len(kept):
-        kept = kept[large]
-    descending = np.sort(kept)[::-1]
-    sums = np.cumsum(descending, dtype=np.float64)
-    last = int(np.searchsorted(sums, params.top_p * total))
-    return max(threshold, float(descending[min(last, len(descending) - 1)]))
-
-
-def _inverse_cdf(weights: Tensor, uniforms: npt.NDArray[np.float64]) -> list[int]:
-    """For each row the first token at which the running sum exceeds uniform * sum.
-
-    weights: [n, blocks * _BLOCK], float32. Sums of blocks first, then inside the block that holds
-    the token: one pass in float32, and float64 where many terms meet.
-    """
-    n = len(uniforms)
-    blocks = weights.view(n, -1, _BLOCK)
-    sums = np.cumsum(blocks.sum(-1).numpy(), axis=1, dtype=np.float64)
-    target = uniforms * sums[:, -1]
-    block = _first_above(sums, target)
-    rows = np.arange(n)
-    before = np.where(block > 0, sums[rows, block - 1], 0.0)
-    inside = np.cumsum(blocks[rows, block].numpy(), axis=1, dtype=np.float64)
-    ids: list[int] = (block * _BLOCK + _first_above(inside, target - before)).tolist()
-    return ids
-
-
-def _first_above(
-    sums: npt.NDArray[np.float64], target: npt.NDArray[np.float64]
-) -> npt.NDArray[np.intp]:
-    """Per row the first position with a sum above the target, at most the last term that is not 0.
-
-    sums: [n, m], rising. Rounding may put a target at the very end of its row, or past it.
-    """
-    above = np.count_nonzero(sums <= target[:, None], axis=1)
-    last = np.argmax(sums >= sums[:, -1:], axis=1)
-    first: npt.NDArray[np.intp] = np.minimum(above, last)
-    return first

@@ -14,17 +14,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from headstart.kernels import _cpu
-from headstart.kernels.backend import AttentionShape, DenseLinear, HostMemory, LoraPart, RopeTable
+from headstart.kernels.backend import (
+    AttentionShape,
+    DenseLinear,
+    Draws,
+    HostMemory,
+    LoraPart,
+    RopeTable,
+    Top,
+)
 from headstart.kernels.packing import Int8Panels
 from headstart.kernels.processor import processor_name
 from headstart.kernels.ranges import IntArray, KVRanges, in_pieces
 from headstart.kernels.shared_memory import SharedMemory
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+_DRAW_TYPES = (np.int32, np.float32, np.float32, np.int32, np.float64, np.float64)
 _LOG2E = 1.4426950408889634
 _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module has no name for it
 _SPLIT_PAGES = 32  # pages whose keys leave one partial result of a row (plan.h)
@@ -426,3 +436,48 @@ class CpuBackend(HostMemory):
         self._kernels.argmax(logits.data_ptr(), rows, size, out.data_ptr())
         best: list[int] = out.tolist()
         return best
+
+    def sample(self, logits: Tensor, draws: Draws) -> list[int]:
+        rows, size = len(draws.rows), logits.shape[1]
+        if logits.dtype is not torch.float32 or not logits.is_contiguous():
+            logits = logits.float().contiguous()
+        out = np.empty(rows, np.int32)
+        row, temperature, min_p, top_k, top_p, uniform = (
+            np.ascontiguousarray(values, kind)
+            for values, kind in zip(draws, _DRAW_TYPES, strict=True)
+        )
+        self._kernels.sample(
+            rows,
+            size,
+            logits.data_ptr(),
+            row.ctypes.data,
+            temperature.ctypes.data,
+            min_p.ctypes.data,
+            top_k.ctypes.data,
+            top_p.ctypes.data,
+            uniform.ctypes.data,
+            out.ctypes.data,
+        )
+        tokens: list[int] = out.tolist()
+        return tokens
+
+    def top(self, logits: Tensor, rows: Sequence[int], count: int) -> Top:
+        if logits.dtype is not torch.float32 or not logits.is_contiguous():
+            logits = logits.float().contiguous()
+        row = np.array(rows, np.int32)
+        found = Top(
+            np.empty((len(rows), count), np.int32),
+            np.empty((len(rows), count), np.float32),
+            np.empty(len(rows), np.float32),
+        )
+        self._kernels.top(
+            len(rows),
+            logits.shape[1],
+            count,
+            logits.data_ptr(),
+            row.ctypes.data,
+            found.ids.ctypes.data,
+            found.values.ctypes.data,
+            found.total.ctypes.data,
+        )
+        return found

@@ -40,6 +40,8 @@ Kernels extended(const Kernels& base, const Kernels& more) {
   if (more.linear) all.linear = more.linear;
   if (more.lora) all.lora = more.lora;
   if (more.argmax) all.argmax = more.argmax;
+  if (more.sample) all.sample = more.sample;
+  if (more.top) all.top = more.top;
   return all;
 }
 #endif

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "lora.h"
 #include "rows.h"
+#include "sample.h"
 #endif
 #if !defined(HEADSTART_ALL_BUT_LINEAR)
 #include "linear.h"
@@ -32,6 +33,8 @@ const Kernels kTable = {
 #if !defined(HEADSTART_ONLY_LINEAR)
     .lora = lora,
     .argmax = argmax,
+    .sample = sample,
+    .top = top,
 #endif
 };
 

@@ -96,6 +96,29 @@ struct LoraArgs {
   void* y;           // [rows, out_features], added to
 };
 
+// How rows of logits are drawn from (sample.h).
+struct SampleArgs {
+  int rows, size;
+  const float* logits;       // [.., size]
+  const int32_t* row;        // [rows]: which of logits
+  const float* temperature;  // [rows], above 0
+  const float* min_p;        // [rows]; 0: none
+  const int32_t* top_k;      // [rows], at least 1; size or more: none
+  const double* top_p;       // [rows]; 1: none
+  const double* uniform;     // [rows], in [0, 1)
+  int32_t* out;              // [rows]: the token, or -1 where the logits are no distribution
+};
+
+// The largest of rows of logits (sample.h); no row with a NaN or an infinite maximum.
+struct TopArgs {
+  int rows, size, count;
+  const float* logits;  // [.., size]
+  const int32_t* row;   // [rows]: which of logits
+  int32_t* ids;         // [rows, count], at most size
+  float* values;        // [rows, count]
+  float* total;         // [rows]: log sum exp
+};
+
 struct Kernels {
   const char* name;
   void (*norm)(const NormArgs&, int threads);
@@ -105,6 +128,8 @@ struct Kernels {
   void (*linear)(const LinearArgs&, int threads);
   void (*lora)(const LoraArgs&, int threads);
   void (*argmax)(const float* logits, int rows, int size, int32_t* out, int threads);
+  void (*sample)(const SampleArgs&, int threads);
+  void (*top)(const TopArgs&, int threads);
 };
 
 

@@ -80,6 +80,16 @@ class Bound {
   void argmax(uintptr_t logits, int rows, int size, uintptr_t out) const {
     kernels_->argmax(at<float>(logits), rows, size, at<int32_t>(out), threads_);
   }
+  void sample(int rows, int size, uintptr_t logits, uintptr_t row, uintptr_t temperature, uintptr_t min_p, uintptr_t top_k,
+              uintptr_t top_p, uintptr_t uniform, uintptr_t out) const {
+    kernels_->sample({rows, size, at<float>(logits), at<int32_t>(row), at<float>(temperature), at<float>(min_p),
+                      at<int32_t>(top_k), at<double>(top_p), at<double>(uniform), at<int32_t>(out)},
+                     threads_);
+  }
+  void top(int rows, int size, int count, uintptr_t logits, uintptr_t row, uintptr_t ids, uintptr_t values, uintptr_t total) const {
+    kernels_->top({rows, size, count, at<float>(logits), at<int32_t>(row), at<int32_t>(ids), at<float>(values), at<float>(total)},
+                  threads_);
+  }
   std::string name() const { return kernels_->name; }
 
  private:
@@ -141,5 +151,7 @@ NB_MODULE(_cpu, m) {
       .def("attend", &Bound::attend)
       .def("linear", &Bound::linear)
       .def("lora", &Bound::lora)
-      .def("argmax", &Bound::argmax);
+      .def("argmax", &Bound::argmax)
+      .def("sample", &Bound::sample)
+      .def("top", &Bound::top);
 }

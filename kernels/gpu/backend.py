@@ -16,13 +16,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.kernels.backend import KV_FORMATS, AttentionShape, DenseLinear, LoraPart, RopeTable
+from headstart.kernels.backend import (
+    KV_FORMATS,
+    AttentionShape,
+    DenseLinear,
+    Draws,
+    LoraPart,
+    RopeTable,
+    Top,
+)
 from headstart.kernels.gpu import attention, flash, kv, lora, rows
 from headstart.kernels.gpu.device import Config, Device
 from headstart.kernels.gpu.plan import ITEMS_PER_PROCESSOR, Capacity, Cut, cut, most_splits
 from headstart.kernels.gpu.tuning import Tuner
 from headstart.kernels.packing import Int8Panels
 from headstart.kernels.ranges import IntArray, KVRanges, in_pieces
+from headstart.kernels.reference import sample, top
 
 logger = logging.getLogger(__name__)
 
@@ -392,6 +401,13 @@ class GpuBackend:
     def argmax(self, logits: Tensor) -> list[int]:
         best: list[int] = logits.argmax(dim=-1).tolist()
         return best
+
+    def sample(self, logits: Tensor, draws: Draws) -> list[int]:
+        """On the host. Where nothing waits for the device, engine/sampling/device.py draws."""
+        return sample(logits, draws)
+
+    def top(self, logits: Tensor, rows: Sequence[int], count: int) -> Top:
+        return top(logits, rows, count)
 
 
 RANGES_PER_ROW = 4

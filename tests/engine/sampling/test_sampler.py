@@ -19,8 +19,9 @@ from transformers.generation.logits_process import (
 
 from headstart.engine.errors import RequestError
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.sampling.sampler import Sampler, _inverse_cdf, _threshold, uniform
+from headstart.engine.sampling.sampler import Sampler, uniform
 from headstart.engine.sequence import Sequence
+from headstart.kernels.reference import ReferenceBackend, threshold
 
 VOCAB = 1000
 
@@ -60,7 +61,9 @@ def reference_distribution(logits: np.ndarray, params: SamplingParams) -> np.nda
 
 def support(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
-    return weights >= np.float32(_threshold(weights, params))
+    top_p = 1.0 if params.top_p is None else params.top_p
+    least = threshold(weights, params.min_p or 0.0, params.top_k or len(weights), top_p)
+    return weights >= np.float32(least)
 
 
 FILTERS = [
@@ -170,17 +173,6 @@ def test_uniform_is_uniform_for_neighbouring_seeds_and_indices() -> None:
     assert abs(along) < 0.05
 
 
-def test_extreme_uniforms_never_draw_a_token_without_weight() -> None:
-    weights = torch.zeros(3, 512)
-    weights[:, 3] = 0.1
-    weights[:, 300] = 0.7
-    weights[:, 301] = 1e-30
-    ids = _inverse_cdf(weights, np.array([0.0, 1 - 2**-53, 0.5]))
-    assert ids[0] == 3
-    assert ids[1] in (300, 301)
-    assert ids[2] == 300
-
-
 @given(
     tokens=st.lists(st.integers(0, 19), min_size=2, max_size=12),
     num_prompt=st.integers(1, 12),
@@ -226,14 +218,15 @@ def test_greedy_takes_the_best_and_uses_the_given_argmax() -> None:
     best = logits.argmax(-1).tolist()
     calls = []
 
-    def argmax(rows: torch.Tensor) -> list[int]:
-        calls.append(rows.shape)
-        ids: list[int] = rows.argmax(-1).tolist()
-        return ids
+    class Noted(ReferenceBackend):
+        def argmax(self, logits: torch.Tensor) -> list[int]:
+            calls.append(logits.shape)
+            return super().argmax(logits)
 
+    backend = Noted(page_size=1)
     before = logits.clone()
     sequences = [make_sequence(temperature=0.0) for _ in range(3)]
-    sampled = Sampler(VOCAB, argmax).sample(logits, sequences)
+    sampled = Sampler(VOCAB, backend=backend).sample(logits, sequences)
     assert [token.token_id for token in sampled] == best
     assert calls == [(3, VOCAB)]
     mixed = [
@@ -241,7 +234,7 @@ def test_greedy_takes_the_best_and_uses_the_given_argmax() -> None:
         make_sequence(temperature=1e-6),
         make_sequence(temperature=0.0, logit_bias={7: 100.0}, repetition_penalty=1.1),
     ]
-    sampled = Sampler(VOCAB, argmax).sample(logits, mixed)
+    sampled = Sampler(VOCAB, backend=backend).sample(logits, mixed)
     assert [token.token_id for token in sampled] == [*best[:2], 7]
     assert torch.equal(logits, before)
 

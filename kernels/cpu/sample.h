@@ -1,0 +1,284 @@
+// One token for each row of logits: temperature, min_p, top_k, top_p, and a draw. And the largest of
+// a row, with what makes probabilities of logits.
+//
+// A row is read once for its largest values, block by block, and what can no longer be drawn is not
+// looked at again:
+//
+//     blocks of kBlock logits   [ 1.2 ][ 7.9 ][ 3.0 ][ 8.4 ][ 0.3 ] ...     their largest
+//     top_k = 2                 the 2nd largest of those, 7.9, is a floor: two logits at least reach it
+//     candidates                all that reach it, from the two blocks that have any
+//
+// The cuts are those of engine/sampling/sampler.py, which says what they mean: all that are as likely
+// as the last one kept are kept, too. Sums are float64, in order of token id.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace headstart::HEADSTART_ISA {
+
+inline constexpr int kBlock = 256;
+
+struct Drawing {
+  std::vector<float> maxima, sorted, weights;
+  std::vector<int32_t> ids;
+  std::vector<double> sums;
+};
+
+// The largest of each block into `maxima`, and of all; a NaN if there is one.
+static float block_maxima(const float* x, int size, float* maxima) {
+  Ints unordered = broadcast(0);
+  float top = -std::numeric_limits<float>::infinity();
+  bool nan = false;
+  for (int begin = 0, b = 0; begin < size; begin += kBlock, ++b) {
+    const int end = std::min(size, begin + kBlock);
+    Floats best = broadcast(-std::numeric_limits<float>::infinity());
+    int i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      const Floats v = load(x + i);
+      unordered |= v != v;
+      best = maximum(best, v);
+    }
+    float most = horizontal_max(best);
+    for (; i < end; ++i) {
+      nan |= x[i] != x[i];
+      most = std::max(most, x[i]);
+    }
+    maxima[b] = most;
+    top = std::max(top, most);
+  }
+  for (int l = 0; l < kLanes; ++l) nan |= unordered[l] != 0;
+  return nan ? std::numeric_limits<float>::quiet_NaN() : top;
+}
+
+// x becomes exp((x - top) / temperature); `size` is a multiple of kLanes. -infinity becomes 0.
+static HEADSTART_INLINE void to_weights(float* to, const float* x, int size, float top, float scale) {
+  for (int i = 0; i < size; i += kLanes) {
+    const Floats power = (load(x + i) - broadcast(top)) * broadcast(scale);
+    const Ints there = power > broadcast(-126.0f);
+    store(to + i, bits<Floats>(bits<Ints>(exp2<true>(power)) & there));
+  }
+}
+
+// The weight that the largest of `weights` down to it need to reach `share` of `total`.
+static float nucleus(std::vector<float>& sorted, double share, double total) {
+  std::sort(sorted.begin(), sorted.end(), std::greater<float>());
+  double sum = 0;
+  for (float w : sorted) {
+    sum += w;
+    if (sum >= share * total) return w;
+  }
+  return sorted.empty() ? 0.0f : sorted.back();
+}
+
+// Keeps the candidates whose weight reaches `least`, in order; returns their sum.
+static double keep(Drawing& d, size_t& count, float least) {
+  double total = 0;
+  size_t kept = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (d.weights[i] < least) continue;
+    d.ids[kept] = d.ids[i];
+    d.weights[kept++] = d.weights[i];
+    total += d.weights[i];
+  }
+  count = kept;
+  return total;
+}
+
+// The first candidate at which the running sum exceeds `target`, or the last that has a weight.
+static int32_t drawn(const Drawing& d, size_t count, double target) {
+  double sum = 0;
+  int32_t last = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (d.weights[i] <= 0) continue;
+    last = d.ids[i];
+    sum += d.weights[i];
+    if (sum > target) return last;
+  }
+  return last;
+}
+
+// All that reach `floor` as candidates: ids and logits.
+static size_t gather(const float* x, int size, float floor, Drawing& d) {
+  size_t count = 0;
+  for (int begin = 0, b = 0; begin < size; begin += kBlock, ++b) {
+    if (!(d.maxima[b] >= floor)) continue;
+    const int end = std::min(size, begin + kBlock);
+    if (d.ids.size() < count + kBlock + kLanes) {
+      d.ids.resize(2 * (count + kBlock + kLanes));
+      d.weights.resize(d.ids.size());
+    }
+    for (int i = begin; i < end; ++i) {  // no branch: most blocks have one or two
+      d.ids[count] = i;
+      d.weights[count] = x[i];
+      count += x[i] >= floor;
+    }
+  }
+  return count;
+}
+
+// Where neither top_k nor min_p bounds them: weights of all tokens, sums by block.
+static int32_t draw_from_all(const float* x, int size, float top, float scale, double share, double uniform, Drawing& d) {
+  const int blocks = (size + kBlock - 1) / kBlock;
+  d.weights.resize(size_t(blocks) * kBlock);
+  d.sums.resize(blocks);
+  double total = 0;
+  for (int b = 0; b < blocks; ++b) {
+    float* w = d.weights.data() + size_t(b) * kBlock;
+    const int count = std::min(kBlock, size - b * kBlock);
+    if (count == kBlock) {
+      to_weights(w, x + size_t(b) * kBlock, kBlock, top, scale);
+    } else {
+      alignas(kVectorBytes) float rest[kBlock];
+      std::fill(rest, rest + kBlock, -std::numeric_limits<float>::infinity());
+      std::copy(x + size_t(b) * kBlock, x + size, rest);
+      to_weights(w, rest, kBlock, top, scale);
+    }
+    Floats sum = broadcast(0.0f);
+    for (int i = 0; i < kBlock; i += kLanes) sum += load(w + i);
+    double own = 0;
+    for (int l = 0; l < kLanes; ++l) own += sum[l];
+    d.sums[b] = own;
+    total += own;
+  }
+  float least = 0;
+  if (share < 1) {
+    // Those below this add up to less than 1 - share, so the cut is among the others.
+    const float large = float((1 - share) * total / size * 0.999);
+    d.sorted.clear();
+    for (int b = 0; b < blocks; ++b) {
+      if (d.sums[b] < large) continue;
+      for (int i = b * kBlock; i < std::min(size, (b + 1) * kBlock); ++i) {
+        if (d.weights[i] >= large) d.sorted.push_back(d.weights[i]);
+      }
+    }
+    least = nucleus(d.sorted, share, total);
+    total = 0;
+    for (int b = 0; b < blocks; ++b) {
+      double own = 0;
+      if (d.sums[b] >= least) {
+        for (int i = b * kBlock; i < (b + 1) * kBlock; ++i) own += d.weights[i] >= least ? d.weights[i] : 0.0f;
+      }
+      total += d.sums[b] = own;
+    }
+  }
+  double target = uniform * total, before = 0;
+  int32_t last = 0;
+  for (int b = 0; b < blocks; ++b) {
+    if (d.sums[b] == 0) continue;
+    const bool here = before + d.sums[b] > target;
+    double sum = before;
+    for (int i = b * kBlock; i < std::min(size, (b + 1) * kBlock); ++i) {
+      if (d.weights[i] <= 0 || d.weights[i] < least) continue;
+      last = i;
+      sum += d.weights[i];
+      if (here && sum > target) return i;
+    }
+    before += d.sums[b];
+  }
+  return last;
+}
+
+static int32_t sample_row(const SampleArgs& a, int r, Drawing& d) {
+  const float* x = a.logits + size_t(a.row[r]) * a.size;
+  const int blocks = (a.size + kBlock - 1) / kBlock;
+  d.maxima.resize(blocks);
+  const float top = block_maxima(x, a.size, d.maxima.data());
+  if (!std::isfinite(top)) return -1;
+  const float scale = 1.4426950408889634f / a.temperature[r];
+  const float infinity = std::numeric_limits<float>::infinity();
+  float floor = -infinity;
+  const int k = a.top_k[r];
+  if (k < a.size && k <= blocks) {
+    d.sorted = d.maxima;
+    std::nth_element(d.sorted.begin(), d.sorted.begin() + (k - 1), d.sorted.end(), std::greater<float>());
+    floor = d.sorted[k - 1];
+  }
+  if (a.min_p[r] > 0) {  // and a little below, since weights are what is compared
+    floor = std::max(floor, top + a.temperature[r] * (std::log(a.min_p[r]) - 1e-3f));
+  }
+  if (floor == -infinity && k >= a.size) return draw_from_all(x, a.size, top, scale, a.top_p[r], a.uniform[r], d);
+  size_t count = gather(x, a.size, std::max(floor, std::numeric_limits<float>::lowest()), d);
+  if (size_t(k) < count) {
+    d.sorted.assign(d.weights.begin(), d.weights.begin() + count);
+    std::nth_element(d.sorted.begin(), d.sorted.begin() + (k - 1), d.sorted.end(), std::greater<float>());
+    keep(d, count, d.sorted[k - 1]);
+  }
+  const size_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  d.weights.resize(std::max(d.weights.size(), padded));
+  d.ids.resize(d.weights.size());
+  std::fill(d.weights.begin() + count, d.weights.begin() + padded, -infinity);
+  to_weights(d.weights.data(), d.weights.data(), int(padded), top, scale);
+  double total = keep(d, count, a.min_p[r]);
+  if (a.top_p[r] < 1) {
+    d.sorted.assign(d.weights.begin(), d.weights.begin() + count);
+    total = keep(d, count, nucleus(d.sorted, a.top_p[r], total));
+  }
+  return drawn(d, count, a.uniform[r] * total);
+}
+
+// Calls f(row, scratch) for every row.
+template <class F>
+static void with_scratch(int rows, int threads, F&& f) {
+  std::atomic<int> next{0};
+  const auto work = [&] {
+    thread_local Drawing d;
+    turns(next, rows, 1, [&](int r) { f(r, d); });
+  };
+  threads == 1 || rows == 1 ? work() : parallel(threads, work);
+}
+
+static void sample(const SampleArgs& a, int threads) {
+  with_scratch(a.rows, threads, [&](int r, Drawing& d) { a.out[r] = sample_row(a, r, d); });
+}
+
+// The largest logits of a row, by size and then by id, and the logarithm of the sum of all exp.
+static void top_row(const TopArgs& a, int r, Drawing& d) {
+  const float* x = a.logits + size_t(a.row[r]) * a.size;
+  const int blocks = (a.size + kBlock - 1) / kBlock;
+  d.maxima.resize(blocks);
+  const float top = block_maxima(x, a.size, d.maxima.data());
+  double sum = 0;
+  for (int begin = 0; begin < a.size; begin += kBlock) {
+    alignas(kVectorBytes) float w[kBlock];
+    const int count = std::min(kBlock, a.size - begin);
+    std::copy(x + begin, x + begin + count, w);
+    std::fill(w + count, w + kBlock, -std::numeric_limits<float>::infinity());
+    to_weights(w, w, kBlock, top, 1.4426950408889634f);
+    Floats part = broadcast(0.0f);
+    for (int i = 0; i < kBlock; i += kLanes) part += load(w + i);
+    for (int l = 0; l < kLanes; ++l) sum += part[l];
+  }
+  a.total[r] = float(top + std::log(sum));
+  const int n = a.count;
+  if (n == 0) return;
+  float floor = -std::numeric_limits<float>::infinity();
+  if (n <= blocks) {
+    d.sorted = d.maxima;
+    std::nth_element(d.sorted.begin(), d.sorted.begin() + (n - 1), d.sorted.end(), std::greater<float>());
+    floor = d.sorted[n - 1];
+  }
+  const size_t count = gather(x, a.size, floor, d);
+  std::vector<int32_t> order(count);
+  for (size_t i = 0; i < count; ++i) order[i] = int32_t(i);
+  std::partial_sort(order.begin(), order.begin() + n, order.end(), [&](int32_t left, int32_t right) {
+    return d.weights[left] != d.weights[right] ? d.weights[left] > d.weights[right] : left < right;
+  });
+  for (int i = 0; i < n; ++i) {
+    a.ids[size_t(r) * n + i] = d.ids[order[i]];
+    a.values[size_t(r) * n + i] = d.weights[order[i]];
+  }
+}
+
+static void top(const TopArgs& a, int threads) {
+  with_scratch(a.rows, threads, [&](int r, Drawing& d) { top_row(a, r, d); });
+}
+
+}  // namespace headstart::HEADSTART_ISA
