@@ -120,30 +120,36 @@ class Sampler:
         """
         checked_shape(logits, len(sequences), self._vocab_size)
         masked = dict(zip(masks.rows, masks.bits, strict=True)) if masks else {}
-        # By whether the logits are changed first, and whether the token is drawn.
+        here = logits.device.type == "cpu" and logits.is_contiguous()
+        # By whether a copy of the logits is changed first, and whether the token is drawn.
         kinds: dict[tuple[bool, bool], list[int]] = {}
+        edits: list[_Edit] = []
         for row, seq in enumerate(sequences):
             params = seq.params
-            changed = (
-                bool(params.logit_bias)
-                or params.penalised
-                or row in masked
-                or is_restricted(params, seq.num_output_tokens)
-            )
-            kinds.setdefault((changed, params.temperature >= GREEDY_BELOW), []).append(row)
-        tokens: list[int | None] = [None] * len(sequences)
-        for (changed, drawn), rows in kinds.items():
-            for part in self._tiles(rows) if changed else (rows,):
-                source, places = logits, part
-                if changed:
-                    source = self._changed(logits, part, sequences, masked)
-                    places = list(range(len(part)))
-                if drawn:
-                    chosen = self._drawn(source, places, [sequences[row] for row in part])
+            copied = row in masked or params.allowed_token_ids is not None
+            if not copied and is_changed(seq):
+                if here:
+                    edits.append(_Edit(logits[row].numpy(), seq, self._eos_token_ids))
                 else:
-                    whole = len(places) == len(source)
-                    chosen = self._greedy(source if whole else source[places])
-                _scatter(tokens, part, chosen)
+                    copied = True
+            kinds.setdefault((copied, params.temperature >= GREEDY_BELOW), []).append(row)
+        tokens: list[int | None] = [None] * len(sequences)
+        try:
+            for (copied, drawn), rows in kinds.items():
+                for part in self._tiles(rows) if copied else (rows,):
+                    source, places = logits, part
+                    if copied:
+                        source = self._changed(logits, part, sequences, masked)
+                        places = list(range(len(part)))
+                    if drawn:
+                        chosen = self._drawn(source, places, [sequences[row] for row in part])
+                    else:
+                        whole = len(places) == len(source)
+                        chosen = self._greedy(source if whole else source[places])
+                    _scatter(tokens, part, chosen)
+        finally:
+            for edit in edits:
+                edit.undo()
         logprobs = self._logprobs(logits, sequences, tokens)
         return [Sampled(token, logprobs.get(row)) for row, token in enumerate(tokens)]
 
@@ -176,13 +182,12 @@ class Sampler:
         copy = logits.index_select(0, chosen).cpu()
         for values, row in zip(copy.numpy(), rows, strict=True):
             seq = sequences[row]
-            if seq.params.logit_bias:
-                for token_id, bias in seq.params.logit_bias.items():
-                    values[token_id] += bias
-            if seq.params.penalised:
-                _penalise(values, seq)
-            if is_restricted(seq.params, seq.num_output_tokens):
-                _restrict(values, seq, self._eos_token_ids)
+            _Edit(values, seq, self._eos_token_ids)
+            if seq.params.allowed_token_ids is not None:
+                others = np.full(len(values), -np.inf, dtype=np.float32)
+                others[list(seq.params.allowed_token_ids)] = 0.0
+                with np.errstate(invalid="ignore"):
+                    values += others
         places = [i for i, row in enumerate(rows) if row in masked]
         if places:
             bits = np.stack([masked[rows[i]] for i in places])
@@ -234,6 +239,39 @@ class Sampler:
         return result
 
 
+class _Edit:
+    """The biases, penalties and bans of ``seq`` in its logits ``values``, until they are undone.
+
+    They change few tokens of a large vocabulary: those are put back, and no copy is made.
+    """
+
+    def __init__(self, values: Row, seq: Sequence, eos_token_ids: tuple[int, ...]) -> None:
+        params, self._values = seq.params, values
+        biased = list(params.logit_bias or ())
+        # A copy: a view would keep the sequence from growing.
+        seen = np.array(seq.token_ids if params.penalised else (), dtype=np.int64)
+        banned = forbidden(seq, seq.num_output_tokens, eos_token_ids)
+        self._ids = np.concatenate([np.array(biased, np.int64), seen, np.array(banned, np.int64)])
+        self._before = values[self._ids]
+        for token_id, bias in (params.logit_bias or {}).items():
+            values[token_id] += bias
+        if params.penalised:
+            _penalise(values, seen, seq)
+        with np.errstate(invalid="ignore"):
+            values[banned] -= np.inf  # not set: a NaN stays one
+
+    def undo(self) -> None:
+        self._values[self._ids] = self._before
+
+
+def is_changed(seq: Sequence) -> bool:
+    """Whether some of its logits are changed before a token is chosen."""
+    params = seq.params
+    return (
+        bool(params.logit_bias) or params.penalised or is_restricted(params, seq.num_output_tokens)
+    )
+
+
 def is_restricted(params: SamplingParams, num_output: int) -> bool:
     """Whether there are tokens that may not come after ``num_output`` ones."""
     return (
@@ -283,11 +321,9 @@ def _scatter(tokens: list[int | None], rows: list[int], ids: list[int | None]) -
         tokens[row] = id_
 
 
-def _penalise(values: Row, seq: Sequence) -> None:
-    """Apply the penalties of ``seq`` to its logits, in place."""
+def _penalise(values: Row, tokens: npt.NDArray[np.int64], seq: Sequence) -> None:
+    """Apply the penalties of ``seq``, whose tokens these are, to its logits, in place."""
     params = seq.params
-    # A copy: a view would keep the sequence from growing.
-    tokens = np.array(seq.token_ids, dtype=np.int64)
     if params.repetition_penalty != 1.0:
         seen = values[tokens]
         penalty = np.float32(params.repetition_penalty)
@@ -296,13 +332,3 @@ def _penalise(values: Row, seq: Sequence) -> None:
         ids, counts = np.unique(tokens[seq.num_prompt_tokens :], return_counts=True)
         values[ids] -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
         values[ids] -= np.float32(params.presence_penalty)
-
-
-def _restrict(values: Row, seq: Sequence, eos_token_ids: tuple[int, ...]) -> None:
-    """Lower what may not come next to -inf, in place. Added, not set: a NaN stays one."""
-    with np.errstate(invalid="ignore"):
-        if seq.params.allowed_token_ids is not None:
-            bans = np.full(len(values), -np.inf, dtype=np.float32)
-            bans[list(seq.params.allowed_token_ids)] = 0.0
-            values += bans
-        values[forbidden(seq, seq.num_output_tokens, eos_token_ids)] -= np.inf

@@ -29,7 +29,7 @@ inline constexpr int kBlock = 256;
 struct Drawing {
   std::vector<float> maxima, sorted, weights;
   std::vector<int32_t> ids;
-  std::vector<double> sums;
+  std::vector<double> sums, buckets;
 };
 
 // The largest of each block into `maxima`, and of all; a NaN if there is one.
@@ -67,15 +67,26 @@ static HEADSTART_INLINE void to_weights(float* to, const float* x, int size, flo
   }
 }
 
-// The weight that the largest of `weights` down to it need to reach `share` of `total`.
-static float nucleus(std::vector<float>& sorted, double share, double total) {
-  std::sort(sorted.begin(), sorted.end(), std::greater<float>());
+// The weight that the largest of d.sorted down to it need to reach `wanted`. Positive floats compare
+// as their bits do: they are summed by their upper bits first, and only those are sorted among which
+// the sum gets there.
+static float nucleus(Drawing& d, double wanted) {
+  constexpr int kShift = 19, kBuckets = (0x3f800000 >> kShift) + 1;  // weights up to 1
+  d.buckets.assign(kBuckets, 0.0);
+  for (float w : d.sorted) d.buckets[bits<uint32_t>(w) >> kShift] += w;
   double sum = 0;
-  for (float w : sorted) {
-    sum += w;
-    if (sum >= share * total) return w;
+  int at = kBuckets - 1;
+  while (at > 0 && sum + d.buckets[at] < wanted) sum += d.buckets[at--];
+  const auto inside = [&](float w) { return int(bits<uint32_t>(w) >> kShift) == at; };
+  const auto end = std::partition(d.sorted.begin(), d.sorted.end(), inside);
+  std::sort(d.sorted.begin(), end, std::greater<float>());
+  float least = 0;
+  for (auto w = d.sorted.begin(); w != end; ++w) {
+    least = *w;
+    sum += least;
+    if (sum >= wanted) break;
   }
-  return sorted.empty() ? 0.0f : sorted.back();
+  return least;
 }
 
 // Keeps the candidates whose weight reaches `least`, in order; returns their sum.
@@ -159,7 +170,7 @@ static int32_t draw_from_all(const float* x, int size, float top, float scale, d
         if (d.weights[i] >= large) d.sorted.push_back(d.weights[i]);
       }
     }
-    least = nucleus(d.sorted, share, total);
+    least = nucleus(d, share * total);
     total = 0;
     for (int b = 0; b < blocks; ++b) {
       double own = 0;
@@ -219,7 +230,7 @@ static int32_t sample_row(const SampleArgs& a, int r, Drawing& d) {
   double total = keep(d, count, a.min_p[r]);
   if (a.top_p[r] < 1) {
     d.sorted.assign(d.weights.begin(), d.weights.begin() + count);
-    total = keep(d, count, nucleus(d.sorted, a.top_p[r], total));
+    total = keep(d, count, nucleus(d, a.top_p[r] * total));
   }
   return drawn(d, count, a.uniform[r] * total);
 }

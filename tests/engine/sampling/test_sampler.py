@@ -239,6 +239,28 @@ def test_greedy_takes_the_best_and_uses_the_given_argmax() -> None:
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_logits_stay_as_they_are(temperature: float) -> None:
+    """Whatever is changed for one token is there for its log-probabilities and the next reader."""
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(4))
+    logits[4, 3] = math.nan
+    before = logits.clone()
+    settings: list[dict[str, Any]] = [
+        {"logit_bias": {5: 3.0, 6: -100.0}, "frequency_penalty": 1.0},
+        {"repetition_penalty": 1.7, "min_tokens": 5, "stop_token_ids": (4, 5)},
+        {"bad_words": ((5,), (7, 8)), "logit_bias": {5: 9.0}},
+        {"allowed_token_ids": (3, 4), "presence_penalty": 2.0},
+        {"logit_bias": {3: 1.0, 9: 2.0}, "repetition_penalty": 0.5},
+    ]
+    sequences = [
+        make_sequence([5, 6, 5, 7, 5], temperature=temperature, logprobs=2, **each)
+        for each in settings
+    ]
+    copies = Sampler(VOCAB).sample(logits.t().contiguous().t(), sequences)  # not contiguous
+    assert Sampler(VOCAB).sample(logits, sequences) == copies
+    assert torch.equal(logits.nan_to_num(7.5), before.nan_to_num(7.5))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_broken_row_does_not_harm_the_others(bad: float, temperature: float) -> None:
