@@ -49,10 +49,14 @@ def panels_shape(out_features: int, in_features: int) -> tuple[int, int, int, in
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The panels and the sums of int8 ``weight [out, in]``."""
     out_features, in_features = weight.shape
-    rows, columns, _, _ = panels_shape(out_features, in_features)
-    padded = pad(weight, (0, columns * WORD - in_features, 0, rows * PANEL - out_features))
-    panels = padded.view(rows, PANEL, columns, WORD).permute(0, 2, 1, 3).contiguous()
-    return panels, padded.sum(dim=1, dtype=torch.int32) * 128
+    rows, columns, _, _ = shape = panels_shape(out_features, in_features)
+    missing = (columns * WORD - in_features, rows * PANEL - out_features)
+    if any(missing):
+        weight = pad(weight, (0, missing[0], 0, missing[1]))
+    # Moved a word at a time.
+    words = weight.contiguous().view(torch.int32).view(rows, PANEL, columns)
+    panels = words.transpose(1, 2).contiguous().view(torch.int8).view(shape)
+    return panels, weight.sum(dim=1, dtype=torch.int32) * 128
 
 
 def pack_int8(weight: Tensor, scale: Tensor, bias: Tensor | None) -> Int8Panels:

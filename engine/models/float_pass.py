@@ -58,7 +58,7 @@ class FloatPass:
         ranges = {}
 
         def product(name: str, x: Tensor, matrix: Matrix) -> Tensor:
-            ranges[name] = x[: self._calibrating].abs().amax(dim=0)
+            ranges[name] = largest(x[: self._calibrating], dim=0)
             return torch.nn.functional.linear(x, matrix.weight.float(), matrix.bias)
 
         x = rms_norm(self._hidden, size, layer.input_norm, eps)
@@ -94,7 +94,7 @@ class FloatPass:
         """Behind the last layer. Returns the largest |x| of every input of the head."""
         size, eps = (self._config.hidden_size,), self._config.rms_norm_eps
         self._hidden = rms_norm(self._hidden, size, final_norm, eps)
-        return self._hidden[: self._calibrating].abs().amax(dim=0)
+        return largest(self._hidden[: self._calibrating], dim=0)
 
     @torch.inference_mode()
     def head(self, rows: Tensor) -> None:
@@ -107,6 +107,11 @@ class FloatPass:
     def losses(self) -> list[float]:
         """-log p(token | tokens before it) of all but the first token of each judged window."""
         return self._judge.losses()
+
+
+def largest(x: Tensor, dim: int) -> Tensor:
+    """The largest magnitudes along ``dim``, without a copy of all."""
+    return torch.maximum(x.amax(dim=dim), -x.amin(dim=dim))
 
 
 class _Judge:

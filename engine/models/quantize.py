@@ -37,7 +37,7 @@ from torch import Tensor
 
 from headstart.engine.errors import HeadstartError
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.float_pass import FloatPass
+from headstart.engine.models.float_pass import FloatPass, largest
 from headstart.engine.models.formats.int8 import (
     FOLDER,
     QUALITY,
@@ -65,12 +65,17 @@ from headstart.kernels.packing import check_int8_shape, pack_int8
 ALPHA = {"qkv": 0.6, "o": 0.4, "gate_up": 0.6, "down": 0.6, "head": 0.6}
 """Searched on SmolLM2-135M, as means over four roundings (bench/results/README.md, Quality);
 the paper's single value is 0.5."""
-CALIBRATION_TOKENS, LEAST_TOKENS = 2048, 512
-"""Of the text that ranges are taken from: for small models, and for those of many parameters."""
-PRODUCTS = 10**12
-"""Multiplications in each matrix that a text may cost (a model of 135M has all of its tokens)."""
+CALIBRATION_TOKENS = (256, 512)
+"""Of the text that ranges are taken from: for models of many parameters, and of few. 2,048 are no
+better (bench/results/README.md, Quality)."""
+LEAST_EVALUATION = 384
+"""Tokens that any model is judged by."""
+PRODUCTS = 67 * 10**10
+"""Multiplications that a text may cost; a model of 135M is judged by all of it."""
+ROUNDED = 1 << 20
+"""Elements that are rounded and packed at a time: their copies stay in a CPU's cache."""
 KNOWN = Path(__file__).with_name("known_quality.json")
-KNOWN_BYTES = 1 << 30
+KNOWN_BYTES = 1 << 28
 """Larger models are not known, and not read once more to see that."""
 UNSUITABLE = 3
 """Exit status of the command where a model has no int8 weights; DAMAGED: it is no model at all."""
@@ -89,7 +94,7 @@ def smoothing(ranges: Tensor, weight_ranges: Tensor, alpha: float) -> Tensor:
 
 
 def _input_ranges(weight: Tensor) -> Tensor:
-    return weight.float().abs().amax(dim=0)
+    return largest(weight.float(), dim=0)
 
 
 def smooth_layer(
@@ -141,7 +146,7 @@ def _divide_rows(matrix: Matrix, start: int, factor: Tensor) -> None:
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 rows and their float32 scales: w = scale * w_q, |w_q| <= 127."""
-    scale = weight.abs().amax(dim=1) / 127
+    scale = largest(weight, dim=1) / 127
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros(()))
     return (weight * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
@@ -162,7 +167,7 @@ class _Int8File:
 
     def matrix(self, name: str, matrix: Matrix) -> None:
         out_features, in_features = matrix.weight.shape
-        for part in row_runs((out_features, in_features)):
+        for part in row_runs((out_features, in_features), ROUNDED):
             self.rows(name, matrix.weight[part])
         if matrix.bias is not None:
             self.vector(f"{name}.bias", matrix.bias)
@@ -193,9 +198,12 @@ def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -
     checkpoint = Checkpoint(config, folder)
     _check(checkpoint)
     known = known_quality(folder)
-    tokens = max(LEAST_TOKENS, PRODUCTS // _parameters(config))
-    evaluation = text_tokens(folder, "evaluation", tokens) if known is None else []
-    calibration = text_tokens(folder, "calibration", min(tokens, CALIBRATION_TOKENS))
+    tokens = PRODUCTS // _parameters(config)
+    least, most = CALIBRATION_TOKENS
+    calibration = text_tokens(folder, "calibration", min(max(tokens // 2, least), most))
+    evaluation = []
+    if known is None:
+        evaluation = text_tokens(folder, "evaluation", max(tokens, LEAST_EVALUATION))
     advance = _counted(config, len(evaluation), progress)
 
     target = folder / FOLDER

@@ -36,7 +36,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -463,10 +463,10 @@ def _sha256(path: Path) -> str:
 
 
 def _folder_bytes(folder: Path) -> int:
+    """Of a folder that pip moves files and folders in while we look."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size
-        except OSError:  # pip moves its files while we look
-            continue
+    for place, _, names in os.walk(folder):  # what it cannot list it passes over
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
     return total

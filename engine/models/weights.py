@@ -186,9 +186,9 @@ def check_shape(name: str, path: Path, stored: tuple[int, ...], shape: tuple[int
         )
 
 
-def row_runs(shape: tuple[int, int]) -> list[slice]:
-    """A matrix of this shape in runs of about CHUNK_ELEMENTS elements, of whole panels of rows."""
-    step = max(1, CHUNK_ELEMENTS // shape[1] // PANEL_ROWS) * PANEL_ROWS
+def row_runs(shape: tuple[int, int], elements: int = CHUNK_ELEMENTS) -> list[slice]:
+    """A matrix of this shape in runs of about so many elements, of whole panels of rows."""
+    step = max(1, elements // shape[1] // PANEL_ROWS) * PANEL_ROWS
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +439,24 @@ class TestHub:
             resolve("owner/name", tmp_path)
         assert_one_line(caught.value)
         assert "no route to host" in str(caught.value)
+
+
+def test_folders_that_pip_removes_while_they_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "file").write_bytes(b"12345")
+    walk = os.walk
+
+    def tidied(folder: Path) -> Iterator[Any]:
+        for place in walk(folder):
+            yield place
+            shutil.rmtree(tmp_path / "b", ignore_errors=True)
+
+    monkeypatch.setattr(store.os, "walk", tidied)
+    assert store._folder_bytes(tmp_path) == 5
+    assert store._folder_bytes(tmp_path / "gone") == 0
 
 
 @pytest.fixture

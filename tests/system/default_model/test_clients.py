@@ -191,7 +191,7 @@ def test_a_strict_tool_is_called_right_or_not_at_all(tool_server):
             n=12,
         )
         for choice in answer.choices:
-            assert "tool_call" not in (choice.message.content or "")
+            assert "<tool_call>" not in (choice.message.content or "")
             texts += not choice.message.tool_calls
             for call in choice.message.tool_calls or ():
                 if choice.finish_reason != "length":
