@@ -394,28 +394,44 @@ def run_pull(args: argparse.Namespace) -> int:
     return 0
 
 
+MEASURED_FOR = 3.0
+"""Seconds after which it is said how long a stage will take."""
+
+
 def _exit_on_sigterm(status: int) -> None:
     """SIGTERM tidies up and ends; a container's first process would not notice it otherwise."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
 
 
 class ProgressLines:
-    """Stages on stderr: a line rewritten in place on a terminal, a line per quarter in a log."""
+    """Stages on stderr: a line rewritten in place on a terminal, a line per quarter in a log; with
+    what is left of a stage's time once it has taken some."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._terminal = sys.stderr.isatty()
         self._shown: dict[str, int] = {}
+        self._clock = clock
+        self._begun: dict[str, tuple[float, int]] = {}
+        self._width = 0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         percent = 100 * done // total if total > 0 else 100
         if not self._terminal:
             percent -= percent % 25
+        now = self._clock()
+        begun, first = self._begun.setdefault(what, (now, done))
         if percent <= self._shown.get(what, -1):
             return
         self._shown[what] = percent
-        start = "\r" if self._terminal else ""
-        end = "" if self._terminal and percent < 100 else "\n"
-        print(f"{start}{what}: {percent:3d}%", end=end, file=sys.stderr, flush=True)
+        left = ""
+        if now - begun >= MEASURED_FOR and first < done < total:
+            left = f", {(total - done) * (now - begun) / (done - first):.0f} s to go"
+        left = left.ljust(self._width)  # over what stood there
+        start, end = "", "\n"
+        if self._terminal:
+            start, end = "\r", "" if percent < 100 else "\n"
+            self._width = len(left) if percent < 100 else 0
+        print(f"{start}{what}: {percent:3d}%{left}", end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

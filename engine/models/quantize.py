@@ -74,6 +74,8 @@ PRODUCTS = 67 * 10**10
 """Multiplications that a text may cost; a model of 135M is judged by all of it."""
 ROUNDED = 1 << 20
 """Elements that are rounded and packed at a time: their copies stay in a CPU's cache."""
+JUDGING = 6
+"""How many times longer a parameter takes to be made than to be judged, roughly, for progress."""
 KNOWN = Path(__file__).with_name("known_quality.json")
 KNOWN_BYTES = 1 << 28
 """Larger models are not known, and not read once more to see that."""
@@ -221,7 +223,7 @@ def quantize(folder: Path, progress: Callable[[int, int], None] | None = None) -
         quality = {"tokens": float(len(evaluation))}
         quality |= {"f32": perplexity(losses), "int8": perplexity(int8)}
         quality["int8_least"], quality["int8_most"] = excess(int8, losses)
-        advance(_parameters(config))
+        advance(_parameters(config) // JUDGING)
     (target / QUALITY).write_text(json.dumps(quality, indent=1))
     return quality
 
@@ -297,7 +299,8 @@ def _counted(
     config: ModelConfig, judged: int, progress: Callable[[int, int], None] | None
 ) -> Callable[[int], None]:
     """What counts parameters that are done with, for ``progress``."""
-    total = _parameters(config) * (2 if judged else 1) + config.vocab_size * config.hidden_size
+    judging = _parameters(config) // JUDGING if judged else 0
+    total = _parameters(config) + judging + config.vocab_size * config.hidden_size
     done = 0
 
     def advance(parameters: int) -> None:

@@ -643,3 +643,18 @@ def test_progress(terminal, shown, capsys, monkeypatch):
     for done in (0, 1, 60, 60, 100, 70, 100):
         progress("download", done, 100)
     assert capsys.readouterr().err == shown
+
+
+def test_progress_says_how_long_it_will_take(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    times = iter((0.0, 2.0, 4.0, 30.0, 40.0))
+    progress = cli.ProgressLines(lambda: next(times))
+    for done in (0, 5, 10, 75, 100):
+        progress("int8 weights", done, 100)
+    assert capsys.readouterr().err.split("\r")[1:] == [
+        "int8 weights:   0%",
+        "int8 weights:   5%",
+        "int8 weights:  10%, 36 s to go",
+        "int8 weights:  75%, 10 s to go",
+        "int8 weights: 100%            \n",
+    ]
