@@ -18,7 +18,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     backend:             "auto", "gpu", "cpu" or "reference"
     isa:                 CPU kernels: "auto", or the name of an instruction set (kernels/README.md)
     weights:             "auto", "f32", "f16" (gpu), "bf16" or "int8" (cpu)
-    kv_format:           of keys and values: "auto" (as activations), or on a gpu "fp8" or "int8"
+    kv_format:           of keys and values: "auto", "f32", "bf16" (cpu), "fp8" or "int8" (gpu)
     kv_memory:           bytes of KV pool, of all tensor-parallel processes together
     max_model_len:       longest prompt plus output of one sequence, tokens
     max_batched_tokens:  token budget of one step; None: 512, or 2,048 on a gpu

@@ -334,4 +334,4 @@ class HostMemory:
 
 
 WEIGHT_FORMATS = ("f32", "f16", "bf16", "int8")
-KV_FORMATS = ("auto", "fp8", "int8")
+KV_FORMATS = ("auto", "f32", "bf16", "fp8", "int8")

@@ -45,18 +45,16 @@ def load_backend(
 ) -> Backend:
     """The backend called ``name`` ("gpu", "cpu" or "reference") for one weight format.
 
-    ``kv_format``: of keys and values, "auto" for as wide as activations. ``choices``: where
+    ``kv_format``: of keys and values, "auto" for the backend's choice. ``choices``: where
     the gpu backend keeps what it measures of its kernels; None: nowhere.
     Raises ValueError, saying what there is, for a name or instruction set this machine lacks.
     """
     torch.set_num_threads(threads)
     if name == "gpu":
         return _load_gpu(weights, page_size, kv_format, choices)
-    if kv_format != "auto":
-        raise ValueError(
-            f"the {name} backend has no {kv_format} KV: --kv-format is for the gpu one"
-        )
     if name == "reference":
+        if kv_format not in ("auto", "f32"):
+            raise ValueError(f"the reference backend has KV in f32 only, not in {kv_format}")
         if weights != "f32":
             raise ValueError(f"the reference backend computes in f32 only, not {weights}")
         from headstart.kernels.reference import ReferenceBackend
@@ -71,7 +69,9 @@ def load_backend(
         available = list(_cpu.supported())
         if isa not in available:
             raise ValueError(f"this machine has no {isa} kernels; it has {', '.join(available)}")
-        return CpuBackend(isa=isa, weights=weights, threads=threads, page_size=page_size)
+        return CpuBackend(
+            isa=isa, weights=weights, threads=threads, page_size=page_size, kv_format=kv_format
+        )
     raise ValueError(f"there is no backend {name!r}; there are gpu, cpu and reference")
 
 

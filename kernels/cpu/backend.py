@@ -118,6 +118,7 @@ def pack_lora(weight: Tensor, panel: int, dtype: torch.dtype) -> Tensor:
 
 ACTIVATIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
 """By the weight formats there are on this backend."""
+KV_FORMATS = ("auto", "f32", "bf16")
 
 
 def _partial_bytes(shape: AttentionShape) -> int:
@@ -135,11 +136,14 @@ def _tile_rows(shape: AttentionShape) -> int:
 
 
 class CpuBackend(HostMemory):
-    """See Backend. ``weights``: "f32", "bf16" or "int8"; KV is float32 for f32, else bf16."""
+    """See Backend. ``weights``: "f32", "bf16" or "int8". ``kv_format``: "f32", "bf16" or "auto",
+    which is float32 for f32 weights, else bf16."""
 
     name = "cpu"
 
-    def __init__(self, *, isa: str, weights: str, threads: int, page_size: int) -> None:
+    def __init__(
+        self, *, isa: str, weights: str, threads: int, page_size: int, kv_format: str = "auto"
+    ) -> None:
         if page_size < 32 or page_size % 32:
             raise ValueError(
                 f"page_size must be a positive multiple of 32 on this backend, got {page_size}"
@@ -148,12 +152,17 @@ class CpuBackend(HostMemory):
             raise ValueError(
                 f"the cpu backend has weights in {', '.join(ACTIVATIONS)}, not in {weights}"
             )
+        if kv_format not in KV_FORMATS:
+            raise ValueError(
+                f"the cpu backend has KV in {', '.join(KV_FORMATS)}, not in {kv_format}"
+            )
         self.page_size = page_size
         self.range_step = page_size * _cpu.BLOCK_PAGES
         self.isa = isa
         self.threads = threads
-        self.kv_dtype = torch.float32 if weights == "f32" else torch.bfloat16
-        kv = "f32" if weights == "f32" else "bf16"
+        kv = kv_format if kv_format != "auto" else "f32" if weights == "f32" else "bf16"
+        self.kv_dtype = torch.float32 if kv == "f32" else torch.bfloat16
+        self._lora_dtype = torch.float32 if weights == "f32" else torch.bfloat16
         self.device = f"{processor_name()}, {isa}, {kv} KV, {threads} threads"
         self._kernels = _cpu.Kernels(isa, threads)
         self._rows_dtype = ACTIVATIONS[weights]
@@ -313,8 +322,8 @@ class CpuBackend(HostMemory):
         for parts in layers:
             packed.adapter.add_layer()
             for part in parts:
-                down = pack_lora(part.down, _cpu.DOWN_PANEL, self.kv_dtype)
-                up = pack_lora(part.up, _cpu.UP_PANEL, self.kv_dtype)
+                down = pack_lora(part.down, _cpu.DOWN_PANEL, self._lora_dtype)
+                up = pack_lora(part.up, _cpu.UP_PANEL, self._lora_dtype)
                 packed.tensors.extend((down, up))
                 packed.adapter.add_part(
                     part.first, len(part.up), len(part.down), down.data_ptr(), up.data_ptr()
@@ -331,7 +340,7 @@ class CpuBackend(HostMemory):
         self._kernels.lora(
             plan.plan,
             layer,
-            _TYPES[self.kv_dtype],
+            _TYPES[self._lora_dtype],
             x.data.shape[1],
             y.shape[1],
             _TYPES[x.data.dtype],

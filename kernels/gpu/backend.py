@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from headstart.kernels.backend import (
-    KV_FORMATS,
     AttentionShape,
     DenseLinear,
     Draws,
@@ -65,6 +64,9 @@ class LongPlan(NamedTuple):
     flash_calls: list[flash.FlashCall]
 
 
+KV_FORMATS = ("auto", "fp8", "int8")
+
+
 class GpuBackend:
     """See Backend. ``weights``: "f32", "f16" or "bf16", of weights, activations and, where
     ``kv_format`` is "auto", keys and values; "fp8" and "int8" are those of keys and values."""
@@ -92,7 +94,9 @@ class GpuBackend:
                 f"the gpu backend has weights in {', '.join(DTYPES)}, not in {weights}"
             )
         if kv_format not in KV_FORMATS:
-            raise ValueError(f"KV must be {', '.join(KV_FORMATS)}; got {kv_format}")
+            raise ValueError(
+                f"the gpu backend has KV in {', '.join(KV_FORMATS)}, not in {kv_format}"
+            )
         self.page_size = self.range_step = page_size
         self.dtype = DTYPES[weights]
         self.on = device

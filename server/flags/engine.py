@@ -42,10 +42,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--kv-format",
-        choices=("auto", "fp8", "int8"),
+        choices=("auto", "f32", "bf16", "fp8", "int8"),
         default="auto",
-        help="format of the KV cache on a GPU: as the weights, or 8 bits with a scale per token "
-        "and head",
+        help="format of the KV cache: f32 or bf16 on a CPU (default: f32 beside f32 weights, else "
+        "bf16), fp8 or int8 with a scale per token and head on a GPU (default: as the weights)",
     )
     engine.add_argument(
         "--kv-memory",

@@ -207,7 +207,7 @@ def test_what_the_backend_does_not_have(tiny_model: Callable[..., Path]) -> None
     folder = tiny_model("llama")
     with pytest.raises(ConfigError, match="has weights in f32, f16, bf16, not in int8"):
         make_engine(folder, weights="int8")
-    with pytest.raises(ConfigError, match="the cpu backend has no fp8 KV"):
+    with pytest.raises(ConfigError, match="the cpu backend has KV in auto, f32, bf16, not in fp8"):
         make_engine(folder, backend="cpu", kv_format="fp8")
 
 
