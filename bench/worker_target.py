@@ -116,7 +116,7 @@ async def start_worker(
         raise BenchError(f"settings of {name}: {error}") from error
     process = await asyncio.create_subprocess_exec(
         str(python),
-        str(Path(__file__).with_name(program)),
+        str(Path(__file__).parent / program),
         str(gguf),
         json.dumps(asdict(complete)),
         stdin=asyncio.subprocess.PIPE,

@@ -239,7 +239,7 @@ static int32_t sample_row(const SampleArgs& a, int r, Drawing& d) {
 template <class F>
 static void with_scratch(int rows, int threads, F&& f) {
   std::atomic<int> next{0};
-  const auto work = [&] {
+  auto work = [&] {
     thread_local Drawing d;
     turns(next, rows, 1, [&](int r) { f(r, d); });
   };

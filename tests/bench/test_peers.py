@@ -249,5 +249,6 @@ def test_missing_environment_is_one_line(
 
 
 def test_unknown_openvino_setting(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--url", server.url, "--openvino", '{"cach": 1}']) == 1
-    assert "--openvino: " in capsys.readouterr().err
+    given = ["--python", sys.executable, "--gguf", __file__, "--openvino", '{"cach": 1}']
+    assert main(["--url", server.url, *given]) == 1
+    assert "settings of openvino: " in capsys.readouterr().err

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ModelError, RequestError
-from headstart.engine.models.quantize import quantize
+from headstart.engine.models.quantize import UnsuitableError, quantize
 from headstart.engine.sampling.params import POOLINGS, Pooling, PoolingParams, SamplingParams
 
 TinyModel = Callable[..., Path]
@@ -195,6 +195,6 @@ def test_no_int8_weights_without_text_to_judge_them_by(
     headless: Reshape, bidirectional: Path
 ) -> None:
     for folder in (headless(), bidirectional):
-        with pytest.raises(ModelError, match="how well text is predicted"):
+        with pytest.raises(UnsuitableError, match="how well text is predicted"):
             quantize(folder)
         assert not (folder / "int8").exists()
