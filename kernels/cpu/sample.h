@@ -122,10 +122,10 @@ static size_t gather(const float* x, int size, float floor, Drawing& d) {
   for (int begin = 0, b = 0; begin < size; begin += kBlock, ++b) {
     if (!(d.maxima[b] >= floor)) continue;
     const int end = std::min(size, begin + kBlock);
-    if (d.ids.size() < count + kBlock + kLanes) {
-      d.ids.resize(2 * (count + kBlock + kLanes));
-      d.weights.resize(d.ids.size());
-    }
+    // Either may have been cut for another row, and there is a vector's room behind the last.
+    const size_t needed = count + kBlock + kLanes;
+    if (d.ids.size() < needed) d.ids.resize(2 * needed);
+    if (d.weights.size() < needed) d.weights.resize(2 * needed);
     for (int i = begin; i < end; ++i) {  // no branch: most blocks have one or two
       d.ids[count] = i;
       d.weights[count] = x[i];
@@ -223,8 +223,6 @@ static int32_t sample_row(const SampleArgs& a, int r, Drawing& d) {
     keep(d, count, d.sorted[k - 1]);
   }
   const size_t padded = (count + kLanes - 1) / kLanes * kLanes;
-  d.weights.resize(std::max(d.weights.size(), padded));
-  d.ids.resize(d.weights.size());
   std::fill(d.weights.begin() + count, d.weights.begin() + padded, -infinity);
   to_weights(d.weights.data(), d.weights.data(), int(padded), top, scale);
   double total = keep(d, count, a.min_p[r]);

@@ -64,6 +64,17 @@ def test_the_tokens_are_those_of_the_reference(backend: Any, filters: Any) -> No
         assert backend.sample(logits, wanted) == sample(logits, wanted), vocab
 
 
+def test_what_was_drawn_before_changes_nothing(backend: Any) -> None:
+    """Threads keep their scratch, of whatever size the last row needed."""
+    numbers = np.random.default_rng(5)
+    for vocab in (300, 20_011, 700, 5000, 1, 20_011):
+        logits = random(3, vocab) * 3
+        for filters in numbers.permutation(np.array(FILTERS, dtype=object)):
+            wanted = draws([0, 1, 2], vocab, numbers.random(3), **filters)
+            assert backend.sample(logits, wanted) == sample(logits, wanted), (vocab, filters)
+            backend.top(logits, [1], min(vocab, 3))
+
+
 def test_parameters_belong_to_their_rows(backend: Any) -> None:
     logits = random(4, 1000) * 3
     whole = [draws([2], 1000, [0.7], **filters) for filters in FILTERS]
