@@ -3,6 +3,8 @@
 //
 // Beside the loops: one thread and three give the same bits. A line per instruction set ends with a
 // hash of all results, which does not depend on where threads come from (OpenMP, or pool.cpp).
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -440,6 +442,74 @@ void test_argmax(const Kernels& k) {
   }
 }
 
+// The token that a loop over sorted weights draws, in double.
+int32_t drawn(const float* x, int size, double temperature, double min_p, int top_k, double top_p, double uniform) {
+  const double top = *std::max_element(x, x + size);
+  std::vector<double> weights(size);
+  for (int i = 0; i < size; ++i) weights[i] = std::exp((x[i] - top) / temperature);
+  std::vector<double> sorted = weights;
+  std::sort(sorted.rbegin(), sorted.rend());
+  double least = std::max(min_p, top_k < size ? sorted[top_k - 1] : 0.0), total = 0, sum = 0;
+  for (double w : sorted) total += w >= least ? w : 0.0;
+  for (double w : sorted) {
+    sum += w;
+    if (sum >= top_p * total) {
+      if (top_p < 1) least = std::max(least, w);
+      break;
+    }
+  }
+  total = sum = 0;
+  for (double w : weights) total += w >= least ? w : 0.0;
+  for (int i = 0; i < size; ++i) {
+    sum += weights[i] >= least ? weights[i] : 0.0;
+    if (sum > uniform * total) return i;
+  }
+  return size - 1;
+}
+
+void test_sample(const Kernels& k) {
+  const int rows = 12;
+  const struct { float temperature, min_p; int top_k; double top_p; } kinds[] = {
+      {1, 0, 5000, 1}, {0.7f, 0, 5000, 0.9}, {1, 0, 3, 1}, {1, 0, 40, 0.8}, {1.5f, 0.05f, 5000, 1}, {1, 0.01f, 200, 0.95}};
+  for (const int size : {5, 256, 1003}) {
+    Random random{uint64_t(size)};
+    std::vector<float> logits = random.values(size_t(rows) * size);
+    for (float& x : logits) x *= 8;
+    logits[3 * size + 4] = std::numeric_limits<float>::quiet_NaN();
+    for (const auto& kind : kinds) {
+      std::vector<int32_t> row(rows), top_k(rows, kind.top_k), wanted(rows), found(rows);
+      std::vector<float> temperature(rows, kind.temperature), min_p(rows, kind.min_p);
+      std::vector<double> top_p(rows, kind.top_p), uniform(rows);
+      for (int r = 0; r < rows; ++r) {
+        row[r] = rows - 1 - r;
+        uniform[r] = double(random.next()) / double(1u << 31);
+        wanted[r] = row[r] == 3 ? -1
+                                : drawn(&logits[row[r] * size], size, kind.temperature, kind.min_p, kind.top_k, kind.top_p, uniform[r]);
+      }
+      for (const int threads : {1, 3}) {
+        k.sample({rows, size, logits.data(), row.data(), temperature.data(), min_p.data(), top_k.data(), top_p.data(),
+                  uniform.data(), found.data()},
+                 threads);
+        expect(found == wanted, "sample of " + std::to_string(size) + ", top_k " + std::to_string(kind.top_k));
+      }
+    }
+    const int count = std::min(size, 4);
+    std::vector<int32_t> row = {5, 0}, ids(2 * count);
+    std::vector<float> values(2 * count), total(2);
+    k.top({2, size, count, logits.data(), row.data(), ids.data(), values.data(), total.data()}, 2);
+    for (int r = 0; r < 2; ++r) {
+      std::vector<float> sorted(&logits[row[r] * size], &logits[row[r] * size] + size);
+      std::sort(sorted.rbegin(), sorted.rend());
+      double sum = 0;
+      for (float x : sorted) sum += std::exp(double(x));
+      expect_near(total[r], std::log(sum), 1e-5, "top: log sum exp");
+      for (int i = 0; i < count; ++i) {
+        expect(values[r * count + i] == sorted[i] && logits[row[r] * size + ids[r * count + i]] == sorted[i], "top: order");
+      }
+    }
+  }
+}
+
 // Regions one after the other: all of a team's threads meet at the barrier, and all work is done.
 void test_threads() {
   for (int run = 0; run < 300; ++run) {
@@ -471,6 +541,7 @@ int main() {
     test_attention(set.kernels);
     test_lora(set.kernels);
     test_argmax(set.kernels);
+    test_sample(set.kernels);
     std::printf("%s: %d failures, results %016llx\n", set.kernels.name, failures - before, static_cast<unsigned long long>(hash));
   }
   return failures ? EXIT_FAILURE : EXIT_SUCCESS;
