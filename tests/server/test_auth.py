@@ -410,6 +410,8 @@ class TestSlowBodies:
         async with httpx.AsyncClient() as client, asyncio.timeout(300):
             url = f"{live_url}/v1/chat/completions"
             answer = asyncio.create_task(client.post(url, json=chat_body()))
+            while not engine.added:
+                await asyncio.sleep(0.05)
             await asyncio.sleep(0.5)
             engine.added[0].stream.gate.set()
             assert (await answer).status_code == 200
