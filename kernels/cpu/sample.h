@@ -8,7 +8,7 @@
 //     top_k = 2                 the 2nd largest of those, 7.9, is a floor: two logits at least reach it
 //     candidates                all that reach it, from the two blocks that have any
 //
-// The cuts are those of engine/sampling/sampler.py, which says what they mean: all that are as likely
+// The cuts are those of kernels/reference.py, which says what they mean: all that are as likely
 // as the last one kept are kept, too. Sums are float64, in order of token id.
 #pragma once
 
