@@ -1,8 +1,8 @@
 """Chat templates run within limits: of time, of size, and of what a single operation may make.
 
 Templates are programs that come with models, and what users write goes through them. They run in
-transformers' sandbox (jinja2, immutable), with its filters, globals and tags. jinja2 has no limits
-beside that of ``range``, so this one adds them where a template spends its time and memory:
+jinja2's sandbox (template_language.py), which has no limits beside that of ``range``. So this one
+adds them where a template spends its time and memory:
 
     loops, calls, filters     look at the clock, in every round
     + * ** % ~                refuse what would be too large before it is made
@@ -28,11 +28,11 @@ import jinja2
 import jinja2.meta
 from jinja2 import nodes
 from jinja2.runtime import Context
-from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
+from jinja2.sandbox import MAX_RANGE
 from jinja2.visitor import NodeTransformer
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from headstart.engine.errors import RequestError
+from headstart.server.template_language import TemplateEnvironment
 
 MAX_BITS = 4096
 """Of a number that is multiplied or raised to a power: such operations hold the GIL."""
@@ -82,26 +82,19 @@ class _Paced(NodeTransformer):
         return call.set_environment(at.environment)  # type: ignore[return-value, arg-type]
 
 
-class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """transformers' environment with limits; render within ``running``."""
+class LimitedEnvironment(TemplateEnvironment):
+    """Templates' language with limits; render within ``running``."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self, source: jinja2.Environment, limits: TemplateLimits) -> None:
-        """``source``: what transformers compiles templates with."""
-        super().__init__(
-            trim_blocks=source.trim_blocks,
-            lstrip_blocks=source.lstrip_blocks,
-            extensions=[type(extension) for extension in source.extensions.values()],
-        )
+    def __init__(self, limits: TemplateLimits) -> None:
+        super().__init__()
         self._limits = limits
         self._run = threading.local()
         self.pace = self._pace  # one object, to be told from others
-        self.globals.update(source.globals)
         self.filters.update(
-            {name: self._bounded(name, filter_) for name, filter_ in source.filters.items()}
+            {name: self._bounded(name, filter_) for name, filter_ in self.filters.items()}
         )
-        self.tests.update(source.tests)
         self.concat = self._concat  # type: ignore[method-assign]
 
     @contextmanager
@@ -234,9 +227,8 @@ class LimitedTemplate:
     """A chat template, compiled. Raises jinja2.TemplateSyntaxError."""
 
     def __init__(self, source: str, limits: TemplateLimits) -> None:
-        # Of an empty template: compiling one computes its constants, here within the limits.
-        self._environment = LimitedEnvironment(_compile_jinja_template("").environment, limits)
-        with self._environment.running():
+        self._environment = LimitedEnvironment(limits)
+        with self._environment.running():  # compiling computes constants
             self._template = self._environment.from_string(source)
         read = jinja2.meta.find_undeclared_variables(self._environment.parse(source))
         self.variables = frozenset(read - self._environment.globals.keys())

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers.utils.chat_template_utils import render_jinja_template
+from jinja2.exceptions import SecurityError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from headstart.engine.errors import RequestError
 from headstart.server.app import create_app
 from headstart.server.settings import ServerSettings
+from headstart.server.template_language import TemplateEnvironment
 from headstart.server.template_sandbox import LimitedTemplate, TemplateLimitError, TemplateLimits
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
@@ -67,6 +70,41 @@ def test_what_transformers_adds_to_jinja():
     [expected], _ = render_jinja_template(conversations=[CHAT], chat_template=source)
     assert render(source) == expected == '{"a": "<é>"}1221a1Nonex-  5y!'
     assert len(render("{{ strftime_now('%Y') }}")) == 4
+
+
+def test_the_language_is_that_of_transformers():
+    """Its names, and what it changed of jinja2's."""
+    theirs, ours = _compile_jinja_template("").environment, TemplateEnvironment()
+    plain = ImmutableSandboxedEnvironment()
+    for kind in ("globals", "filters", "tests"):
+        assert getattr(ours, kind).keys() == getattr(theirs, kind).keys()
+        for name, value in getattr(theirs, kind).items():
+            changed = getattr(plain, kind).get(name) is not value
+            assert (getattr(plain, kind).get(name) is not getattr(ours, kind)[name]) is changed
+    tags = [{t for e in env.extensions.values() for t in e.tags} for env in (theirs, ours)]
+    assert tags[0] == tags[1] == {"generation", "break", "continue"}
+    assert (ours.trim_blocks, ours.lstrip_blocks) == (theirs.trim_blocks, theirs.lstrip_blocks)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ namespace(__class__=1) }}",
+        "{% set n = namespace() %}{% set n._x = 1 %}",
+        "{{ dict.__init__ }}{{ dict.mro() }}",
+    ],
+)
+def test_what_leads_to_pythons_inner_objects_is_refused(source):
+    for environment in (_compile_jinja_template("").environment, TemplateEnvironment()):
+        with pytest.raises((SecurityError, UndefinedError)):
+            environment.from_string(source).render()
+
+
+def test_what_is_set_inside_a_generation_tag_stays_there():
+    source = "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
+    source += "{{ dict.fromkeys('ab') }}{{ namespace({'self': 1}, y=2).y }}"
+    [expected], _ = render_jinja_template(conversations=[CHAT], chat_template=source)
+    assert render(source) == expected
 
 
 @pytest.mark.parametrize(
