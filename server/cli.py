@@ -237,31 +237,37 @@ def run_serve(args: argparse.Namespace) -> int:
     # Only now: everything below is slow to import, and --help has to be quick.
     from headstart.engine.models.store import resolve
     from headstart.engine.process.client import EngineClient
-    from headstart.server.access_log import log_bare_lines
-    from headstart.server.app import create_app
-    from headstart.server.ready import summary
-    from headstart.server.serving import serve, url
 
-    if settings.access_log_format == "json":
-        log_bare_lines(sys.stderr)
     with listener:
         folder = resolve(args.model, args.cache_dir, ProgressLines())
         engine = EngineClient(engine_config(args, folder))
         failures: list[HeadstartError] = []
+        engine.begin()  # it imports as much as is imported here, at the same time
+        try:
+            from headstart.server.access_log import log_bare_lines
+            from headstart.server.app import create_app
+            from headstart.server.ready import summary
+            from headstart.server.serving import serve, url
 
-        def ready(model: ModelInfo) -> None:
-            seconds, runtime = time.monotonic() - started, app.state.runtime
-            logger.info("%s", summary(runtime, model, url(listener, tls), seconds))
+            if settings.access_log_format == "json":
+                log_bare_lines(sys.stderr)
 
-        app = create_app(
-            engine,
-            tokenizer_of(args, folder),
-            model_names=model_names(args),
-            settings=settings,
-            defaults=generation_defaults(args, folder),
-            on_ready=ready,
-            on_start_failure=failures.append,
-        )
+            def ready(model: ModelInfo) -> None:
+                seconds, runtime = time.monotonic() - started, app.state.runtime
+                logger.info("%s", summary(runtime, model, url(listener, tls), seconds))
+
+            app = create_app(
+                engine,
+                tokenizer_of(args, folder),
+                model_names=model_names(args),
+                settings=settings,
+                defaults=generation_defaults(args, folder),
+                on_ready=ready,
+                on_start_failure=failures.append,
+            )
+        except BaseException:
+            engine.kill()
+            raise
         serve(
             app,
             listener,

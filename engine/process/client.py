@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import logging
 import shutil
-import sys
 import tempfile
 from array import array
 from collections import deque
@@ -29,7 +28,7 @@ import zmq.asyncio
 
 from headstart.engine.config import EngineConfig
 from headstart.engine.errors import ConfigError, EngineDeadError, HeadstartError, RequestError
-from headstart.engine.process.cores import kernel_environment
+from headstart.engine.process.engine_process import EngineProcess
 from headstart.engine.process.messages import (
     Abort,
     AdapterInfo,
@@ -127,7 +126,8 @@ class EngineClient:
         self._asked: dict[int, Asked] = {}
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: EngineProcess | None = None
+        self._begun = False
         self._watch: asyncio.Task[None] | None = None
         self._folder = tempfile.mkdtemp(prefix="headstart-")
         self._encoder = msgspec.msgpack.Encoder()
@@ -138,6 +138,17 @@ class EngineClient:
     def pid(self) -> int | None:
         """Process id of the running engine."""
         return self._process.pid if self._process else None
+
+    def begin(self) -> None:
+        """Begin the engine's process already, for ``start`` to go on with; ``kill`` ends it.
+        Raises OSError."""
+        self._spawn(self._config)
+        self._begun = True
+
+    def kill(self) -> None:
+        """End the process where there will be no ``start``."""
+        if self._process:
+            self._process.kill()
 
     async def start(self) -> None:
         """Start the engine and wait until it is ready. Raises HeadstartError when it cannot."""
@@ -217,32 +228,28 @@ class EngineClient:
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _spawn(self, config: EngineConfig) -> EngineProcess:
+        endpoint = f"ipc://{self._folder}/engine-{next(self._ids)}.sock"
+        self._process = EngineProcess(endpoint, config)
+        return self._process
+
     async def _launch(self, config: EngineConfig) -> zmq.asyncio.Socket:
-        """Spawn a process and wait for Ready; returns the socket to it."""
+        """Spawn a process, or take the one begun, and wait for Ready; returns the socket to it."""
         self._close_socket()
+        process = self._process if self._begun else self._spawn(config)
+        self._begun = False
+        assert process is not None
         socket = self._context.socket(zmq.PAIR)
         socket.set_hwm(0)
-        endpoint = f"ipc://{self._folder}/engine-{next(self._ids)}.sock"
         try:
-            socket.bind(endpoint)
+            socket.bind(process.endpoint)  # the process may try to connect already
         except zmq.ZMQError as error:
+            process.kill()
             raise ConfigError(f"cannot create a socket in {self._folder}: {error}") from error
         self._socket = socket
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "headstart.engine.process.service",
-            endpoint,
-            stdin=asyncio.subprocess.PIPE,
-            env=kernel_environment(),
-        )
-        assert self._process.stdin is not None
-        # A process that has ended already cannot be written to; its exit status says more.
-        with contextlib.suppress(RuntimeError, OSError):
-            self._process.stdin.write(msgspec.json.encode(config) + b"\n")
         message = await self._next_message(socket)
         if isinstance(message, Failed):
-            await self._process.wait()
+            await process.wait()
             raise HeadstartError(message.message)
         assert isinstance(message, Ready)
         self.model = message.model

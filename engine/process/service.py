@@ -176,7 +176,7 @@ def main() -> None:
         service.run(config)
     except HeadstartError as error:
         service.fail(str(error))
-        socket.close(linger=5000)
+        socket.close(linger=60_000)  # it may have been begun long before somebody listens
         context.term()
         sys.exit(1)
     socket.close(linger=0)

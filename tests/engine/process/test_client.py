@@ -22,6 +22,7 @@ import zmq.asyncio
 from headstart.engine.config import EngineConfig
 from headstart.engine.errors import EngineDeadError, HeadstartError, RequestError
 from headstart.engine.process.client import EngineClient
+from headstart.engine.process.engine_process import EngineProcess
 from headstart.engine.process.messages import Abort, AdapterInfo, Stats, Step
 from headstart.engine.sampling.params import SamplingParams
 
@@ -55,17 +56,18 @@ async def test_a_message_that_comes_while_one_is_sent_is_received(client, tmp_pa
         receive.cancel()
 
 
-async def test_an_engine_that_ends_at_once_is_one_error(client, monkeypatch):
-    spawn = asyncio.create_subprocess_exec
+def runs(monkeypatch, *program: str) -> None:
+    """What engines are from now on: a Python program, and its arguments."""
+    monkeypatch.setattr(EngineProcess, "COMMAND", (sys.executable, "-c", *program))
 
-    async def dead_on_arrival(*_, **kwargs):
-        process = await spawn("false", **kwargs)
-        process.stdin.close()  # what a loop does once it sees that the reader has gone
-        await process.wait()
-        await asyncio.sleep(0.05)
-        return process
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", dead_on_arrival)
+@pytest.mark.parametrize("begun", [False, True])
+async def test_an_engine_that_ends_at_once_is_one_error(client, monkeypatch, begun):
+    runs(monkeypatch, "raise SystemExit(1)")
+    if begun:
+        client.begin()
+        while client._process._process.poll() is None:
+            await asyncio.sleep(0.01)
     with pytest.raises(HeadstartError, match=r"ended while starting \(exit status 1\)"):
         await client.start()
 
@@ -73,20 +75,15 @@ async def test_an_engine_that_ends_at_once_is_one_error(client, monkeypatch):
 async def test_an_engine_that_has_not_connected_yet_is_ended_in_silence(
     client, monkeypatch, caplog
 ):
-    spawn, spawned = asyncio.create_subprocess_exec, []
-
-    async def slow_to_come(*_, **kwargs):
-        spawned.append(await spawn("sleep", "1000", **kwargs))
-        return spawned[0]
-
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow_to_come)
+    runs(monkeypatch, "import time; time.sleep(1000)")
     starting = asyncio.create_task(client.start())
-    while not spawned:
+    while client.pid is None:
         await asyncio.sleep(0.01)
+    process = client._process
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)
     await client.stop()
-    assert spawned[0].returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL
     gc.collect()  # when a future says that nobody has asked for its exception
     await asyncio.sleep(0)
     assert not caplog.records
@@ -173,18 +170,16 @@ def adapter(tmp_path):
 @pytest.fixture
 async def launch(monkeypatch):
     """``await launch(adapters)``: a client of a service with the engine above."""
-    spawn = asyncio.create_subprocess_exec
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-
-    async def fake_service(*args, **kwargs):
-        return await spawn(sys.executable, "-c", SERVICE, args[-1], **kwargs | {"env": environment})
-
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", fake_service)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    runs(monkeypatch, SERVICE)
     clients = []
 
-    async def start(adapters=None) -> EngineClient:
+    async def start(adapters=None, *, begun=False) -> EngineClient:
         client = EngineClient(EngineConfig(model_path="none", adapters=adapters or {}))
         clients.append(client)
+        if begun:
+            client.begin()
+            await asyncio.sleep(0.5)  # it asks for a connection before anybody listens
         await client.start()
         return client
 
@@ -221,6 +216,24 @@ async def test_adapters_come_and_go(launch, adapter):
     assert list(client.adapters) == ["second"]
     with pytest.raises(RequestError, match="no adapter 'first'"):
         await answer(client, adapter="first")
+
+
+async def test_an_engine_may_be_begun_before_it_is_started(launch, adapter):
+    client = await launch({"first": adapter("a", 4)}, begun=True)
+    assert await answer(client, adapter="first") == [4, 1]
+    os.kill(client.pid, signal.SIGKILL)
+    await asyncio.sleep(0)
+    while client.restarts == 0:
+        await asyncio.sleep(0.005)
+    await ready_again(client)
+    assert await answer(client, adapter="first") == [4, 1]
+
+
+async def test_an_engine_that_is_begun_for_nothing_can_be_ended(client, monkeypatch):
+    runs(monkeypatch, "import time; time.sleep(1000)")
+    client.begin()
+    client.kill()
+    assert await client._process.wait() == -signal.SIGKILL
 
 
 async def test_what_the_engine_refuses_is_a_request_error(launch, adapter, tmp_path):
