@@ -20,7 +20,8 @@ from torch import Tensor
 from headstart.bench.steps import best, reading_speed
 from headstart.engine.process.cores import usable_cores
 from headstart.kernels import _cpu
-from headstart.kernels.cpu.backend import CpuBackend, Rows
+from headstart.kernels.cpu.backend import CpuBackend
+from headstart.kernels.cpu.tensors import Rows
 from headstart.kernels.devices import instruction_sets
 from headstart.kernels.packing import pack_int8
 from headstart.kernels.processor import processor_name

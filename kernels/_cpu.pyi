@@ -1,6 +1,10 @@
 """The C++ module (cpu/module.cpp). Addresses are integers; types: 0 float32, 1 bf16, 2 uint8."""
 
+from collections.abc import Sequence
+
 from headstart.kernels.ranges import IntArray
+
+Addresses = tuple[int, int, int, int]
 
 BLOCK_PAGES: int
 DOWN_PANEL: int
@@ -46,6 +50,38 @@ class LoraPlan:
     def __init__(self) -> None: ...
     def add(self, adapter: LoraAdapter, rows: IntArray, /) -> None:
         """These rows get the terms of this adapter; a row is in one group only."""
+
+class Layers:
+    """The layers of a model (cpu/operations.h); weights are the caller's to keep."""
+
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        eps: float,
+        q_scale: float,
+        kv_type: int,
+        cos: int,
+        sin: int,
+        /,
+    ) -> None: ...
+    def add(
+        self,
+        hidden: int,
+        inner: int,
+        input_norm: int,
+        qkv: Addresses,
+        q_norm: int,
+        k_norm: int,
+        o: Addresses,
+        post_norm: int,
+        gate_up: Addresses,
+        down: Addresses,
+        /,
+    ) -> None:
+        """The next layer. Of a matrix: the addresses of its weight, scales, sums and bias."""
 
 class Kernels:
     """The kernels of one instruction set on a fixed number of threads (cpu/kernels.h)."""
@@ -128,6 +164,28 @@ class Kernels:
         out: int,
         /,
     ) -> None: ...
+    def layers(
+        self,
+        layers: Layers,
+        count: int,
+        rows: int,
+        residual: int,
+        positions: int,
+        slots: int,
+        pool: int,
+        layer_bytes: int,
+        plan: AttentionPlan,
+        scratch: Sequence[int],
+        q: int,
+        qkv: int,
+        gate_up: int,
+        partials: tuple[int, int, int],
+        delta: int,
+        /,
+    ) -> float:
+        """The first ``count`` layers; returns the seconds spent in attention. ``scratch``: of the
+        rows that are normed, attended and activated, data and scales."""
+
     def lora(
         self,
         plan: LoraPlan,

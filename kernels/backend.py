@@ -132,6 +132,50 @@ class DenseLinear:
         return self.weight.shape[0]
 
 
+class LayerWeights(Protocol):
+    """A decoder layer as the backend keeps it; norms float32."""
+
+    @property
+    def input_norm(self) -> Tensor: ...
+
+    @property
+    def qkv(self) -> Any: ...
+
+    @property
+    def q_norm(self) -> Tensor | None: ...
+
+    @property
+    def k_norm(self) -> Tensor | None: ...
+
+    @property
+    def o(self) -> Any: ...
+
+    @property
+    def post_norm(self) -> Tensor: ...
+
+    @property
+    def gate_up(self) -> Any: ...
+
+    @property
+    def down(self) -> Any: ...
+
+
+class FusedLayers(Protocol):
+    """Layers of a model as one operation, which gives the bits that theirs give one by one."""
+
+    def takes(self, plan: Any) -> bool:
+        """Whether it computes a batch with this attention plan."""
+        ...
+
+    def run(
+        self, count: int, residual: Tensor, positions: Tensor, slots: Tensor, kv: Any, plan: Any
+    ) -> tuple[Tensor, float]:
+        """The first ``count`` layers, one at least: writes their keys and values, updates
+        ``residual``, and returns what is still to be added to it, valid until the next ``linear``
+        of this size; and the seconds spent in attention."""
+        ...
+
+
 class Chooser(Protocol):
     """From logits to tokens."""
 
@@ -305,6 +349,12 @@ class Backend(Chooser, Protocol):
         """``silu(gate) * up`` of ``[rows, 2 * size]``, as Rows ``[rows, size]``."""
         ...
 
+    def fuse(
+        self, layers: Sequence[LayerWeights], rope: RopeTable, shape: AttentionShape, eps: float
+    ) -> FusedLayers | None:
+        """A model's layers as one operation; None: there is none for them."""
+        ...
+
 
 class HostMemory:
     """What a backend is that computes in the host's memory and is done when it returns."""
@@ -331,6 +381,12 @@ class HostMemory:
 
     def fixed_batch(self, rows: int, pages: int, shape: AttentionShape) -> None:
         """Operations are called, not launched."""
+
+    def fuse(
+        self, layers: Sequence[LayerWeights], rope: RopeTable, shape: AttentionShape, eps: float
+    ) -> FusedLayers | None:
+        """There is none."""
+        return None
 
 
 WEIGHT_FORMATS = ("f32", "f16", "bf16", "int8")

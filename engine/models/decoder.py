@@ -90,6 +90,11 @@ class Decoder:
             )
             for p in parameters.layers
         ]
+        self._fused = (
+            backend.fuse(self.layers, self._rope, self.shape, config.rms_norm_eps)
+            if isinstance(self._ranks, OneRank)
+            else None
+        )
         self.head = None if parameters.head is None else linear(parameters.head)
         self._embedding = backend.constant(parameters.embedding)
         self._final_norm = backend.constant(parameters.final_norm)
@@ -107,7 +112,10 @@ class Decoder:
 
         Of a model without a head they are its hidden states.
         """
-        return _result(self._layers(self._tiles(batch, beside=False), kv))
+        tiles = self._tiles(batch, beside=False)
+        if len(tiles) == 1 and self._can_fuse(tiles[0]):
+            return self._fused_layers(tiles[0], kv)
+        return _result(self._layers(tiles, kv))
 
     @torch.inference_mode()
     def forward_fixed(self, fixed: FixedBatch, kv: Any) -> Tensor:
@@ -167,8 +175,28 @@ class Decoder:
                 yield i
                 self._write_keys(i + 1, tile, self._mlp(i, tile, self._attend(i, tile, kv)), kv)
         yield last
-        # Where nobody wants a tile's rows, the last layer's keys are all there is to compute.
-        logits = []
+        return self._last_layer(tiles, kv)
+
+    def _can_fuse(self, tile: _Tile) -> bool:
+        fused = self._fused
+        return fused is not None and tile.unadapted and fused.takes(tile.plan)
+
+    def _fused_layers(self, tile: _Tile, kv: Any) -> Tensor:
+        """The same as ``_layers``: but for the last one, which few rows go through, in one call."""
+        assert self._fused is not None
+        last, delta = len(self.layers) - 1, None
+        if last:
+            delta, seconds = self._fused.run(
+                last, tile.residual, tile.positions, tile.slots, kv, tile.plan
+            )
+            self.attention_seconds += seconds
+        self._write_keys(last, tile, delta, kv)
+        return self._last_layer([tile], kv)
+
+    def _last_layer(self, tiles: Items[_Tile], kv: Any) -> Tensor:
+        """From the last layer's attention on. Where nobody wants a tile's rows, the keys that are
+        there were all there is to compute."""
+        last, logits = len(self.layers) - 1, []
         for tile in tiles:
             wanted = tile.wanted_rows()
             if wanted is None or len(wanted):
@@ -298,6 +326,11 @@ class _Tile:
         if self._lora is not None:
             self._ops.add_lora(x, y, self._lora, i * MATRICES + matrix)
         return y
+
+    @property
+    def unadapted(self) -> bool:
+        """No row has an adapter."""
+        return self._lora is None
 
     def wanted_rows(self) -> Tensor | None:
         """The rows of which more than keys is wanted, int64 in order; None: every row."""

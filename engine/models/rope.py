@@ -1,7 +1,8 @@
 """cos and sin tables of rotary position embeddings, for every variant transformers knows here.
 
-Frequencies come from transformers' own functions, so that they are equal to the last bit. One
-table serves the whole life of an engine, because keys stay in the cache already rotated:
+Frequencies come from transformers' own functions, so that they are equal to the last bit; cosines
+and sines are the nearest float32 numbers, on every machine. One table serves the whole life of an
+engine, because keys stay in the cache already rotated:
 
 longrope  has two sets of factors. transformers picks one per forward pass by the longest sequence
           in it, long when that exceeds the original length, and so reads keys rotated with the
@@ -39,7 +40,9 @@ def rope_tables(config: ModelConfig, max_len: int) -> tuple[torch.Tensor, torch.
     else:
         inv_freq, scaling = _scaled_frequencies(config, rope, max_len)
     angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq)
-    return angles.cos() * scaling, angles.sin() * scaling
+    # In float64 and rounded: torch's float32 ones depend on the instruction set in the last bit.
+    cos, sin = (table.float() for table in (angles.double().cos(), angles.double().sin()))
+    return cos * scaling, sin * scaling
 
 
 def _scaled_frequencies(

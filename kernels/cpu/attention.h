@@ -35,8 +35,6 @@
 
 namespace headstart::HEADSTART_ISA {
 
-static_assert(kLanes <= kSumLanes);
-
 // A page's keys and values are 2 * head_dim * page_size elements, its scores take head_dim words
 // for every two vectors of keys: so many cache lines a word.
 inline constexpr int kLinesPerWord = 2 * 2 * kLanes * 4 / 64;
@@ -44,7 +42,7 @@ inline constexpr int kLinesPerWord = 2 * 2 * kLanes * 4 / 64;
 template <class Unit>
 struct TileState {  // one item's vectors; lives in the thread's scratch
   float* maximum;
-  float* sum;                      // [vectors, kLanes]
+  float* sum;                      // [vectors, kSumLanes]
   float* out;                      // [vectors, head_dim]
   typename Unit::left* q;          // [vectors, head_dim]
   float* scores;                   // [kScoreRows, block keys]
@@ -61,7 +59,7 @@ static TileState<Unit> carve_scratch(std::vector<char>& scratch, int vectors, in
   };
   using left = typename Unit::left;
   const size_t padded = (vectors + kScoreRows + kLanes - 1) / kLanes * kLanes + kLanes;
-  const size_t m = take(padded * 4), s = take(padded * kLanes * 4), o = take(size_t(vectors) * head_dim * 4),
+  const size_t m = take(padded * 4), s = take(padded * kSumLanes * 4), o = take(size_t(vectors) * head_dim * 4),
                q = take(size_t(vectors) * head_dim * sizeof(left)),
                sc = take(size_t(kScoreRows) * block_keys * 4),
                p = take(size_t(kScoreRows) * block_keys * sizeof(left));
@@ -175,7 +173,7 @@ class Attend {
 
   void begin(const AttentionItem& item, int vectors) {
     std::fill_n(state_.maximum, vectors, -std::numeric_limits<float>::infinity());
-    std::fill_n(state_.sum, size_t(vectors) * kLanes, 0.0f);
+    std::fill_n(state_.sum, size_t(vectors) * kSumLanes, 0.0f);
     std::fill_n(state_.out, size_t(vectors) * head_dim_, 0.0f);
     if (item.wait_begin == item.wait_end) return;
     for (int v = 0; v < vectors; ++v) {
@@ -183,7 +181,7 @@ class Attend {
       if (!plan_.resumes[entry]) continue;
       const size_t slot = slot_of(item, entry, v);
       state_.maximum[v] = args_.partial_lse[slot];
-      std::memcpy(state_.sum + size_t(v) * kLanes, args_.partial_sum + slot * kSumLanes, sizeof(Floats));
+      std::memcpy(state_.sum + size_t(v) * kSumLanes, args_.partial_sum + slot * kSumLanes, sizeof(Sum));
       std::memcpy(state_.out + size_t(v) * head_dim_, args_.partial + slot * head_dim_, sizeof(float) * head_dim_);
     }
   }
@@ -276,20 +274,21 @@ class Attend {
       const float* s = state_.scores + r * block_keys_;
       left* p = state_.probabilities + r * block_keys_;
       const Floats from = broadcast(shifts[r]);
-      Floats sum = broadcast(0.0f);
-      for (int k = 0; k < keys; k += 2 * kLanes) {
-        Floats x[2];
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
+      Sum sum{};
+      for (int k = 0; k < keys; k += kTurn * kLanes) {
+        Floats x[kTurn];
+#pragma GCC unroll 4
+        for (int i = 0; i < kTurn; ++i) {
           x[i] = exp2<Unit::kExactExp>(load(s + k + i * kLanes) - from);
           if constexpr (kMasked) {
             x[i] = lane_index() < broadcast(visible[r] - k - i * kLanes) ? x[i] : broadcast(0.0f);
           }
         }
-        Unit::keep(p + k, x[0], x[1], sum);
+        Unit::keep(p + k, x, sum);
       }
-      float* lanes = state_.sum + size_t(v + r) * kLanes;
-      store(lanes, load(lanes) * broadcast(alpha[r]) + sum);
+      float* lanes = state_.sum + size_t(v + r) * kSumLanes;
+#pragma GCC unroll 4
+      for (int i = 0; i < Sum::kParts; ++i, lanes += kLanes) store(lanes, fused(load(lanes), broadcast(alpha[r]), sum.parts[i]));
     }
   }
 
@@ -311,15 +310,15 @@ class Attend {
     for (int v = 0; v < vectors; ++v) {
       const int entry = item.entry_begin + v / group_;
       const size_t slot = slot_of(item, entry, v);
-      const float* lanes = state_.sum + size_t(v) * kLanes;
+      const float* lanes = state_.sum + size_t(v) * kSumLanes;
       const float* out = state_.out + size_t(v) * head_dim_;
       if (item.last && plan_.left_open[entry]) {
         args_.partial_lse[slot] = state_.maximum[v];
-        std::memcpy(args_.partial_sum + slot * kSumLanes, lanes, sizeof(Floats));
+        std::memcpy(args_.partial_sum + slot * kSumLanes, lanes, sizeof(Sum));
         std::memcpy(args_.partial + slot * head_dim_, out, sizeof(float) * head_dim_);
         continue;
       }
-      const float sum = horizontal_sum(load(lanes));
+      const float sum = load_as<Sum>(lanes).total();
       const Floats inverse = broadcast(sum > 0 ? 1.0f / sum : 0.0f);
       for (int d = 0; d < head_dim_; d += kLanes) {
         store(args_.partial + slot * head_dim_ + d, load(out + d) * inverse);
@@ -354,7 +353,7 @@ static HEADSTART_INLINE const float* merge_row(const AttendArgs& args, int row, 
       const float weight = std::exp2(args.partial_lse[slot * plan.heads + h] - top) / sum;
       if (weight == 0) continue;
       const float* from = args.partial + slot * size + size_t(h) * plan.head_dim;
-      for (int d = 0; d < plan.head_dim; d += kLanes) store(to + d, load(to + d) + load(from + d) * broadcast(weight));
+      for (int d = 0; d < plan.head_dim; d += kLanes) store(to + d, fused(load(from + d), broadcast(weight), load(to + d)));
     }
   }
   return merged;
@@ -377,49 +376,46 @@ static HEADSTART_INLINE void merged_lse(const AttendArgs& args, int row) {
 
 // Items are started in an order in which none comes before what it waits for, so whoever waits
 // here waits for a thread that is at work.
-static HEADSTART_INLINE void await_items(const AttentionPlan& plan, const AttentionItem& item) {
+static HEADSTART_INLINE void await_items(const AttendArgs& args, const AttentionItem& item) {
+  const AttentionPlan& plan = *args.plan;
   for (int w = item.wait_begin; w < item.wait_end; ++w) {
-    for (int spins = 0; plan.done[plan.waits[w]].load(std::memory_order_acquire) != plan.run; ++spins) {
+    for (int spins = 0; plan.done[plan.waits[w]].load(std::memory_order_acquire) != args.run; ++spins) {
       if (spins > 1000) std::this_thread::yield();
     }
   }
 }
 
-static void attend(const AttendArgs& args, int threads) {
+static void attend(const AttendArgs& args, Team& team) {
   const AttentionPlan& plan = *args.plan;
   const int num_items = int(plan.items.size()), size = plan.heads * plan.head_dim;
-  std::atomic<int> next{0};
-  ++plan.run;
-  std::atomic<int> next_row{0};
-  parallel(threads, [&] {
-    thread_local std::vector<char> scratch;
-    thread_local std::vector<float> merged;
-    auto work = [&](auto unit) {
-      Attend<decltype(unit)> attend(args, scratch);
-      // A cheap item takes the next one along, to ask for its keys in time. (A long one does not:
-      // somebody else may be free sooner.) Each thread's items still come in rising order, so the
-      // first unfinished one always has all it waits for.
-      int i = next.fetch_add(1);
-      while (i < num_items) {
-        const AttentionItem& item = plan.items[i];
-        const int following = attend.few_vectors(item) ? next.fetch_add(1) : num_items;
-        await_items(plan, item);
-        attend.run(item, following < num_items ? &plan.items[following] : nullptr);
-        if (item.awaited) plan.done[i].store(plan.run, std::memory_order_release);
-        i = attend.few_vectors(item) ? following : next.fetch_add(1);
-      }
-    };
-    if (args.kv_type == Type::kF32) {
-      work(F32{});
-    } else {
-      work(BF16{});
+  std::atomic<int>&next = team.counter(), &next_row = team.counter();
+  thread_local std::vector<char> scratch;
+  thread_local std::vector<float> merged;
+  auto work = [&](auto unit) {
+    Attend<decltype(unit)> attend(args, scratch);
+    // A cheap item takes the next one along, to ask for its keys in time. (A long one does not:
+    // somebody else may be free sooner.) Each thread's items still come in rising order, so the
+    // first unfinished one always has all it waits for.
+    int i = next.fetch_add(1);
+    while (i < num_items) {
+      const AttentionItem& item = plan.items[i];
+      const int following = attend.few_vectors(item) ? next.fetch_add(1) : num_items;
+      await_items(args, item);
+      attend.run(item, following < num_items ? &plan.items[following] : nullptr);
+      if (item.awaited) plan.done[i].store(args.run, std::memory_order_release);
+      i = attend.few_vectors(item) ? following : next.fetch_add(1);
     }
-    barrier();
-    if (int(merged.size()) < size) merged.resize(size);
-    turns(next_row, plan.num_rows, kRowsATurn, [&](int row) {
-      write_row(args.out, row, size, merge_row(args, row, merged.data()));
-      if (args.lse) merged_lse(args, row);
-    });
+  };
+  if (args.kv_type == Type::kF32) {
+    work(F32{});
+  } else {
+    work(BF16{});
+  }
+  barrier();
+  if (int(merged.size()) < size) merged.resize(size);
+  turns(next_row, plan.num_rows, std::clamp(plan.num_rows / team.threads, 1, kRowsATurn), [&](int row) {
+    write_row(args.out, row, size, merge_row(args, row, merged.data()));
+    if (args.lse) merged_lse(args, row);
   });
 }
 

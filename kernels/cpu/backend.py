@@ -8,7 +8,6 @@ share one OpenMP team. Tensors cross as addresses: this class keeps every buffer
 from __future__ import annotations
 
 import contextlib
-import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,58 +23,37 @@ from headstart.kernels.backend import (
     DenseLinear,
     Draws,
     HostMemory,
+    LayerWeights,
     LoraPart,
     RopeTable,
     Top,
+)
+from headstart.kernels.cpu.layers import FusedLayers, q_scale
+from headstart.kernels.cpu.tensors import (
+    PARTIALS,
+    TYPES,
+    AttentionPlan,
+    KVPool,
+    PackedLinear,
+    Query,
+    Rows,
+    Scratch,
+    held_partials,
+    partial_bytes,
 )
 from headstart.kernels.packing import Int8Panels
 from headstart.kernels.processor import processor_name
 from headstart.kernels.ranges import IntArray, KVRanges, in_pieces
 from headstart.kernels.shared_memory import SharedMemory
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _DRAW_TYPES = (np.int32, np.float32, np.float32, np.int32, np.float64, np.float64)
-_LOG2E = 1.4426950408889634
 _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module has no name for it
 _SPLIT_PAGES = 32  # pages whose keys leave one partial result of a row (plan.h)
-_PARTIALS = 64  # partial results are held in multiples of it
 _TILE_VECTORS = 96  # query heads that go through keys together (plan.cpp)
 
 SCRATCH_BYTES = 64 << 20
 """Of partial results, beyond which the rows of a batch are attended to one run after the other: at
 128k keys a row of an 8B model leaves 2.4 MB of them."""
-
-
-class Rows(NamedTuple):
-    """Rows on their way into ``linear``; ``scales [rows]`` only for uint8 (zero point 128)."""
-
-    data: Tensor
-    scales: Tensor
-    data_ptr: int
-    scales_ptr: int
-    rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """An int8 weight and the addresses of what it consists of (linear.h)."""
-
-    panels: Int8Panels
-    weight_ptr: int
-    scale_ptr: int
-    sums_ptr: int
-    bias_ptr: int
-    in_features: int
-    out_features: int
-
-
-class KVPool(NamedTuple):
-    """All layers' pages, the address of each layer's first, and the memory they lie in."""
-
-    data: Tensor
-    layer_ptrs: list[int]
-    memory: SharedMemory
-    page_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +71,6 @@ class LoraPlan(NamedTuple):
     adapters: Sequence[PackedLora]
 
 
-class AttentionPlan(NamedTuple):
-    """``pieces``: runs of rows, the first row of each and its plan (plan.h)."""
-
-    num_rows: int
-    shape: AttentionShape
-    pieces: list[tuple[int, _cpu.AttentionPlan]]
-
-
-class Query(NamedTuple):
-    data: Tensor
-    ptr: int
-
-
 def pack_lora(weight: Tensor, panel: int, dtype: torch.dtype) -> Tensor:
     """``[out, in]`` to panels ``[out / panel][words of in][panel]``, zero-padded (lora_plan.h)."""
     word = 4 // dtype.itemsize
@@ -119,16 +84,6 @@ def pack_lora(weight: Tensor, panel: int, dtype: torch.dtype) -> Tensor:
 ACTIVATIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
 """By the weight formats there are on this backend."""
 KV_FORMATS = ("auto", "f32", "bf16")
-
-
-def _partial_bytes(shape: AttentionShape) -> int:
-    """Of a row's partial result: the output, its lse and the lanes of its sum."""
-    return shape.heads * (shape.head_dim + 1 + _cpu.SUM_LANES) * 4
-
-
-def _held_partials(count: int) -> int:
-    """``count`` and what is held beside it: buffers of few different sizes are kept then."""
-    return -(-count // _PARTIALS) * _PARTIALS
 
 
 def _tile_rows(shape: AttentionShape) -> int:
@@ -166,29 +121,7 @@ class CpuBackend(HostMemory):
         self.device = f"{processor_name()}, {isa}, {kv} KV, {threads} threads"
         self._kernels = _cpu.Kernels(isa, threads)
         self._rows_dtype = ACTIVATIONS[weights]
-        self._buffers: dict[str, Tensor] = {}
-        self._views: dict[tuple[str, int, int], tuple[Tensor, int]] = {}
-
-    def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-        """``[rows, columns]`` of scratch called ``name``, and its address; its content is stale."""
-        key = (name, rows, columns)
-        view = self._views.get(key)
-        if view is not None:
-            return view
-        base = self._buffers.get(name)
-        if base is None or base.numel() < rows * columns:
-            base = torch.empty(rows * columns, dtype=dtype)
-            self._buffers[name] = base
-            self._views = {k: v for k, v in self._views.items() if k[0] != name}
-        tensor = base[: rows * columns].view(rows, columns)
-        view = (tensor, tensor.data_ptr())
-        self._views[key] = view
-        return view
-
-    def _rows(self, name: str, rows: int, columns: int) -> Rows:
-        data, data_ptr = self._buffer(name, rows, columns, self._rows_dtype)
-        scales, scales_ptr = self._buffer(name + ".scales", rows, 1, torch.float32)
-        return Rows(data, scales, data_ptr, scales_ptr, rows)
+        self._scratch = Scratch(self._rows_dtype)
 
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
         dtype = torch.bfloat16 if self._rows_dtype is torch.bfloat16 else torch.float32
@@ -236,7 +169,7 @@ class CpuBackend(HostMemory):
 
     def prepare_pages(self, kv: KVPool, first: int, last: int) -> None:
         memory = kv.memory.buffer
-        layer_bytes = len(memory) // len(kv.layer_ptrs)
+        layer_bytes = kv.layer_bytes
         for layer in range(len(kv.layer_ptrs)):
             begin = layer * layer_bytes + first * kv.page_bytes
             end = layer * layer_bytes + last * kv.page_bytes
@@ -247,7 +180,7 @@ class CpuBackend(HostMemory):
     def plan_attention(
         self, num_rows: int, ranges: KVRanges, shape: AttentionShape
     ) -> AttentionPlan:
-        most = SCRATCH_BYTES // _partial_bytes(shape) // _PARTIALS * _PARTIALS
+        most = SCRATCH_BYTES // partial_bytes(shape) // PARTIALS * PARTIALS
 
         def piece(first: int, last: int) -> _cpu.AttentionPlan:
             own = ranges if last - first == num_rows else ranges.of_rows(first, last)
@@ -270,9 +203,9 @@ class CpuBackend(HostMemory):
         return AttentionPlan(num_rows, shape, pieces)
 
     def attention_scratch(self, rows: int, keys: int, shape: AttentionShape) -> int:
-        splits, size = -(-keys // (_SPLIT_PAGES * self.page_size)), _partial_bytes(shape)
+        splits, size = -(-keys // (_SPLIT_PAGES * self.page_size)), partial_bytes(shape)
         of_tile = min(rows, _tile_rows(shape)) * splits
-        partials = _held_partials(min(rows * splits, max(SCRATCH_BYTES // size, of_tile)))
+        partials = held_partials(min(rows * splits, max(SCRATCH_BYTES // size, of_tile)))
         # And what the threads keep of the vectors they compute (carve_scratch in attention.h).
         vectors = max(_TILE_VECTORS, shape.group)
         return partials * size + self.threads * (vectors * (8 * shape.head_dim + 128) + (64 << 10))
@@ -282,8 +215,8 @@ class CpuBackend(HostMemory):
 
     def norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Rows:
         rows, size = residual.shape
-        out = self._rows("norm", rows, size)
-        delta_ptr, delta_type = (0, 0) if delta is None else (delta.data_ptr(), _TYPES[delta.dtype])
+        out = self._scratch.rows("norm", rows, size)
+        delta_ptr, delta_type = (0, 0) if delta is None else (delta.data_ptr(), TYPES[delta.dtype])
         self._kernels.norm(
             rows,
             size,
@@ -292,7 +225,7 @@ class CpuBackend(HostMemory):
             delta_type,
             weight.data_ptr(),
             eps,
-            _TYPES[self._rows_dtype],
+            TYPES[self._rows_dtype],
             out.data_ptr,
             out.scales_ptr,
         )
@@ -302,7 +235,7 @@ class CpuBackend(HostMemory):
         if isinstance(weight, DenseLinear):
             return torch.nn.functional.linear(x.data, weight.weight, weight.bias)
         size = weight.out_features
-        out, out_ptr = self._buffer(f"linear{size}", x.rows, size, torch.float32)
+        out, out_ptr = self._scratch.buffer(f"linear{size}", x.rows, size, torch.float32)
         self._kernels.linear(
             x.rows,
             weight.in_features,
@@ -340,13 +273,13 @@ class CpuBackend(HostMemory):
         self._kernels.lora(
             plan.plan,
             layer,
-            _TYPES[self._lora_dtype],
+            TYPES[self._lora_dtype],
             x.data.shape[1],
             y.shape[1],
-            _TYPES[x.data.dtype],
+            TYPES[x.data.dtype],
             x.data_ptr,
             x.scales_ptr,
-            _TYPES[y.dtype],
+            TYPES[y.dtype],
             y.data_ptr(),
         )
 
@@ -365,7 +298,9 @@ class CpuBackend(HostMemory):
         tile: int = 0,
     ) -> Query:
         rows = len(qkv)
-        q, q_ptr = self._buffer(f"q{tile}", rows, shape.heads * shape.head_dim, self.kv_dtype)
+        q, q_ptr = self._scratch.buffer(
+            f"q{tile}", rows, shape.heads * shape.head_dim, self.kv_dtype
+        )
         self._kernels.rope(
             rows,
             shape.heads,
@@ -373,7 +308,7 @@ class CpuBackend(HostMemory):
             shape.head_dim,
             self.page_size,
             qkv.data_ptr(),
-            _TYPES[qkv.dtype],
+            TYPES[qkv.dtype],
             0 if q_norm is None else q_norm.data_ptr(),
             0 if k_norm is None else k_norm.data_ptr(),
             eps,
@@ -381,8 +316,8 @@ class CpuBackend(HostMemory):
             rope.sin.data_ptr(),
             positions.data_ptr(),
             slots.data_ptr(),
-            _LOG2E / math.sqrt(shape.head_dim),
-            _TYPES[self.kv_dtype],
+            q_scale(shape),
+            TYPES[self.kv_dtype],
             q_ptr,
             kv.layer_ptrs[layer],
         )
@@ -394,23 +329,19 @@ class CpuBackend(HostMemory):
     def _attend(
         self, q: Query, kv: KVPool, layer: int, plan: AttentionPlan, lse: Tensor | None
     ) -> Rows:
-        heads, size = plan.shape.heads, plan.shape.heads * plan.shape.head_dim
-        out = self._rows("attend", plan.num_rows, size)
+        size = plan.shape.heads * plan.shape.head_dim
+        out = self._scratch.rows("attend", plan.num_rows, size)
         for first, piece in plan.pieces:
-            partials = _held_partials(piece.num_partials)
-            _, partial_ptr = self._buffer("partial", partials, size, torch.float32)
-            _, lses_ptr = self._buffer("partial.lse", partials, heads, torch.float32)
-            lanes = heads * _cpu.SUM_LANES
-            _, sums_ptr = self._buffer("partial.sum", partials, lanes, torch.float32)
+            partial_ptr, lses_ptr, sums_ptr = self._scratch.partials(piece, plan.shape)
             self._kernels.attend(
                 piece,
-                _TYPES[self.kv_dtype],
+                TYPES[self.kv_dtype],
                 q.ptr + first * size * self.kv_dtype.itemsize,
                 kv.layer_ptrs[layer],
                 partial_ptr,
                 lses_ptr,
                 sums_ptr,
-                _TYPES[self._rows_dtype],
+                TYPES[self._rows_dtype],
                 out.data_ptr + first * size * self._rows_dtype.itemsize,
                 out.scales_ptr + first * out.scales.itemsize,
                 0 if lse is None else lse[first:].data_ptr(),
@@ -426,17 +357,33 @@ class CpuBackend(HostMemory):
 
     def silu_mul(self, gate_up: Tensor) -> Rows:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-        out = self._rows("silu", rows, size)
+        out = self._scratch.rows("silu", rows, size)
         self._kernels.silu(
             rows,
             size,
             gate_up.data_ptr(),
-            _TYPES[gate_up.dtype],
-            _TYPES[self._rows_dtype],
+            TYPES[gate_up.dtype],
+            TYPES[self._rows_dtype],
             out.data_ptr,
             out.scales_ptr,
         )
         return out
+
+    def fuse(
+        self, layers: Sequence[LayerWeights], rope: RopeTable, shape: AttentionShape, eps: float
+    ) -> FusedLayers | None:
+        if self._rows_dtype is not torch.uint8:
+            return None
+        return FusedLayers(
+            self._kernels,
+            self._scratch,
+            self.kv_dtype,
+            self.page_size,
+            layers,
+            rope,
+            shape,
+            eps,
+        )
 
     def argmax(self, logits: Tensor) -> list[int]:
         rows, size = logits.shape

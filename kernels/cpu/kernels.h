@@ -1,9 +1,12 @@
 // The operations each instruction set supplies, and the structs they take.
 //
 // Sizes are in elements unless a name says bytes. Pointers are owned by the caller. Rows are
-// contiguous. Every function may be called with 0 rows.
+// contiguous. Every function may be called with 0 rows. Those that take a Team are called inside a
+// parallel region (operations.h), by all of its threads, and may return before the others' work is
+// done; the others make a region of their own.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -11,6 +14,15 @@
 #include "plan.h"
 
 namespace headstart {
+
+// One thread's view of its parallel region. Operations hand out their work by counters: each one takes
+// the next ones, on every thread the same.
+struct Team {
+  int threads;
+  std::atomic<int>* counters;  // at 0
+  std::atomic<int>& counter() { return *counters++; }
+};
+inline constexpr int kCountersPerOperation = 2;  // at most
 
 enum class Type : int { kF32 = 0, kBF16 = 1, kU8 = 2 };
 
@@ -73,6 +85,7 @@ struct AttendArgs {
   float* partial_sum; // [plan.num_partials, heads, kSumLanes], of slots that one range leaves to another
   RowsOut out;        // [rows, heads * head_dim]
   float* lse;         // [rows, heads], natural log, or null
+  uint32_t run;       // of the plan: unlike any before
 };
 
 struct LinearArgs {
@@ -84,6 +97,7 @@ struct LinearArgs {
   const int32_t* weight_sums;   // [padded out_features]: 128 * sum of the weights of that output
   const float* bias;      // [out_features] or null
   float* out;             // [rows, out_features]
+  int32_t* widened;       // [rows, padded in_features / 2]: scratch
 };
 
 struct LoraArgs {
@@ -121,11 +135,11 @@ struct TopArgs {
 
 struct Kernels {
   const char* name;
-  void (*norm)(const NormArgs&, int threads);
-  void (*silu)(const SiluArgs&, int threads);
-  void (*rope)(const RopeArgs&, int threads);
-  void (*attend)(const AttendArgs&, int threads);
-  void (*linear)(const LinearArgs&, int threads);
+  void (*norm)(const NormArgs&, Team&);
+  void (*silu)(const SiluArgs&, Team&);
+  void (*rope)(const RopeArgs&, Team&);
+  void (*attend)(const AttendArgs&, Team&);
+  void (*linear)(const LinearArgs&, Team&);
   void (*lora)(const LoraArgs&, int threads);
   void (*argmax)(const float* logits, int rows, int size, int32_t* out, int threads);
   void (*sample)(const SampleArgs&, int threads);

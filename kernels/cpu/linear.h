@@ -49,8 +49,7 @@ static HEADSTART_INLINE void write_tile(const LinearArgs& a, int row, int column
     float* out = a.out + size_t(row) * a.out_features + column;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r, out += a.out_features) {
-      const Floats scaled = product(__builtin_convertvector(acc[r][j] - sums, Floats), scale * broadcast(a.x_scales[row + r]));
-      const Floats y = scaled + bias;
+      const Floats y = __builtin_convertvector(acc[r][j] - sums, Floats) * (scale * broadcast(a.x_scales[row + r])) + bias;
       if (count == kLanes) {
         store(out, y);
       } else {
@@ -140,42 +139,36 @@ static HEADSTART_INLINE void wide_panel(const LinearArgs& a, const int32_t* x, i
   }
 }
 
-static void linear(const LinearArgs& a, int threads) {
-  if (a.rows == 0) return;
+static void linear(const LinearArgs& a, Team& team) {
   const int words = (a.in_features + 3) / 4;
   const int panels = (a.out_features + kPanel - 1) / kPanel;
   const bool wide = !I8::kThere || (!I8::kOneInstruction && a.rows >= kWideFrom);
   // A task is a few panels times all rows, or, where rows are many, one panel times a block of
   // rows: enough tasks to balance, each long enough (about 20 us) to be worth fetching.
   const int row_block = (wide ? kWideRows : kScoreRows) * 16;
-  const int row_blocks = std::max(1, (a.rows + row_block - 1) / row_block);
-  const int group = std::max(1, std::min(panels / (threads * 4), 8 / row_blocks));
+  const int row_blocks = (a.rows + row_block - 1) / row_block;
+  const int group = std::max(1, std::min(panels / (team.threads * 8), 8 / std::max(row_blocks, 1)));
   const int panel_groups = (panels + group - 1) / group;
   const int tasks = panel_groups * row_blocks;
-  std::atomic<int> next{0}, next_row{0};
-  thread_local std::vector<int32_t> widened;
-  if (wide && widened.size() < size_t(a.rows) * words * 2) widened.resize(size_t(a.rows) * words * 2);
-  int32_t* x = widened.data();
-  parallel(threads, [&] {
-    thread_local std::vector<int32_t> sums;
-    if (wide) {
-      turns(next_row, a.rows, 8, [&](int r) {
-        widen_row(a.x + size_t(r) * words * 4, words, reinterpret_cast<int16_t*>(x + size_t(r) * words * 2));
-      });
-      sums.resize(size_t(row_block) * 2 * kLanes);
-      barrier();
-    }
-    turns(next, tasks, 1, [&](int t) {
-      const int g = t / row_blocks, b = t % row_blocks;
-      const int row_begin = b * row_block, row_end = std::min(a.rows, row_begin + row_block);
-      for (int p = g * group; p < std::min(panels, (g + 1) * group); ++p) {
-        if (wide) {
-          wide_panel(a, x, p, words, row_begin, row_end, sums.data());
-        } else if constexpr (I8::kThere) {
-          narrow_panel(a, p, panels, words, row_begin, row_end);
-        }
-      }
+  std::atomic<int>& next_row = team.counter();
+  thread_local std::vector<int32_t> sums;
+  if (wide) {
+    turns(next_row, a.rows, 8, [&](int r) {
+      widen_row(a.x + size_t(r) * words * 4, words, reinterpret_cast<int16_t*>(a.widened + size_t(r) * words * 2));
     });
+    sums.resize(size_t(row_block) * 2 * kLanes);
+    barrier();
+  }
+  turns(team.counter(), tasks, 1, [&](int t) {
+    const int g = t / row_blocks, b = t % row_blocks;
+    const int row_begin = b * row_block, row_end = std::min(a.rows, row_begin + row_block);
+    for (int p = g * group; p < std::min(panels, (g + 1) * group); ++p) {
+      if (wide) {
+        wide_panel(a, a.widened, p, words, row_begin, row_end, sums.data());
+      } else if constexpr (I8::kThere) {
+        narrow_panel(a, p, panels, words, row_begin, row_end);
+      }
+    }
   });
 }
 

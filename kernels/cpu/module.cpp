@@ -2,15 +2,18 @@
 // because a DLPack conversion per argument costs more than the small kernels do.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "instruction_sets.h"
 #include "kernels.h"
+#include "operations.h"
 
 namespace nb = nanobind;
 
@@ -44,31 +47,31 @@ class Bound {
 
   void norm(int rows, int size, uintptr_t residual, uintptr_t delta, int delta_type, uintptr_t weight,
             float eps, int out_type, uintptr_t out, uintptr_t scales) const {
-    kernels_->norm({rows, size, at<float>(residual), at(delta), Type(delta_type), at<float>(weight), eps,
+    headstart::norm(*kernels_, {rows, size, at<float>(residual), at(delta), Type(delta_type), at<float>(weight), eps,
                     {Type(out_type), at(out), at<float>(scales)}},
                    threads_);
   }
   void silu(int rows, int size, uintptr_t gate_up, int in_type, int out_type, uintptr_t out, uintptr_t scales) const {
-    kernels_->silu({rows, size, at(gate_up), Type(in_type), {Type(out_type), at(out), at<float>(scales)}}, threads_);
+    headstart::silu(*kernels_, {rows, size, at(gate_up), Type(in_type), {Type(out_type), at(out), at<float>(scales)}}, threads_);
   }
   void rope(int rows, int heads, int kv_heads, int head_dim, int page_size, uintptr_t qkv, int in_type,
             uintptr_t q_norm, uintptr_t k_norm, float eps, uintptr_t cos, uintptr_t sin, uintptr_t positions,
             uintptr_t slots, float q_scale, int kv_type, uintptr_t q, uintptr_t pool) const {
-    kernels_->rope({rows, heads, kv_heads, head_dim, page_size, at(qkv), Type(in_type), at<float>(q_norm),
+    headstart::rope(*kernels_, {rows, heads, kv_heads, head_dim, page_size, at(qkv), Type(in_type), at<float>(q_norm),
                     at<float>(k_norm), eps, at<float>(cos), at<float>(sin), at<int32_t>(positions),
                     at<int32_t>(slots), q_scale, Type(kv_type), at(q), at(pool)},
                    threads_);
   }
   void attend(const AttentionPlan& plan, int kv_type, uintptr_t q, uintptr_t pool, uintptr_t partial,
               uintptr_t partial_lse, uintptr_t partial_sum, int out_type, uintptr_t out, uintptr_t scales, uintptr_t lse) const {
-    kernels_->attend({&plan, Type(kv_type), at(q), at(pool), at<float>(partial), at<float>(partial_lse),
-                      at<float>(partial_sum), {Type(out_type), at(out), at<float>(scales)}, at<float>(lse)},
+    headstart::attend(*kernels_, {&plan, Type(kv_type), at(q), at(pool), at<float>(partial), at<float>(partial_lse),
+                      at<float>(partial_sum), {Type(out_type), at(out), at<float>(scales)}, at<float>(lse), 0},
                      threads_);
   }
   void linear(int rows, int in_features, int out_features, uintptr_t x, uintptr_t x_scales, uintptr_t weight,
               uintptr_t weight_scales, uintptr_t weight_sums, uintptr_t bias, uintptr_t out) const {
-    kernels_->linear({rows, in_features, out_features, at<uint8_t>(x), at<float>(x_scales), at<int8_t>(weight),
-                      at<float>(weight_scales), at<int32_t>(weight_sums), at<float>(bias), at<float>(out)},
+    headstart::linear(*kernels_, {rows, in_features, out_features, at<uint8_t>(x), at<float>(x_scales), at<int8_t>(weight),
+                      at<float>(weight_scales), at<int32_t>(weight_sums), at<float>(bias), at<float>(out), nullptr},
                      threads_);
   }
   void lora(const LoraPlan& plan, int layer, int weight_type, int in_features, int out_features, int x_type, uintptr_t x,
@@ -90,12 +93,29 @@ class Bound {
     kernels_->top({rows, size, count, at<float>(logits), at<int32_t>(row), at<int32_t>(ids), at<float>(values), at<float>(total)},
                   threads_);
   }
+  // rows: the address and the scales' of each, normed, attended, activated; partials: those of AttendArgs.
+  double layers(const Layers& model, int count, int rows, uintptr_t residual, uintptr_t positions, uintptr_t slots,
+                uintptr_t pool, int64_t layer_bytes, const AttentionPlan& plan, const std::array<uintptr_t, 6>& scratch,
+                uintptr_t q, uintptr_t qkv, uintptr_t gate_up, const std::array<uintptr_t, 3>& partials, uintptr_t delta) const {
+    const auto out = [&](int i) { return RowsOut{Type::kU8, at(scratch[2 * i]), at<float>(scratch[2 * i + 1])}; };
+    return run_layers(*kernels_,
+                      {&model, count, rows, at<float>(residual), at<int32_t>(positions), at<int32_t>(slots), at<char>(pool),
+                       layer_bytes, &plan, out(0), out(1), out(2), at(q), at<float>(qkv), at<float>(gate_up),
+                       at<float>(partials[0]), at<float>(partials[1]), at<float>(partials[2]), at<float>(delta)},
+                      threads_);
+  }
   std::string name() const { return kernels_->name; }
 
  private:
   const Kernels* kernels_ = nullptr;
   int threads_;
 };
+
+using Addresses = std::array<uintptr_t, 4>;  // weight, scales, sums, bias
+
+Matrix matrix(int in_features, int out_features, const Addresses& parts) {
+  return {in_features, out_features, at<int8_t>(parts[0]), at<float>(parts[1]), at<int32_t>(parts[2]), at<float>(parts[3])};
+}
 
 using Indices = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -142,6 +162,22 @@ NB_MODULE(_cpu, m) {
             self.row_start.push_back(int32_t(self.rows.size()));
           },
           nb::keep_alive<1, 2>(), "These rows get the terms of this adapter; a row is in one group only.");
+  nb::class_<Layers>(m, "Layers")
+      .def("__init__",
+           [](Layers* self, int heads, int kv_heads, int head_dim, int page_size, float eps, float q_scale, int kv_type,
+              uintptr_t cos, uintptr_t sin) {
+             new (self) Layers{heads, kv_heads, head_dim, page_size, eps, q_scale, Type(kv_type), at<float>(cos), at<float>(sin), {}};
+           })
+      .def(
+          "add",
+          [](Layers& self, int hidden, int inner, uintptr_t input_norm, const Addresses& qkv, uintptr_t q_norm,
+             uintptr_t k_norm, const Addresses& o, uintptr_t post_norm, const Addresses& gate_up, const Addresses& down) {
+            const int q_size = self.heads * self.head_dim, kv_size = self.kv_heads * self.head_dim;
+            self.layers.push_back({at<float>(input_norm), matrix(hidden, q_size + 2 * kv_size, qkv), at<float>(q_norm),
+                                   at<float>(k_norm), matrix(q_size, hidden, o), at<float>(post_norm),
+                                   matrix(hidden, 2 * inner, gate_up), matrix(inner, hidden, down)});
+          },
+          "The next layer. Of a matrix: the addresses of its weight, scales, sums and bias.");
   nb::class_<Bound>(m, "Kernels")
       .def(nb::init<const std::string&, int>())
       .def_prop_ro("name", &Bound::name)
@@ -150,6 +186,8 @@ NB_MODULE(_cpu, m) {
       .def("rope", &Bound::rope)
       .def("attend", &Bound::attend)
       .def("linear", &Bound::linear)
+      .def("layers", &Bound::layers, nb::call_guard<nb::gil_scoped_release>(),
+           "The first `count` layers; returns the seconds spent in attention.")
       .def("lora", &Bound::lora)
       .def("argmax", &Bound::argmax)
       .def("sample", &Bound::sample)

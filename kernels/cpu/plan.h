@@ -58,9 +58,10 @@ struct AttentionPlan {
   std::vector<int32_t> waits;
   int num_partials = 0;
 
-  // done[i] == run: item i of this run is finished. A plan is used by one thread team at a time.
+  // done[i] == the run's number: item i of this run is finished. `runs` were begun so far. A plan is
+  // used by one thread team at a time.
   mutable std::unique_ptr<std::atomic<uint32_t>[]> done;
-  mutable uint32_t run = 0;
+  mutable uint32_t runs = 0;
 
   // range i has pages[page_start[i] .. page_start[i+1]) and entries [row_start[i] .. row_start[i+1]);
   // its first key is key first_key[i], a multiple of page_size, of the sequence its rows attend to.

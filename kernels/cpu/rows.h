@@ -11,20 +11,13 @@
 
 namespace headstart::HEADSTART_ISA {
 
-// Below this many elements a parallel region costs more than it saves.
-inline constexpr int64_t kParallelElements = 1 << 14;
 inline constexpr int kRowsATurn = 8;
 
-// Calls f(row) for every row, in parallel where it pays. Rows are handed out as threads come for
-// them: a thread that lost its core for a time slice then delays one handful of rows, not half.
+// Calls f(row) for every row. Rows are handed out as threads come for them: a thread that lost its
+// core for a time slice then delays one handful of rows, not half.
 template <class F>
-static HEADSTART_INLINE void for_rows(int rows, int64_t elements, int threads, F&& f) {
-  if (threads == 1 || rows == 1 || elements < kParallelElements) {
-    for (int r = 0; r < rows; ++r) f(r);
-    return;
-  }
-  std::atomic<int> next{0};
-  parallel(threads, [&] { turns(next, rows, kRowsATurn, f); });
+static HEADSTART_INLINE void for_rows(int rows, Team& team, F&& f) {
+  turns(team.counter(), rows, std::clamp(rows / team.threads, 1, kRowsATurn), f);
 }
 
 // uint8 with zero point 128: v = scale * (u - 128), scale = max|v| / 127.
@@ -44,10 +37,10 @@ static HEADSTART_INLINE void quantise_row(const float* from, int size, uint8_t* 
   // Adding 1.5 * 2^23 + 128 rounds to nearest even and leaves the integer in the low byte.
   const Floats magic = broadcast(12582912.0f + 128.0f);
   for (i = 0; i + kLanes <= size; i += kLanes) {
-    Ints v = bits<Ints>(load(from + i) * broadcast(inverse) + magic) & 255;
+    Ints v = bits<Ints>(fused(load(from + i), broadcast(inverse), magic)) & 255;
     store_as(to + i, __builtin_convertvector(v, Bytes));
   }
-  for (; i < size; ++i) to[i] = uint8_t(bits<uint32_t>(from[i] * inverse + (12582912.0f + 128.0f)));
+  for (; i < size; ++i) to[i] = uint8_t(bits<uint32_t>(fused(from[i], inverse, 12582912.0f + 128.0f)));
 }
 
 static HEADSTART_INLINE void write_row(const RowsOut& out, int row, int size, const float* from) {
@@ -64,41 +57,52 @@ static HEADSTART_INLINE void write_row(const RowsOut& out, int row, int size, co
   }
 }
 
-// Scratch for one float row; one per thread, so that no call allocates.
+// Scratch for one float row and a vector more; one per thread, so that no call allocates.
 static HEADSTART_INLINE float* row_scratch(int size) {
   thread_local std::vector<float> scratch;
-  if (int(scratch.size()) < size) scratch.resize(size);
+  if (int(scratch.size()) < size + kLanes) scratch.resize(size + kLanes);
   return scratch.data();
+}
+
+// The last elements of a row, fewer than a vector holds, with zeros behind them.
+template <class In>
+static HEADSTART_INLINE Floats load_rest(const In* from, int count) {
+  In rest[kLanes] = {};
+  std::memcpy(rest, from, size_t(count) * sizeof(In));
+  return load(rest);
+}
+
+template <class In>
+static HEADSTART_INLINE float sum_of_squares(const In* x, int size) {
+  Sum sum{};
+  const auto add = [](Floats& part, Floats v) { part = fused(v, v, part); };
+  int i = 0;
+  for (; i + kSumLanes <= size; i += kSumLanes) {
+#pragma GCC unroll 4
+    for (int p = 0; p < Sum::kParts; ++p) add(sum.parts[p], load(x + i + p * kLanes));
+  }
+  for (int p = 0; i < size; ++p, i += kLanes) add(sum.parts[p], load_rest(x + i, std::min(kLanes, size - i)));
+  return sum.total();
 }
 
 template <class In>
 static void norm_row(const NormArgs& a, int r) {
   float* x = a.residual + size_t(r) * a.size;
   const In* delta = a.delta ? static_cast<const In*>(a.delta) + size_t(r) * a.size : nullptr;
-  Floats squares = broadcast(0.0f);
-  float tail = 0;
   int i = 0;
-  for (; i + kLanes <= a.size; i += kLanes) {
-    Floats v = load(x + i);
-    if (delta) {
-      v += load(delta + i);
-      store(x + i, v);
-    }
-    squares += v * v;
+  if (delta) {
+    for (; i + kLanes <= a.size; i += kLanes) store(x + i, load(x + i) + load(delta + i));
+    for (; i < a.size; ++i) x[i] += to_float(delta[i]);
   }
-  for (; i < a.size; ++i) {
-    if (delta) x[i] += to_float(delta[i]);
-    tail += x[i] * x[i];
-  }
-  const float factor = 1.0f / std::sqrt((horizontal_sum(squares) + tail) / float(a.size) + a.eps);
+  const float factor = 1.0f / std::sqrt(sum_of_squares(x, a.size) / float(a.size) + a.eps);
   float* y = row_scratch(a.size);
   for (i = 0; i + kLanes <= a.size; i += kLanes) store(y + i, load(x + i) * broadcast(factor) * load(a.weight + i));
   for (; i < a.size; ++i) y[i] = x[i] * factor * a.weight[i];
   write_row(a.out, r, a.size, y);
 }
 
-static void norm(const NormArgs& a, int threads) {
-  for_rows(a.rows, int64_t(a.rows) * a.size, threads, [&](int r) {
+static void norm(const NormArgs& a, Team& team) {
+  for_rows(a.rows, team, [&](int r) {
     if (a.delta_type == Type::kBF16) {
       norm_row<uint16_t>(a, r);
     } else {
@@ -113,20 +117,15 @@ static void silu_row(const SiluArgs& a, int r) {
   const In* up = gate + a.size;
   float* y = row_scratch(a.size);
   const Floats minus_log2e = broadcast(-1.4426950408889634f), one = broadcast(1.0f), most = broadcast(126.0f);
+  const auto activate = [&](Floats g) { return g / (one + exp2<true>(minimum(g * minus_log2e, most))); };
   int i = 0;
-  for (; i + kLanes <= a.size; i += kLanes) {
-    const Floats g = load(gate + i);
-    store(y + i, g / (one + exp2<true>(minimum(g * minus_log2e, most))) * load(up + i));
-  }
-  for (; i < a.size; ++i) {
-    const float g = to_float(gate[i]);
-    y[i] = g / (1.0f + std::exp(-g)) * to_float(up[i]);
-  }
+  for (; i + kLanes <= a.size; i += kLanes) store(y + i, activate(load(gate + i)) * load(up + i));
+  if (const int rest = a.size - i) store(y + i, activate(load_rest(gate + i, rest)) * load_rest(up + i, rest));
   write_row(a.out, r, a.size, y);
 }
 
-static void silu(const SiluArgs& a, int threads) {
-  for_rows(a.rows, int64_t(a.rows) * a.size * 4, threads, [&](int r) {
+static void silu(const SiluArgs& a, Team& team) {
+  for_rows(a.rows, team, [&](int r) {
     if (a.in_type == Type::kBF16) {
       silu_row<uint16_t>(a, r);
     } else {
@@ -141,9 +140,7 @@ static HEADSTART_INLINE void rotate_head(const In* x, int head_dim, const float*
                                          const float* cos, const float* sin, float scale, float* y) {
   float factor = 1.0f;
   if (norm_weight) {
-    float squares = 0;
-    for (int i = 0; i < head_dim; ++i) squares += to_float(x[i]) * to_float(x[i]);
-    factor = 1.0f / std::sqrt(squares / float(head_dim) + eps);
+    factor = 1.0f / std::sqrt(sum_of_squares(x, head_dim) / float(head_dim) + eps);
   }
   const int half = head_dim / 2;
   for (int i = 0; i < half; ++i) {
@@ -152,8 +149,8 @@ static HEADSTART_INLINE void rotate_head(const In* x, int head_dim, const float*
       a *= norm_weight[i];
       b *= norm_weight[i + half];
     }
-    y[i] = (a * cos[i] - b * sin[i]) * scale;
-    y[i + half] = (b * cos[i] + a * sin[i]) * scale;
+    y[i] = fused(a, cos[i], -(b * sin[i])) * scale;
+    y[i + half] = fused(b, cos[i], a * sin[i]) * scale;
   }
 }
 
@@ -195,9 +192,8 @@ static void rope_row(const RopeArgs& a, int r) {
   }
 }
 
-static void rope(const RopeArgs& a, int threads) {
-  const int64_t elements = int64_t(a.rows) * (a.heads + 2 * a.kv_heads) * a.head_dim * 2;
-  for_rows(a.rows, elements, threads, [&](int r) {
+static void rope(const RopeArgs& a, Team& team) {
+  for_rows(a.rows, team, [&](int r) {
     if (a.in_type == Type::kBF16) {
       a.kv_type == Type::kBF16 ? rope_row<uint16_t, uint16_t>(a, r) : rope_row<uint16_t, float>(a, r);
     } else {
@@ -239,7 +235,10 @@ static int32_t argmax_row(const float* x, int size) {
 }
 
 static void argmax(const float* logits, int rows, int size, int32_t* out, int threads) {
-  for_rows(rows, int64_t(rows) * size, threads, [&](int r) { out[r] = argmax_row(logits + size_t(r) * size, size); });
+  std::atomic<int> next{0};
+  parallel(rows == 1 ? 1 : threads, [&] {
+    turns(next, rows, 1, [&](int r) { out[r] = argmax_row(logits + size_t(r) * size, size); });
+  });
 }
 
 }  // namespace headstart::HEADSTART_ISA

@@ -67,6 +67,19 @@ static HEADSTART_INLINE void to_weights(float* to, const float* x, int size, flo
   }
 }
 
+static HEADSTART_INLINE double sum_of_block(const float* weights) {
+  Sum sum{};
+  for (int i = 0; i < kBlock; i += kSumLanes) {
+#pragma GCC unroll 4
+    for (int p = 0; p < Sum::kParts; ++p) sum.parts[p] += load(weights + i + p * kLanes);
+  }
+  float lanes[kSumLanes];
+  std::memcpy(lanes, sum.parts, sizeof lanes);
+  double total = 0;
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
 // The weight that the largest of d.sorted down to it need to reach `wanted`. Positive floats compare
 // as their bits do: they are summed by their upper bits first, and only those are sorted among which
 // the sum gets there.
@@ -152,12 +165,7 @@ static int32_t draw_from_all(const float* x, int size, float top, float scale, d
       std::copy(x + size_t(b) * kBlock, x + size, rest);
       to_weights(w, rest, kBlock, top, scale);
     }
-    Floats sum = broadcast(0.0f);
-    for (int i = 0; i < kBlock; i += kLanes) sum += load(w + i);
-    double own = 0;
-    for (int l = 0; l < kLanes; ++l) own += sum[l];
-    d.sums[b] = own;
-    total += own;
+    total += d.sums[b] = sum_of_block(w);
   }
   float least = 0;
   if (share < 1) {
@@ -261,9 +269,7 @@ static void top_row(const TopArgs& a, int r, Drawing& d) {
     std::copy(x + begin, x + begin + count, w);
     std::fill(w + count, w + kBlock, -std::numeric_limits<float>::infinity());
     to_weights(w, w, kBlock, top, 1.4426950408889634f);
-    Floats part = broadcast(0.0f);
-    for (int i = 0; i < kBlock; i += kLanes) part += load(w + i);
-    for (int l = 0; l < kLanes; ++l) sum += part[l];
+    sum += sum_of_block(w);
   }
   a.total[r] = float(top + std::log(sum));
   const int n = a.count;

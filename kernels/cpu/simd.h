@@ -4,11 +4,14 @@
 // extensions, so the same source is SSE2, NEON, AVX2 or AVX-512; only what they cannot say
 // (vdpbf16ps, vpdpbusd) is written with intrinsics.
 //
+// Every instruction set gives the same bits: sums are made in an order of their own (Sum), and what
+// is rounded once is said (fused). But not x86 before AVX2, which has no fused multiply-add.
+//
 //   word   4 bytes of the reduction axis: 1 float, 2 bf16, 2 int16 or 4 int8
 //   unit   the instruction that multiplies a broadcast word with a vector of words and adds:
 //
 //            F32   acc[l] += a * b[l]
-//            BF16  acc[l] += a.0 * b[l].0 + a.1 * b[l].1
+//            BF16  acc[l] += a.1 * b[l].1, then acc[l] += a.0 * b[l].0, as vdpbf16ps does
 //            I8    acc[l] += a.0 * b[l].0 + ... + a.3 * b[l].3     (a unsigned, b signed)
 //            I16   acc[l] += a.0 * b[l].0 + a.1 * b[l].1
 #pragma once
@@ -24,6 +27,8 @@
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
+
+#include "kernels.h"
 
 namespace headstart::HEADSTART_ISA {
 
@@ -99,18 +104,25 @@ static HEADSTART_INLINE void from_float(float v, uint16_t* p) {
 
 static HEADSTART_INLINE Floats broadcast(float x) { return Floats{} + x; }
 static HEADSTART_INLINE Ints broadcast(int32_t x) { return Ints{} + x; }
-// a * b as rounded to float: the compiler would round it once with an addition that follows, but
-// only where there is an instruction for that.
-static HEADSTART_INLINE Floats product(Floats a, Floats b) {
-  Floats v = a * b;
+// a * b + c, rounded once where there is an instruction for it. The compiler makes none of its own
+// (-ffp-contract=off).
+static HEADSTART_INLINE Floats fused(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__SSE2__)
-  asm("" : "+x"(v));
-#elif defined(__ARM_NEON)
-  asm("" : "+w"(v));
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
 #endif
-  return v;
+}
+static HEADSTART_INLINE float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
 static HEADSTART_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 static HEADSTART_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
@@ -123,15 +135,26 @@ static HEADSTART_INLINE Ints lane_index() {
   return v;
 }
 
-static HEADSTART_INLINE float horizontal_sum(Floats v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  float s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
-#endif
-}
+// A sum in the same order whatever a vector holds: element i of a row is added to lane i % 16, and in
+// the end each half of the lanes to the other one.
+struct Sum {
+  static constexpr int kParts = kSumLanes / kLanes;
+  static_assert(kParts >= 1);
+  Floats parts[kParts];
+
+  HEADSTART_INLINE float total() const {
+    float lanes[kSumLanes];
+    std::memcpy(lanes, parts, sizeof lanes);
+#pragma GCC unroll 4
+    for (int n = kSumLanes / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+    }
+    return lanes[0];
+  }
+};
+// Vectors that are gone through at a time: all lanes of a Sum, and two at least.
+inline constexpr int kTurn = Sum::kParts > 2 ? Sum::kParts : 2;
 static HEADSTART_INLINE float horizontal_max(Floats v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
@@ -152,43 +175,50 @@ static HEADSTART_INLINE int32_t horizontal_max(Ints v) {
 #endif
 }
 
-// 2^x for x <= 127; below -126 it is 2^-126 or less. Cephes-style: 2^x = 2^n * p(f).
-// Degree 6 is exact to a float's last bits; degree 4 (error 4e-6) is ample where the result is
-// rounded to bf16 anyway.
+// The largest integers that are not above x.
+static HEADSTART_INLINE Floats floor(Floats x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // what is wider has exp2's two instructions
+  return (Floats)_mm256_floor_ps((__m256)x);
+#elif defined(__aarch64__)
+  return (Floats)vrndmq_f32((float32x4_t)x);
+#else
+  const Floats magic = broadcast(12582912.0f), near = (x + magic) - magic;
+  return near > x ? near - broadcast(1.0f) : near;
+#endif
+}
+
+// 2^x for x <= 127; below -126 it is 2^-126. Cephes-style: 2^x = 2^n * p(f), n an integer. Degree 6,
+// for |f| <= 1/2, is exact to a float's last bits; degree 4, for f in [0, 1), has an error of 4e-6,
+// which is ample where the result is rounded to bf16 anyway.
 template <bool kExact>
 static HEADSTART_INLINE Floats exp2(Floats x) {
-#if defined(__AVX512F__)
-  if constexpr (!kExact) {
-    // f = x - floor(x) and p * 2^floor(x) are one instruction each, right for -infinity, too.
-    const Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-    Floats p = broadcast(1.342668653e-02f);
-    p = p * f + 5.224247058e-02f;
-    p = p * f + 2.412802065e-01f;
-    p = p * f + 6.930448447e-01f;
-    p = p * f + 1.0f;
-    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
-  }
-#endif
   x = maximum(x, broadcast(-126.0f));
-  const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Floats t = x + magic;
-  Floats f = x - (t - magic);
-  Floats p;
-  if constexpr (kExact) {
-    p = broadcast(1.535336188319500e-4f);
-    p = p * f + 1.339887440266574e-3f;
-    p = p * f + 9.618437357674640e-3f;
-    p = p * f + 5.550332471162809e-2f;
-    p = p * f + 2.402264791363012e-1f;
-    p = p * f + 6.931472028550421e-1f;
-    p = p * f + 1.0f;
-  } else {
-    p = broadcast(9.618437357674640e-3f);
-    p = p * f + 5.550332471162809e-2f;
-    p = p * f + 2.402264791363012e-1f;
-    p = p * f + 6.931472028550421e-1f;
-    p = p * f + 1.0f;
+  if constexpr (!kExact) {
+#if defined(__AVX512F__)  // one instruction for f, and one for p * 2^n
+    const Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+#else
+    const Floats n = floor(x), f = x - n;
+#endif
+    Floats p = broadcast(1.342668653e-02f);
+    p = fused(p, f, broadcast(5.224247058e-02f));
+    p = fused(p, f, broadcast(2.412802065e-01f));
+    p = fused(p, f, broadcast(6.930448447e-01f));
+    p = fused(p, f, broadcast(1.0f));
+#if defined(__AVX512F__)
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+    return bits<Floats>(bits<Ints>(p) + (__builtin_convertvector(n, Ints) << 23));
+#endif
   }
+  const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats t = x + magic, f = x - (t - magic);
+  Floats p = broadcast(1.535336188319500e-4f);
+  p = fused(p, f, broadcast(1.339887440266574e-3f));
+  p = fused(p, f, broadcast(9.618437357674640e-3f));
+  p = fused(p, f, broadcast(5.550332471162809e-2f));
+  p = fused(p, f, broadcast(2.402264791363012e-1f));
+  p = fused(p, f, broadcast(6.931472028550421e-1f));
+  p = fused(p, f, broadcast(1.0f));
   return bits<Floats>(bits<Ints>(p) + (bits<Ints>(t) << 23));
 }
 
@@ -205,17 +235,18 @@ struct F32 {
   static constexpr int kPerWord = 1;
   static constexpr int kParts = 1;
   static constexpr bool kExactExp = true;
-  static HEADSTART_INLINE void multiply_add(Floats& acc, float a, Floats b) { acc += broadcast(a) * b; }
+  static HEADSTART_INLINE void multiply_add(Floats& acc, float a, Floats b) { acc = fused(broadcast(a), b, acc); }
   static HEADSTART_INLINE Floats load_part(const float* p, int) { return load(p); }
   static HEADSTART_INLINE float part(float a, int) { return a; }
   static HEADSTART_INLINE void store_left(float* p, Floats v) { store(p, v); }
   static HEADSTART_INLINE void store_left(float* p, float v) { *p = v; }
-  // Store two vectors of probabilities, and add what was stored to a sum.
-  static HEADSTART_INLINE void keep(float* p, Floats a, Floats b, Floats& sum) {
-    store(p, a);
-    store(p + kLanes, b);
-    sum += a;
-    sum += b;
+  // Store vectors of probabilities, and add what was stored to a sum.
+  static HEADSTART_INLINE void keep(float* p, const Floats (&x)[kTurn], Sum& sum) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kTurn; ++i) {
+      store(p + i * kLanes, x[i]);
+      sum.parts[i % Sum::kParts] += x[i];
+    }
   }
 };
 
@@ -240,24 +271,18 @@ struct BF16 : WholeWords {
     acc = (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)broadcast(a), (__m512bh)b);
 #else
     const int32_t high = int32_t(0xffff0000);
-    acc += bits<Floats>(broadcast(a << 16)) * bits<Floats>(b << 16);
-    acc += bits<Floats>(broadcast(a & high)) * bits<Floats>(b & high);
+    acc = fused(bits<Floats>(broadcast(a & high)), bits<Floats>(b & high), acc);
+    acc = fused(bits<Floats>(broadcast(a << 16)), bits<Floats>(b << 16), acc);
 #endif
   }
   static HEADSTART_INLINE void store_left(uint16_t* p, Floats v) { store(p, v); }
   static HEADSTART_INLINE void store_left(uint16_t* p, float v) { from_float(v, p); }
-  static HEADSTART_INLINE void keep(uint16_t* p, Floats a, Floats b, Floats& sum) {
-#if defined(__AVX512BF16__)
-    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-    store_as(p, both);
-    const __m512bh ones = (__m512bh)(Ints{} + 0x3f803f80);
-    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, both, ones);
-#else
-    store(p, a);
-    store(p + kLanes, b);
-    sum += load(p);  // as rounded: every instruction set adds up what it multiplies with
-    sum += load(p + kLanes);
-#endif
+  static HEADSTART_INLINE void keep(uint16_t* p, const Floats (&x)[kTurn], Sum& sum) {
+    static_assert(kTurn == 2 && Sum::kParts == 1);
+    for (int i = 0; i < kTurn; ++i) {
+      store(p + i * kLanes, x[i]);
+      sum.parts[0] += load(p + i * kLanes);  // as rounded: what is multiplied with is added up
+    }
   }
 };
 #else
@@ -272,25 +297,25 @@ struct BF16 {
   static constexpr int kPerWord = 2;
   static constexpr int kParts = 2;
   static constexpr bool kExactExp = false;
-  static HEADSTART_INLINE void multiply_add(Floats& acc, float a, Floats b) { acc += broadcast(a) * b; }
+  static HEADSTART_INLINE void multiply_add(Floats& acc, float a, Floats b) { acc = fused(broadcast(a), b, acc); }
   static HEADSTART_INLINE Floats load_part(const int32_t* p, int part) {
     const Ints words = load_as<Ints>(p);
-    return bits<Floats>(part == 0 ? words << 16 : words & int32_t(0xffff0000));
+    return bits<Floats>(part == 0 ? words & int32_t(0xffff0000) : words << 16);
   }
-  static HEADSTART_INLINE float part(const left_word& a, int part) { return a.parts[part]; }
+  static HEADSTART_INLINE float part(const left_word& a, int part) { return a.parts[1 - part]; }
   static HEADSTART_INLINE void store_left(float* p, Floats v) { store(p, rounded(v)); }
   static HEADSTART_INLINE void store_left(float* p, float v) {
     uint16_t half;
     from_float(v, &half);
     *p = to_float(half);
   }
-  static HEADSTART_INLINE void keep(float* p, Floats a, Floats b, Floats& sum) {
-    a = rounded(a);
-    b = rounded(b);
-    store(p, a);
-    store(p + kLanes, b);
-    sum += a;  // as rounded
-    sum += b;
+  static HEADSTART_INLINE void keep(float* p, const Floats (&x)[kTurn], Sum& sum) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kTurn; ++i) {
+      const Floats v = rounded(x[i]);
+      store(p + i * kLanes, v);
+      sum.parts[i % Sum::kParts] += v;  // as rounded
+    }
   }
 
  private:

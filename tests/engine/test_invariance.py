@@ -2,11 +2,15 @@
 
 Integer products are exact and every attention range is cut at the same keys, so neither the batch,
 nor the chunks of a prompt, nor the prefix cache, nor reading shared prefixes once changes the last
-bit of a logit. With segments the tiles of rows that go through a layer do not either.
+bit of a logit. With segments the tiles of rows that go through a layer do not either; with float32
+keys and values, the instruction set does not, and a layer is the same in one call as in nine.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import platform
 import random
 import shutil
 import zlib
@@ -16,17 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
+from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.formats.int8 import FOLDER, WEIGHTS, matrix_sizes, tensor_specs
 from headstart.engine.models.quantize import quantize
+from headstart.engine.models.weights import TensorFile
 from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sampling.sampler import Sampled
 from headstart.engine.sequence import Sequence
+from headstart.kernels.backend import HostMemory
 from headstart.kernels.cpu.backend import CpuBackend
 from headstart.kernels.devices import instruction_sets
+from headstart.kernels.packing import pack_int8
 
 pytestmark = pytest.mark.covering
 
@@ -250,3 +260,108 @@ def test_segments_of_the_default_model(smollm2: Path) -> None:
     for _ in range(2):
         assert answers(other, prompts, spans) == alone
     assert other.stats.cached_tokens > 1000  # 288 of the second, then 352, 288 and 608
+
+
+# ----------------------------------------------------------------------- instruction sets
+
+DIGESTS = {"f32": "c9647487e1e893d7", "bf16": "cb1de674780ca3df"}
+"""By the format of KV: of all logits behind the answers to ``nested`` by the model of
+``made_of_integers``, on any machine. They change where the arithmetic of an operation does, on
+purpose, and then on all of them."""
+
+FUSED = [isa for isa in instruction_sets() if isa != "portable" or platform.machine() == "aarch64"]
+"""Those with a fused multiply-add, which attention's sums are made of (kernels/cpu/simd.h)."""
+KNOWN = [
+    *((isa, "f32") for isa in FUSED),
+    # Its product of bf16 pairs is documented to be what the others compute, but was not seen to.
+    *((isa, "bf16") for isa in FUSED if isa != "avx512_bf16"),
+]
+
+WAYS: dict[str, dict[str, Any]] = {
+    "together": {"prefix_caching": False},
+    "chunks of 17": {"max_batched_tokens": 17},
+    "on one thread": {"threads": 1},
+    "relay": {"relay": "on"},
+    "an operation at a time": {},
+}
+
+
+@pytest.fixture(scope="module")
+def made_of_integers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int8 model none of whose numbers was computed in floating point: the same everywhere."""
+    folder = tmp_path_factory.mktemp("integers")
+    settings = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": 320,
+        "hidden_size": 144,
+        "intermediate_size": 208,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "rope_theta": 65536,  # its powers are exact
+        "eos_token_id": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    config = ModelConfig.from_folder(folder)
+    draw = random.Random(13)
+
+    def integers(*shape: int) -> Tensor:
+        size = torch.Size(shape).numel()
+        values = torch.frombuffer(bytearray(draw.randbytes(size)), dtype=torch.int8)
+        return values.clamp(min=-127).view(shape)
+
+    tensors: dict[str, Tensor] = {}
+    matrices = {
+        f"layers.{i}.{name}": size
+        for i in range(config.num_layers)
+        for name, size in matrix_sizes(config).items()
+    }
+    for name, (rows, columns) in {**matrices, "head": (320, config.hidden_size)}.items():
+        scale = (integers(rows).float() + 256) / 2**18  # about 1 / (73 * sqrt(columns))
+        panels = pack_int8(integers(rows, columns), scale, None)
+        tensors |= {f"{name}.panels": panels.data, f"{name}.scale": panels.scale}
+        tensors[f"{name}.sums"] = panels.sums
+    tensors["embedding"] = (integers(320, config.hidden_size).float() / 64).bfloat16()
+    (folder / FOLDER).mkdir()
+    specs = tensor_specs(config)
+    file = TensorFile(folder / FOLDER / WEIGHTS, specs)
+    for name, _, shape in specs:
+        tensor = tensors[name] if name in tensors else 1 + integers(*shape).float() / 256
+        bits = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+        file.write(name, bits.numpy().data)
+    file.close()
+    return folder
+
+
+def digest(found: list[Answer]) -> str:
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(("isa", "kv_format"), KNOWN)
+@pytest.mark.parametrize("way", WAYS)
+def test_on_every_instruction_set(
+    made_of_integers: Path,
+    isa: str,
+    kv_format: str,
+    way: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if way == "an operation at a time":
+        monkeypatch.setattr(CpuBackend, "fuse", HostMemory.fuse)
+    settings = {"isa": isa, "kv_format": kv_format, "cache_dir": str(tmp_path)}
+    other = engine(made_of_integers, **settings, **WAYS[way])
+    prompts = [[token % 320 for token in prompt] for prompt in nested()]
+    for _ in range(2):  # the second time from the cache
+        assert digest(answers(other, prompts)) == DIGESTS[kv_format]
+    assert (other.stats.cached_tokens > 1000) is WAYS[way].get("prefix_caching", True)
+
+
+@pytest.mark.parametrize("kv_format", DIGESTS)
+def test_on_every_instruction_set_alone(made_of_integers: Path, kv_format: str) -> None:
+    isa = next(isa for isa, known in KNOWN if known == kv_format)
+    one = engine(made_of_integers, isa=isa, kv_format=kv_format, prefix_caching=False)
+    each = [[token % 320 for token in prompt] for prompt in nested()]
+    assert digest([answers(one, [prompt])[0] for prompt in each]) == DIGESTS[kv_format]

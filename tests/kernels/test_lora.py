@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from headstart.kernels.backend import LoraPart
-from headstart.kernels.cpu.backend import Rows
+from headstart.kernels.cpu.tensors import Rows
 from headstart.kernels.devices import load_backend
 
 pytestmark = pytest.mark.covering(2)

@@ -9,7 +9,7 @@ import torch
 
 from headstart.kernels import _cpu
 from headstart.kernels.backend import AttentionShape, RopeTable
-from headstart.kernels.cpu.backend import Rows
+from headstart.kernels.cpu.tensors import Rows
 from headstart.kernels.devices import load_backend
 from headstart.kernels.packing import pack_int8, panels_shape
 from headstart.kernels.ranges import KVRanges

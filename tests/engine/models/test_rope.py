@@ -72,6 +72,14 @@ def read(tmp_path: Path, variant: str, spelling: str, **extra: Any) -> ModelConf
     return ModelConfig.from_folder(tmp_path)
 
 
+def assert_one_rounding(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal but for the last bit: torch's float32 cosine, which transformers takes, has another one
+    from one instruction set to the next, and ours is the nearest everywhere. A frequency that is
+    off by its last bit makes hundreds of times more."""
+    largest = max(1.0, float(theirs.abs().max()))
+    assert float((ours - theirs).abs().max()) <= 2**-23 * largest
+
+
 @pytest.mark.parametrize("max_len", [100, 512])
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -83,8 +91,8 @@ def test_equals_transformers(tmp_path: Path, variant: str, spelling: str, max_le
     half = HEAD_DIM // 2
     assert cos.shape == sin.shape == (max_len, half)
     assert cos.dtype == sin.dtype == torch.float32
-    assert torch.equal(cos, their_cos[0, :, :half])
-    assert torch.equal(sin, their_sin[0, :, :half])
+    assert_one_rounding(cos, their_cos[0, :, :half])
+    assert_one_rounding(sin, their_sin[0, :, :half])
 
 
 def test_variants_differ(tmp_path: Path) -> None:
@@ -117,7 +125,7 @@ def test_original_length_beside_the_rope_settings(tmp_path: Path) -> None:
     assert config.rope.original_length == 64
     module = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
     their_cos, _ = module(torch.zeros(1), torch.arange(9)[None])
-    assert torch.equal(rope_tables(config, 9)[0], their_cos[0, :, : HEAD_DIM // 2])
+    assert_one_rounding(rope_tables(config, 9)[0], their_cos[0, :, : HEAD_DIM // 2])
 
 
 @pytest.mark.parametrize(

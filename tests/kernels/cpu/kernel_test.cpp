@@ -1,8 +1,9 @@
 // Every kernel of every instruction set that this machine can run, against a plain loop. Needs no
 // Python: also built by a cross compiler and run in an emulator (deploy/aarch64_test.sh).
 //
-// Beside the loops: one thread and three give the same bits. A line per instruction set ends with a
-// hash of all results, which does not depend on where threads come from (OpenMP, or pool.cpp).
+// Beside the loops: results are the same bits with one thread and with three, wherever threads come
+// from (OpenMP, or pool.cpp), and on every instruction set and from every compiler, but for x86
+// without a fused multiply-add (simd.h). A line per instruction set ends with a hash of all of them.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "instruction_sets.h"
+#include "operations.h"
 
 #define HEADSTART_ISA test
 #include "parallel.h"
@@ -27,6 +29,8 @@ namespace {
 
 int failures = 0;
 uint64_t hash = 0;
+// Of all results. It changes where the arithmetic of an operation does, and then everywhere.
+constexpr uint64_t kResults = 0xd3cbd4d5816c741b;
 
 struct Random {
   uint64_t state;
@@ -146,7 +150,7 @@ void test_norm(const Kernels& k) {
         Rows out(out_type, rows, size);
         expect_same(what, out, [&](int threads, Rows& to) {
           std::vector<float> residual = x;
-          k.norm({rows, size, residual.data(), delta.data.data(), delta_type, weight.data(), 1e-5f, to.out()}, threads);
+          norm(k, {rows, size, residual.data(), delta.data.data(), delta_type, weight.data(), 1e-5f, to.out()}, threads);
           expect_near(residual[size + 1], double(x[size + 1]) + delta.at(1, 1), 1e-6, what + " residual");
         });
         expect_rows(out, wanted, 0, what);
@@ -175,7 +179,7 @@ void test_silu(const Kernels& k) {
         const std::string what = std::string("silu ") + name(in_type) + " " + name(out_type);
         Rows out(out_type, rows, size);
         expect_same(what, out, [&](int threads, Rows& to) {
-          k.silu({rows, size, in.data.data(), in_type, to.out()}, threads);
+          silu(k, {rows, size, in.data.data(), in_type, to.out()}, threads);
         });
         expect_rows(out, wanted, 0, what);
       }
@@ -210,8 +214,8 @@ void test_linear(const Kernels& k) {
     }
     Rows out(Type::kF32, rows, out_features);
     expect_same("linear", out, [&](int threads, Rows& to) {
-      k.linear({rows, in, out_features, x.data(), x_scales.data(), packed.data(), scales.data(), sums.data(),
-                bias.data(), reinterpret_cast<float*>(to.data.data())},
+      linear(k, {rows, in, out_features, x.data(), x_scales.data(), packed.data(), scales.data(), sums.data(),
+                bias.data(), reinterpret_cast<float*>(to.data.data()), nullptr},
                threads);
     });
     expect_rows(out, wanted, 0.02, "linear int8, " + std::to_string(rows) + " rows");
@@ -276,7 +280,7 @@ void test_rope(const Kernels& k) {
         Pool pool(kv_type, 3, s.kv_heads, s.head_dim, page_size);
         Rows q(kv_type, rows, s.heads * s.head_dim);
         expect_same(what, q, [&](int threads, Rows& to) {
-          k.rope({rows, s.heads, s.kv_heads, s.head_dim, page_size, qkv.data.data(), in_type, norm_weight, norm_weight,
+          rope(k, {rows, s.heads, s.kv_heads, s.head_dim, page_size, qkv.data.data(), in_type, norm_weight, norm_weight,
                   1e-5f, cos.data(), sin.data(), positions.data(), slots.data(), 0.5f, kv_type, to.data.data(),
                   pool.data.data.data()},
                  threads);
@@ -333,8 +337,8 @@ void test_attention(const Kernels& k) {
           partial_sum(size_t(plan.num_partials) * s.heads * kSumLanes), lse(size_t(rows) * s.heads);
       Rows out(Type::kF32, rows, s.heads * s.head_dim);
       expect_same(what, out, [&](int threads, Rows& to) {
-        k.attend({&plan, kv_type, q.data.data(), pool.data.data.data(), partial.data(), partial_lse.data(),
-                  partial_sum.data(), to.out(), lse.data()},
+        attend(k, {&plan, kv_type, q.data.data(), pool.data.data.data(), partial.data(), partial_lse.data(),
+                  partial_sum.data(), to.out(), lse.data(), 0},
                  threads);
       });
 
@@ -368,6 +372,106 @@ void test_attention(const Kernels& k) {
       }
       expect_rows(out, wanted, kv_type == Type::kBF16 ? 2e-3 : 1e-5, what);
       add_to_hash(lse.data(), lse.size() * 4);
+    }
+  }
+}
+
+// A random packed matrix and what it points into.
+struct OwnedMatrix {
+  std::vector<int8_t> weight;
+  std::vector<float> scales, bias;
+  std::vector<int32_t> sums;
+  Matrix matrix;
+
+  OwnedMatrix(Random& random, int in, int out) : scales(random.values((out + 31) / 32 * 32)), bias(random.values(out)) {
+    const int padded = int(scales.size());
+    weight.resize(size_t(padded) * in);
+    for (int8_t& w : weight) w = int8_t(random.below(255) - 127);
+    sums.assign(padded, 0);
+    for (size_t i = 0; i < weight.size(); ++i) sums[i / (size_t(in) * 32) * 32 + i / 4 % 32] += 128 * weight[i];
+    for (float& s : scales) s /= 8 * float(in);
+    matrix = {in, out, weight.data(), scales.data(), sums.data(), bias.data()};
+  }
+};
+
+// Layers in one region give what their operations give one by one; one row and many.
+void test_layers(const Kernels& k) {
+  const Shape s{4, 2, 32};
+  const int hidden = 64, inner = 96, page_size = 32, q_size = s.heads * s.head_dim, qkv_size = q_size + 2 * s.kv_heads * s.head_dim, count = 3;
+  for (const int rows : {1, 5, 40}) {
+    for (const Type kv_type : kFloats) {
+      Random random{uint64_t(rows)};
+      const std::vector<float> norms = random.values(hidden), cos = random.values(64 * s.head_dim / 2), sin = random.values(cos.size());
+      std::vector<OwnedMatrix> owned;
+      for (int i = 0; i < count; ++i) {
+        owned.emplace_back(random, hidden, qkv_size);
+        owned.emplace_back(random, q_size, hidden);
+        owned.emplace_back(random, hidden, 2 * inner);
+        owned.emplace_back(random, inner, hidden);
+      }
+      Layers model{s.heads, s.kv_heads, s.head_dim, page_size, 1e-5f, 0.25f, kv_type, cos.data(), sin.data(), {}};
+      for (int i = 0; i < count; ++i) {
+        const OwnedMatrix* m = &owned[4 * i];
+        model.layers.push_back({norms.data(), m[0].matrix, i ? norms.data() : nullptr, i ? norms.data() : nullptr, m[1].matrix,
+                                norms.data(), m[2].matrix, m[3].matrix});
+      }
+      // Each row sees the keys up to its own.
+      const int pages = 2;
+      std::vector<int32_t> slots(rows), visible(rows), page_ids(pages), entries(rows);
+      std::iota(slots.begin(), slots.end(), 0);
+      std::iota(visible.begin(), visible.end(), 1);
+      std::iota(page_ids.begin(), page_ids.end(), 0);
+      std::iota(entries.begin(), entries.end(), 0);
+      const std::vector<int32_t> page_start{0, (rows + page_size - 1) / page_size}, first_key{0}, row_start{0, rows};
+      const AttentionPlan plan(rows, s.heads, s.kv_heads, s.head_dim, page_size, 1, page_start.data(), page_ids.data(), first_key.data(),
+                               row_start.data(), entries.data(), visible.data());
+      std::vector<float> partial(size_t(plan.num_partials) * q_size), partial_lse(size_t(plan.num_partials) * s.heads),
+          partial_sum(size_t(plan.num_partials) * s.heads * kSumLanes), qkv(size_t(rows) * qkv_size), gate_up(size_t(rows) * 2 * inner);
+      Rows normed(Type::kU8, rows, hidden), attended(Type::kU8, rows, q_size), activated(Type::kU8, rows, inner), q(kv_type, rows, q_size);
+      const std::vector<float> x = random.values(size_t(rows) * hidden);
+      const size_t layer_bytes = size_t(pages) * 2 * s.kv_heads * s.head_dim * page_size * q.bytes();
+
+      // The residual, then what is still to be added to it.
+      Rows wanted(Type::kF32, 2 * rows, hidden);
+      float* residual = reinterpret_cast<float*>(wanted.data.data());
+      float* delta = residual + x.size();
+      std::copy(x.begin(), x.end(), residual);
+      std::vector<char> pool(count * layer_bytes);
+      const auto product = [&](Rows& in, const Matrix& m, float* out) {
+        linear(k, {rows, m.in_features, m.out_features, in.data.data(), in.scales.data(), m.weight, m.scales, m.sums, m.bias, out, nullptr}, 2);
+      };
+      for (int i = 0; i < count; ++i) {
+        const Layer& layer = model.layers[i];
+        norm(k, {rows, hidden, residual, i ? delta : nullptr, Type::kF32, layer.input_norm, model.eps, normed.out()}, 2);
+        product(normed, layer.qkv, qkv.data());
+        rope(k, {rows, s.heads, s.kv_heads, s.head_dim, page_size, qkv.data(), Type::kF32, layer.q_norm, layer.k_norm, model.eps, cos.data(),
+                 sin.data(), slots.data(), slots.data(), model.q_scale, kv_type, q.data.data(), pool.data() + i * layer_bytes}, 2);
+        attend(k, {&plan, kv_type, q.data.data(), pool.data() + i * layer_bytes, partial.data(), partial_lse.data(), partial_sum.data(),
+                   attended.out(), nullptr, 0}, 2);
+        product(attended, layer.o, delta);
+        norm(k, {rows, hidden, residual, delta, Type::kF32, layer.post_norm, model.eps, normed.out()}, 2);
+        product(normed, layer.gate_up, gate_up.data());
+        silu(k, {rows, inner, gate_up.data(), Type::kF32, activated.out()}, 2);
+        product(activated, layer.down, delta);
+      }
+
+      const std::string what = std::string("layers of ") + std::to_string(rows) + " rows, " + name(kv_type);
+      Rows found(Type::kF32, 2 * rows, hidden);
+      expect_same(what, found, [&](int threads, Rows& to) {
+        float* left = reinterpret_cast<float*>(to.data.data());
+        std::copy(x.begin(), x.end(), left);
+        std::vector<char> other(pool.size());
+        run_layers(k, {&model, count, rows, left, slots.data(), slots.data(), other.data(), int64_t(layer_bytes), &plan, normed.out(),
+                       attended.out(), activated.out(), q.data.data(), qkv.data(), gate_up.data(), partial.data(), partial_lse.data(),
+                       partial_sum.data(), left + x.size()},
+                   threads);
+        expect(other == pool, what + ": other keys or values than one by one");
+      });
+      expect(found.data == wanted.data, what + ": other bits than one by one");
+      bool finite = true;
+      for (size_t i = 0; i < 2 * x.size(); ++i) finite &= std::isfinite(found.at(i));
+      expect(finite && found.at(0) != x[0], what + ": no numbers");
+      add_to_hash(found.data.data(), found.data.size());
     }
   }
 }
@@ -539,9 +643,16 @@ int main() {
     test_linear(set.kernels);
     test_rope(set.kernels);
     test_attention(set.kernels);
+    test_layers(set.kernels);
     test_lora(set.kernels);
     test_argmax(set.kernels);
     test_sample(set.kernels);
+#if defined(__x86_64__)
+    const bool fused = std::strcmp(set.kernels.name, "portable") != 0;
+#else
+    const bool fused = true;
+#endif
+    expect(!fused || hash == kResults, "other bits than on other instruction sets");
     std::printf("%s: %d failures, results %016llx\n", set.kernels.name, failures - before, static_cast<unsigned long long>(hash));
   }
   return failures ? EXIT_FAILURE : EXIT_SUCCESS;
