@@ -44,7 +44,7 @@ def test_private_parts_of_libraries_have_upper_bounds() -> None:
     for folder in ("kernels", "engine", "server", "bench"):
         for path in (ROOT / folder).rglob("*.py"):
             used |= private_parts(path)
-    assert {"transformers", "torch"} <= used
+    assert "torch" in used
     bounded = {name_of(requirement) for requirement in REQUIREMENTS if "<" in requirement}
     assert used <= bounded
 

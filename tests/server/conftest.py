@@ -139,6 +139,12 @@ class FakeEngine:
     started: int = 0
     stopped: int = 0
 
+    def begin(self) -> None:
+        """There is no process."""
+
+    def kill(self) -> None:
+        """Nor is there one to end."""
+
     async def start(self) -> None:
         self.started += 1
 

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
-from transformers.utils import chat_template_utils
 
 from headstart.engine.errors import RequestError
 from headstart.engine.ranges.segments import turn_spans
+from headstart.server import template_language
 from headstart.server.templates import ChatTemplate
 from headstart.server.tokenizer import Tokenizer
 
@@ -671,7 +671,7 @@ def stop_clock(monkeypatch: pytest.MonkeyPatch, *readings: str) -> None:
             assert format == "%d %b %Y"
             return left.pop(0) if len(left) > 1 else left[0]
 
-    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    monkeypatch.setattr(template_language, "datetime", Clock)
 
 
 # What a user turn is made of: before the text, behind it, whether the text is stripped.
