@@ -10,6 +10,7 @@ Standard input stays open as long as the parent lives: its end is this process's
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from array import array
@@ -178,7 +179,10 @@ def main() -> None:
         service.fail(str(error))
         socket.close(linger=60_000)  # it may have been begun long before somebody listens
         context.term()
-        sys.exit(1)
+        # At once: threads of torch.distributed may abort a process that ends in order while one of
+        # its peers has gone, and then its exit status is not this.
+        logging.shutdown()
+        os._exit(1)
     socket.close(linger=0)
     context.term()
 
