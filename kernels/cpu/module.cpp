@@ -93,7 +93,7 @@ class Bound {
     kernels_->top({rows, size, count, at<float>(logits), at<int32_t>(row), at<int32_t>(ids), at<float>(values), at<float>(total)},
                   threads_);
   }
-  // rows: the address and the scales' of each, normed, attended, activated; partials: those of AttendArgs.
+  // scratch: addresses of data and scales of each, normed, attended, activated; partials: those of AttendArgs.
   double layers(const Layers& model, int count, int rows, uintptr_t residual, uintptr_t positions, uintptr_t slots,
                 uintptr_t pool, int64_t layer_bytes, const AttentionPlan& plan, const std::array<uintptr_t, 6>& scratch,
                 uintptr_t q, uintptr_t qkv, uintptr_t gate_up, const std::array<uintptr_t, 3>& partials, uintptr_t delta) const {

@@ -2,8 +2,8 @@
 
 Integer products are exact and every attention range is cut at the same keys, so neither the batch,
 nor the chunks of a prompt, nor the prefix cache, nor reading shared prefixes once changes the last
-bit of a logit. With segments the tiles of rows that go through a layer do not either; with float32
-keys and values, the instruction set does not, and a layer is the same in one call as in nine.
+bit of a logit. With segments the tiles of rows that go through a layer do not either. Nor does the
+instruction set, and a layer is the same in one call as in nine.
 """
 
 from __future__ import annotations
@@ -359,9 +359,8 @@ def test_on_every_instruction_set(
     assert (other.stats.cached_tokens > 1000) is WAYS[way].get("prefix_caching", True)
 
 
-@pytest.mark.parametrize("kv_format", DIGESTS)
-def test_on_every_instruction_set_alone(made_of_integers: Path, kv_format: str) -> None:
-    isa = next(isa for isa, known in KNOWN if known == kv_format)
+@pytest.mark.parametrize(("isa", "kv_format"), KNOWN)
+def test_on_every_instruction_set_alone(made_of_integers: Path, isa: str, kv_format: str) -> None:
     one = engine(made_of_integers, isa=isa, kv_format=kv_format, prefix_caching=False)
     each = [[token % 320 for token in prompt] for prompt in nested()]
     assert digest([answers(one, [prompt])[0] for prompt in each]) == DIGESTS[kv_format]
