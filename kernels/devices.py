@@ -6,11 +6,14 @@ The only file that asks about devices, and the only one that knows all backends.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 
 import torch
 
 from headstart.kernels.backend import Backend, KernelChoices
+
+logger = logging.getLogger(__name__)
 
 AUTO_ISA = "HEADSTART_AUTO_ISA"
 """Variable: the best instruction set that may be chosen unasked, as if the machine had no better
@@ -66,6 +69,12 @@ def load_backend(
 
         if isa == "auto":
             isa = instruction_sets()[0]
+            if AUTO_ISA not in os.environ and _cpu.missing():
+                logger.warning(
+                    "this machine has %s, for which no kernels were compiled: this installation "
+                    "was made on another machine; `make clean install` makes it anew",
+                    ", ".join(_cpu.missing()),
+                )
         available = list(_cpu.supported())
         if isa not in available:
             raise ValueError(f"this machine has no {isa} kernels; it has {', '.join(available)}")

@@ -1,35 +1,31 @@
 #include "instruction_sets.h"
 
-#if defined(HEADSTART_X86)
-#include <cpuid.h>
-#elif defined(HEADSTART_ARM) && defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(HEADSTART_ARM) && defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
+#include <string_view>
 
+#include "machine.h"
+
+// HEADSTART_SETS, from CMakeLists.txt: X(portable) X(avx2) ..., one for each object of kernels.
 namespace headstart {
 
-#define HEADSTART_DECLARE(isa) \
-  namespace isa {              \
-  extern const Kernels kTable; \
+#define X(isa)                  \
+  namespace isa {               \
+  extern const Kernels kTable;  \
   }
-HEADSTART_DECLARE(portable)
-#if defined(HEADSTART_X86)
-HEADSTART_DECLARE(avx2)
-HEADSTART_DECLARE(avx_vnni)
-HEADSTART_DECLARE(avx512)
-HEADSTART_DECLARE(avx512_vnni)
-HEADSTART_DECLARE(avx512_bf16)
-#elif defined(HEADSTART_ARM)
-HEADSTART_DECLARE(neon_dotprod)
-HEADSTART_DECLARE(neon_i8mm)
-#endif
+HEADSTART_SETS
+#undef X
 
 namespace {
 
-#if defined(HEADSTART_X86) || defined(HEADSTART_ARM)
-// `more`, with what it has not taken from `base`.
+// Of the kernels compiled for `isa`; null: there are none.
+const Kernels* compiled(std::string_view isa) {
+#define X(name) \
+  if (isa == #name) return &name::kTable;
+  HEADSTART_SETS
+#undef X
+  return nullptr;
+}
+
+// `base`, with what `more` has instead.
 Kernels extended(const Kernels& base, const Kernels& more) {
   Kernels all = base;
   all.name = more.name;
@@ -44,57 +40,25 @@ Kernels extended(const Kernels& base, const Kernels& more) {
   if (more.top) all.top = more.top;
   return all;
 }
-#endif
-
-#if defined(HEADSTART_X86)
-// Neither compiler's __builtin_cpu_supports has known its name for long.
-bool has_avx_vnni() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-}
-#elif defined(HEADSTART_ARM)
-struct Arm {
-  bool dotprod, i8mm;
-};
-Arm arm() {
-#if defined(__linux__)
-  // HWCAP_ASIMDDP, and HWCAP2_I8MM, which older headers lack.
-  return {(getauxval(AT_HWCAP) >> 20 & 1) != 0, (getauxval(AT_HWCAP2) >> 13 & 1) != 0};
-#elif defined(__APPLE__)
-  const auto has = [](const char* name) {
-    int value = 0;
-    size_t size = sizeof value;
-    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
-  };
-  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM")};
-#else
-  return {false, false};
-#endif
-}
-#endif
 
 std::vector<InstructionSet> find() {
-  std::vector<InstructionSet> all;
-#if defined(HEADSTART_X86)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
-  const Kernels with_vnni = extended(avx512::kTable, avx512_vnni::kTable);
-  all.push_back({extended(with_vnni, avx512_bf16::kTable), bf16});
-  all.push_back({with_vnni, vnni});
-  all.push_back({avx512::kTable, avx512});
-  all.push_back({extended(avx2::kTable, avx_vnni::kTable), avx2 && has_avx_vnni()});
-  all.push_back({avx2::kTable, avx2});
-#elif defined(HEADSTART_ARM)
-  const Arm machine = arm();
-  all.push_back({extended(portable::kTable, neon_i8mm::kTable), machine.dotprod && machine.i8mm});
-  all.push_back({extended(portable::kTable, neon_dotprod::kTable), machine.dotprod});
-#endif
-  all.push_back({portable::kTable, true});
-  return all;
+  const std::vector<MachineSet> machine = machine_sets();
+  std::vector<InstructionSet> sets;
+  for (auto set = machine.rbegin(); set != machine.rend(); ++set) {  // bases first
+    const Kernels* kernels = compiled(set->name);
+    if (!kernels) continue;
+    if (!set->base) {
+      sets.insert(sets.begin(), {*kernels, set->usable});
+      continue;
+    }
+    for (const InstructionSet& base : sets) {
+      if (std::string_view(base.kernels.name) != set->base) continue;
+      const Kernels all = extended(base.kernels, *kernels);
+      sets.insert(sets.begin(), {all, set->usable});
+      break;
+    }
+  }
+  return sets;
 }
 
 }  // namespace
@@ -102,6 +66,14 @@ std::vector<InstructionSet> find() {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> all = find();
   return all;
+}
+
+std::vector<std::string> missing_sets() {
+  std::vector<std::string> names;
+  for (const MachineSet& set : machine_sets()) {
+    if (set.usable && !compiled(set.name)) names.emplace_back(set.name);
+  }
+  return names;
 }
 
 }  // namespace headstart

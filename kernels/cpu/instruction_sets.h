@@ -1,6 +1,7 @@
 // The instruction sets this build holds kernels for.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -14,5 +15,8 @@ struct InstructionSet {
 
 // Best first.
 const std::vector<InstructionSet>& instruction_sets();
+
+// Those that this machine has and this build holds no kernels for; best first.
+std::vector<std::string> missing_sets();
 
 }  // namespace headstart

@@ -129,6 +129,7 @@ NB_MODULE(_cpu, m) {
   m.attr("UP_PANEL") = kUpPanel;
   m.attr("SUM_LANES") = kSumLanes;
   m.def("supported", &supported, "Instruction sets this machine can run, best first.");
+  m.def("missing", &missing_sets, "Instruction sets this machine has and this build has no kernels for.");
   nb::class_<AttentionPlan>(m, "AttentionPlan")
       .def(
           "__init__",

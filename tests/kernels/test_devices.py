@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headstart.kernels import _cpu
 from headstart.kernels.backend import WEIGHT_FORMATS, AttentionShape
 from headstart.kernels.devices import instruction_sets, load_backend
 
@@ -14,6 +15,20 @@ def test_auto_takes_the_best_instruction_set():
     assert sets[-1] == "portable"
     assert len(set(sets)) == len(sets)
     assert load_backend("cpu", isa="auto", weights="f32", threads=1).isa == sets[0]
+
+
+def test_an_installation_taken_to_a_better_machine_says_so(monkeypatch, caplog):
+    monkeypatch.delenv("HEADSTART_AUTO_ISA", raising=False)
+    assert _cpu.missing() == []  # of the machine it was made on
+    load_backend("cpu", isa="auto", weights="f32", threads=1)
+    assert not caplog.records
+    monkeypatch.setattr(_cpu, "missing", lambda: ["avx999", "avx998"])
+    load_backend("cpu", isa="portable", weights="f32", threads=1)
+    assert not caplog.records
+    load_backend("cpu", isa="auto", weights="f32", threads=1)
+    (record,) = caplog.records
+    assert "this machine has avx999, avx998, for which no kernels" in record.getMessage()
+    assert "make clean install" in record.getMessage()
 
 
 def test_what_auto_takes_can_be_held_to_less(monkeypatch):
