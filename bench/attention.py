@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from headstart.bench.steps import measure_peaks, progress
+from headstart.bench.steps import attention_peak, measure_peaks, progress
 from headstart.engine.batch import SharedRange, build_batch
 from headstart.engine.costs.attention import QUERIES, filled_pool, load_costs
 from headstart.engine.kv.tree import Node
@@ -42,7 +42,7 @@ from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sequence import ScheduledSequence
 from headstart.engine.sequence import Sequence as EngineSequence
 from headstart.kernels.backend import AttentionShape, Backend
-from headstart.kernels.devices import load_backend
+from headstart.kernels.devices import instruction_sets, load_backend
 from headstart.kernels.ranges import KVRanges
 
 SHAPES = {
@@ -278,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", nargs="+", type=int, default=list(BATCHES), metavar="N")
     add("--prefix", nargs="+", type=int, default=list(PREFIXES), metavar="TOKENS")
     add("--own", type=int, default=OWN, metavar="TOKENS", help="of each sequence (%(default)s)")
-    add("--weights", choices=("f32", "bf16"), default="bf16", help="type of keys and values")
+    add("--kv-format", choices=("f32", "bf16"), default="bf16", help="of keys and values")
     add("--isa", default="auto", help="instruction set (%(default)s)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--repeats", type=int, default=3, help="turns, at least (%(default)s)")
@@ -297,14 +297,16 @@ def main(argv: list[str] | None = None) -> int:
     if max(args.batch) > QUERIES:
         command.error(f"--batch goes to {QUERIES}")
     try:
-        backend = load_backend("cpu", isa=args.isa, weights=args.weights, threads=args.threads)
+        backend = load_backend(
+            "cpu", isa=args.isa, weights="f32", threads=args.threads, kv_format=args.kv_format
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     with progress("measuring the machine"):
         peaks = measure_peaks(args.threads)
-    peak = peaks["bf16_gflop_s"]
-    print(f"{backend.device}: memory {peaks['read_gb_s']:.0f} GB/s, bf16 {peak:.0f} GFLOP/s\n")
+    peak = attention_peak(peaks, instruction_sets()[0] if args.isa == "auto" else args.isa)
+    print(f"{backend.device}: memory {peaks['read_gb_s']:.0f} GB/s, {peak:.0f} GFLOP/s\n")
     for name in args.shape:
         shape = SHAPES[name]
         bench = Bench(backend, shape, int(args.memory * 2**30))
@@ -319,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"**{title}**, {args.own} tokens of its own for each sequence\n\n{table(rows)}\n")
         reached = full_range(backend, shape, 64, 2048)
         print(f"full range alone, 64 rows x 2,048 keys: {reached:.0f} GFLOP/s, ", end="")
-        print(f"{reached / peak:.0%} of the bf16 peak\n")
+        print(f"{reached / peak:.0%} of the peak of products\n")
         if args.out:
             with args.out.open("a") as out:
                 for row in rows:

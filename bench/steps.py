@@ -1,6 +1,7 @@
 """What a step costs, op by op, against what this machine was measured to give.
 
-    python -m headstart.bench.steps [MODEL] [--weights int8] [--threads 2] [--json FILE]
+    python -m headstart.bench.steps [MODEL] [--weights int8] [--kv-format bf16] [--isa avx2]
+        [--threads 2] [--json FILE]
 
 Two tables: decode steps over batch size and context (every sequence with pages of its own, nothing
 shared), and prefill chunks over their start. For each, the time of the step: its layers in one call
@@ -10,7 +11,8 @@ two that matter the rate reached:
     linear   bytes of weights read and multiply-adds done, one pass over all matrices
     attend   bytes of KV read and multiply-adds done
 
-Peaks are measured first: reading memory, bf16 products (torch), int8 products (torch's oneDNN).
+Peaks are measured first: reading memory, float32 and bf16 products (torch), int8 products (torch's
+oneDNN).
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from headstart.engine.models.runner import ModelRunner, attention_shape, load_de
 from headstart.engine.models.store import resolve
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sequence import ScheduledSequence, Sequence
-from headstart.kernels.devices import load_backend
+from headstart.kernels.backend import Backend
+from headstart.kernels.devices import instruction_sets, load_backend
 
 BATCHES = (1, 4, 16, 64)
 CONTEXTS = (256, 1024, 2048, 4096, 8192)
@@ -88,9 +91,10 @@ def reading_speed() -> float:
 
 
 def measure_peaks(threads: int) -> dict[str, float]:
-    """GB/s of reading memory, GFLOP/s of bf16 and Gop/s of int8 products."""
+    """GB/s of reading memory, GFLOP/s of float32 and bf16 products, Gop/s of int8 ones."""
     torch.set_num_threads(threads)
     size = 2048
+    f = torch.randn(size, size)
     a = torch.randn(size, size, dtype=torch.bfloat16)
     x = torch.randint(0, 255, (size, size), dtype=torch.uint8)
     w = torch.ops.onednn.qlinear_prepack(
@@ -106,17 +110,22 @@ def measure_peaks(threads: int) -> dict[str, float]:
     flops = 2 * size**3
     return {
         "read_gb_s": reading_speed() / 1e9,
+        "f32_gflop_s": flops / best(lambda: f @ f.T) / 1e9,
         "bf16_gflop_s": flops / best(lambda: a @ a.T) / 1e9,
         "int8_gop_s": flops / best(int8_product) / 1e9,
     }
 
 
+def attention_peak(peaks: dict[str, float], isa: str) -> float:
+    """GFLOP/s that attention's arithmetic is limited to: float32's, but with units for bf16."""
+    return peaks["bf16_gflop_s" if isa == "avx512_bf16" else "f32_gflop_s"]
+
+
 class Bench:
     """A model with a pool full of something, and batches made by hand."""
 
-    def __init__(self, folder: Path, weights: str, threads: int, tokens: int) -> None:
+    def __init__(self, folder: Path, backend: Backend, weights: str, tokens: int) -> None:
         self.config = ModelConfig.from_folder(folder)
-        backend = load_backend("cpu", isa="auto", weights=weights, threads=threads)
         self.timed = TimedBackend(backend)
         self.page_size = backend.page_size
         decoder = load_decoder(folder, self.config, self.timed, weights, max(CONTEXTS))
@@ -228,17 +237,27 @@ def main() -> None:
     )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--weights", choices=("f32", "bf16", "int8"), default="int8")
+    parser.add_argument("--kv-format", choices=("auto", "f32", "bf16"), default="auto")
+    parser.add_argument("--isa", choices=instruction_sets(), default=instruction_sets()[0])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--max-tokens", type=int, default=64 * 8192, help="KV tokens to allocate")
     parser.add_argument("--json", type=Path, help="write everything as one JSON line")
     args = parser.parse_args()
     with progress("measuring the machine"):
         peaks = measure_peaks(args.threads)
-    print(
-        f"{args.threads} threads: memory {peaks['read_gb_s']:.0f} GB/s, "
-        f"bf16 {peaks['bf16_gflop_s']:.0f} GFLOP/s, int8 {peaks['int8_gop_s']:.0f} Gop/s\n"
+    backend = load_backend(
+        "cpu",
+        isa=args.isa,
+        weights=args.weights,
+        threads=args.threads,
+        kv_format=args.kv_format,
     )
-    bench = Bench(resolve(args.model, default_home()), args.weights, args.threads, args.max_tokens)
+    print(
+        f"{backend.device}, weights {args.weights}: memory {peaks['read_gb_s']:.0f} GB/s, "
+        f"f32 {peaks['f32_gflop_s']:.0f} and bf16 {peaks['bf16_gflop_s']:.0f} GFLOP/s, "
+        f"int8 {peaks['int8_gop_s']:.0f} Gop/s\n"
+    )
+    bench = Bench(resolve(args.model, default_home()), backend, args.weights, args.max_tokens)
     decode, prefill = [], []
     for count in BATCHES:
         for context in CONTEXTS:
@@ -256,7 +275,8 @@ def main() -> None:
     print(table("Decode", ("batch", "context"), decode), end="\n\n")
     print(table("Prefill", ("rows", "start"), prefill))
     if args.json:
-        line = {"peaks": peaks, "decode": decode, "prefill": prefill, "weights": args.weights}
+        about = {"weights": args.weights, "device": backend.device}
+        line = {"peaks": peaks, "decode": decode, "prefill": prefill, **about}
         args.json.write_text(json.dumps(line) + "\n")
 
 

@@ -185,6 +185,7 @@ class Engine:
             eos_token_ids=list(model.eos_token_ids),
             backend=loaded.device,
             weights=loaded.weights,
+            weights_reason=loaded.weights_reason,
             version=__version__,
             segment_mask=model.segment_mask,
             pooling=declared_pooling(folder),

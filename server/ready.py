@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import psutil
+
 from headstart.engine.process.messages import ModelInfo
 from headstart.server.keys import Keys
 from headstart.server.runtime import Runtime
@@ -10,12 +14,14 @@ from headstart.server.runtime import Runtime
 def summary(runtime: Runtime, model: ModelInfo, url: str, seconds: float) -> str:
     """A few aligned lines; ``seconds``: from the command to now."""
     tokens = model.num_pages * model.page_size
+    reason = model.weights_reason
     several = f" in each of {model.processes} processes" if model.processes > 1 else ""
     rows = {
         "model": ", ".join((*runtime.model_names, *sorted(runtime.engine.adapters))),
-        "weights": model.weights,
+        "weights": f"{model.weights}: {reason}" if reason else model.weights,
         "kernels": f"{model.backend}, {_count(model.threads, 'thread')}{several}",
         "KV cache": f"{tokens:,} tokens in {model.kv_bytes / 2**30:.2f} GiB",
+        "memory": _resident(),
         "context": f"{model.max_model_len:,} tokens",
         "relay": model.relay,
         "answers": str(runtime.answers),
@@ -26,6 +32,18 @@ def summary(runtime: Runtime, model: ModelInfo, url: str, seconds: float) -> str
     lines = [f"ready after {seconds:.1f} s"]
     lines += [f"  {name:<10}{value}" for name, value in rows.items()]
     return "\n".join(lines)
+
+
+def _resident() -> str:
+    """What is in memory now, of this process and those it has started. Memory of the KV cache is
+    taken as it is used; pages that several processes share are counted in each."""
+    server = psutil.Process()
+    engines = 0
+    for process in server.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            engines += process.memory_info().rss
+    own = server.memory_info().rss
+    return f"{own / 2**30:.2f} GiB server, {engines / 2**30:.2f} GiB engine, resident now"
 
 
 def _keys(keys: Keys) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +18,8 @@ from headstart.engine.kv.memory import plan_memory
 from headstart.engine.models.adapters import Adapters
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.formats.int8 import read_quality, read_smoothing
+from headstart.engine.models.formats.choice import WeightChoice, choose_weights
+from headstart.engine.models.formats.int8 import read_smoothing
 from headstart.engine.models.ranks import OneRank, Ranks
 from headstart.engine.models.runner import (
     ModelRunner,
@@ -29,7 +29,7 @@ from headstart.engine.models.runner import (
 )
 from headstart.engine.models.share import Share
 from headstart.engine.process.cores import usable_cores
-from headstart.kernels.backend import WEIGHT_FORMATS, Backend
+from headstart.kernels.backend import Backend
 from headstart.kernels.devices import gpu_is_there, instruction_sets, load_backend
 
 logger = logging.getLogger(__name__)
@@ -38,65 +38,16 @@ SMALL_STEP, GPU_STEP = (512, 64), (2048, 256)
 """Tokens and sequences of a step unless told otherwise. A core is busy with few rows, a GPU is not;
 steps should not take so long that those who decode notice."""
 
-CPU_FORMATS = ("f32", "bf16", "int8")
-
-INT8_TOLERANCE = 1.01
-"""int8 is chosen by "auto" unless its perplexity is shown to be over so many times float32's."""
-
-FAST_INT8 = (
-    "avx512_bf16",
-    "avx512_vnni",
-    "avx512",
-    "avx_vnni",
-    "avx2",
-    "neon_i8mm",
-    "neon_dotprod",
-)
-"""Instruction sets on which int8 weights are faster than any others (kernels/cpu/linear.h)."""
-
-
-AUTO_WEIGHTS = "HEADSTART_AUTO_WEIGHTS"
-"""Variable: the format of weights that "auto" means on a CPU, however fast it is there."""
-
-
-def choose_weights(asked: str, backend: str, isa: str, folder: Path) -> str:
-    """The weight format: as asked, or the fastest one this machine and model allow.
-
-    AUTO_WEIGHTS decides instead of the machine; int8 is taken only where the model has it good.
-    """
-    if asked != "auto":
-        if asked not in WEIGHT_FORMATS:
-            raise ConfigError(f"--weights must be auto, {', '.join(WEIGHT_FORMATS)}; got {asked}")
-        return asked
-    if backend == "gpu":
-        return "bf16" if gpu_is_there() else "f32"  # the interpreter has no bf16
-    if backend == "reference":
-        return "f32"
-    held = os.environ.get(AUTO_WEIGHTS)
-    if held and held not in CPU_FORMATS:
-        raise ConfigError(f"{AUTO_WEIGHTS} must be {', '.join(CPU_FORMATS)}; got {held}")
-    fastest = held or ("int8" if isa in FAST_INT8 else "f32")
-    if fastest != "int8":
-        return fastest
-    quality = read_quality(folder)
-    if quality is None:
-        reason = "the model has no int8 weights"
-    else:
-        least, most = quality["int8_least"], quality["int8_most"]
-        between = f"{least - 1:+.1%} to {most - 1:+.1%}"
-        if least <= INT8_TOLERANCE:
-            logger.info("weights: int8, whose perplexity is %s of float32's", between)
-            return "int8"
-        reason = f"its perplexity is {between} of float32's"
-    logger.info("weights: not int8, because %s", reason)
-    return "bf16" if isa == "avx512_bf16" else "f32"
-
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is decided before weights are read. ``settings``: with nothing left open."""
+    """What is decided before weights are read. ``settings``: with nothing left open.
+
+    ``weights``: their format, and why it was chosen.
+    """
 
     settings: EngineConfig
+    weights: WeightChoice
     folder: Path
     model: ModelConfig
     backend: Backend
@@ -142,14 +93,15 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """``config``: of the whole model. ``weights``: their format. ``device``: what computes, for
-    people. ``share``: what of the model this process has."""
+    """``config``: of the whole model. ``weights``: their format; ``weights_reason``: why it was
+    chosen. ``device``: what computes, for people. ``share``: what of the model this process has."""
 
     folder: Path
     config: ModelConfig
     backend: Backend
     runner: ModelRunner
     weights: str
+    weights_reason: str
     device: str
     threads: int
     max_model_len: int
@@ -173,8 +125,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
     settings, backend = setup.settings, setup.backend
     share = Share(0, settings.tensor_parallel)
     logger.info(
-        "backend %s (%s), weights %s, %d threads",
-        *(settings.backend, backend.device, settings.weights, settings.threads),
+        "backend %s (%s), weights %s%s, %d threads",
+        *(settings.backend, backend.device, settings.weights),
+        f" ({setup.weights.reason})" if setup.weights.reason else "",
+        settings.threads,
     )
     if share.ranks > 1:
         runner = _lead(setup, share)
@@ -187,6 +141,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         backend=backend,
         runner=runner,
         weights=settings.weights,
+        weights_reason=setup.weights.reason,
         device=f"cpu {settings.isa}" if settings.backend == "cpu" else settings.backend,
         threads=settings.threads or 1,
         max_model_len=setup.max_model_len,
@@ -224,7 +179,7 @@ def set_up(config: EngineConfig) -> Setup:
         backend = load_backend(
             name,
             isa=isa,
-            weights=weights,
+            weights=weights.format,
             threads=threads,
             kv_format=config.kv_format,
             choices=KeptChoices(config.machine_folder),
@@ -237,13 +192,13 @@ def set_up(config: EngineConfig) -> Setup:
         config,
         backend=name,
         isa=isa,
-        weights=weights,
+        weights=weights.format,
         threads=threads,
         max_model_len=max_model_len,
         max_batched_tokens=tokens,
         max_running=sequences,
     )
-    return Setup(settings, folder, model, backend, max_model_len, tokens, sequences)
+    return Setup(settings, weights, folder, model, backend, max_model_len, tokens, sequences)
 
 
 def _lead(setup: Setup, share: Share) -> ModelRunner:

@@ -154,6 +154,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the server needs to know of the model the engine has loaded.
 
     ``pooling``: how its sentence-transformers settings, if it has any, say that vectors are made.
+    ``weights_reason``: why their format was chosen; empty where it was asked for.
     ``threads``: of the kernels, in each of ``processes``. ``kv_bytes``: of the pages of all of
     them. ``relay``: RelayAttention's mode, once it has been checked.
     ``no_text``: why it answers with vectors alone, in words; None where it writes text, too.
@@ -168,6 +169,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     weights: str
     version: str
+    weights_reason: str = ""
     max_running: int = 64  # sequences computed in one step
     threads: int = 1
     processes: int = 1

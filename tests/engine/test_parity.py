@@ -23,8 +23,8 @@ from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.formats.choice import INT8_TOLERANCE
 from headstart.engine.models.formats.int8 import read_quality
-from headstart.engine.models.loading import INT8_TOLERANCE
 from headstart.engine.models.quality import perplexity, text_losses, text_tokens
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.sampling.params import SamplingParams

@@ -9,6 +9,7 @@ import sys
 import urllib.error
 import urllib.request
 
+import msgspec
 import pytest
 
 from headstart.engine.errors import ConfigError
@@ -111,7 +112,12 @@ def test_the_summary(engine, tokenizer):
         settings=ServerSettings(keys=keys),
         defaults=GenerationDefaults(temperature=0.2),
     )
-    assert summary(app.state.runtime, engine.model, "http://a:1", 3.14159).splitlines() == [
+    lines = summary(app.state.runtime, engine.model, "http://a:1", 3.14159).splitlines()
+    memory = lines.pop(5)
+    assert re.fullmatch(
+        r"  memory    \d+\.\d\d GiB server, \d+\.\d\d GiB engine, resident now", memory
+    )
+    assert lines == [
         "ready after 3.1 s",
         "  model     tiny, other",
         "  weights   f32",
@@ -125,5 +131,7 @@ def test_the_summary(engine, tokenizer):
         "  URL       http://a:1",
     ]
     app = create_app(engine, tokenizer, model_names=["tiny"])
-    lines = summary(app.state.runtime, engine.model, "http://a:1", 0).splitlines()
+    chosen = msgspec.structs.replace(engine.model, weights="int8", weights_reason="it is good")
+    lines = summary(app.state.runtime, chosen, "http://a:1", 0).splitlines()
+    assert "  weights   int8: it is good" in lines
     assert "  keys      none: whoever reaches the URL may do everything" in lines

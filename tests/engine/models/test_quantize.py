@@ -19,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
-from headstart.engine.errors import ConfigError, ModelError
+from headstart.engine.errors import ModelError
 from headstart.engine.models import quantize as quantizing
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
 from headstart.engine.models.float_pass import FloatPass
 from headstart.engine.models.formats.int8 import read_int8, read_quality, read_smoothing
-from headstart.engine.models.loading import choose_weights
 from headstart.engine.models.parameters import Checkpoint, Matrix, read_float
 from headstart.engine.models.quality import excess, windows
 from headstart.engine.models.quantize import (
@@ -341,61 +340,6 @@ def test_a_damaged_quality_file_is_named(tmp_path: Path, text: str) -> None:
         read_quality(tmp_path)
 
 
-def record_quality(folder: Path, int8: float) -> None:
-    (folder / "int8").mkdir()
-    recorded = {"tokens": 5000, "f32": 20.0, "int8": int8}
-    (folder / "int8" / "quality.json").write_text(json.dumps(recorded))
-
-
-@pytest.mark.parametrize(
-    ("backend", "isa", "int8", "expected"),
-    [
-        ("cpu", "avx512_bf16", 20.19, "int8"),
-        ("cpu", "avx512_vnni", 20.19, "int8"),
-        ("cpu", "avx512_bf16", 20.21, "bf16"),
-        ("cpu", "avx512_vnni", 20.21, "f32"),
-        ("cpu", "avx512_bf16", float("nan"), "bf16"),
-        ("cpu", "avx512_bf16", None, "bf16"),
-        ("cpu", "avx512", 20.0, "int8"),
-        ("cpu", "avx_vnni", 20.0, "int8"),
-        ("cpu", "avx2", 20.0, "int8"),
-        ("cpu", "avx2", 20.21, "f32"),
-        ("cpu", "neon_dotprod", 20.0, "int8"),
-        ("cpu", "portable", 20.0, "f32"),
-        ("reference", "avx512_bf16", 20.0, "f32"),
-    ],
-)
-def test_auto_takes_int8_where_it_is_fast_and_good(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    backend: str,
-    isa: str,
-    int8: float | None,
-    expected: str,
-) -> None:
-    monkeypatch.delenv("HEADSTART_AUTO_WEIGHTS", raising=False)
-    if int8 is not None:
-        record_quality(tmp_path, int8)
-    assert choose_weights("auto", backend, isa, tmp_path) == expected
-    assert choose_weights("bf16", backend, isa, tmp_path) == "bf16"
-
-
-@pytest.mark.parametrize(
-    ("least", "most", "expected"), [(1.005, 1.016, "int8"), (1.0101, 1.02, "f32")]
-)
-def test_int8_is_left_only_where_it_is_shown_to_cost_too_much(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: float, most: float, expected: str
-) -> None:
-    """What two perplexities differ by is noise, too: the interval of paired differences decides."""
-    monkeypatch.delenv("HEADSTART_AUTO_WEIGHTS", raising=False)
-    record_quality(tmp_path, 20.21)
-    path = tmp_path / "int8" / "quality.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"int8_least": least, "int8_most": most})
-    )
-    assert choose_weights("auto", "cpu", "avx2", tmp_path) == expected
-
-
 def test_the_interval_of_paired_losses() -> None:
     random = numpy.random.default_rng(0)
     inside = 0
@@ -406,39 +350,3 @@ def test_the_interval_of_paired_losses() -> None:
         inside += least <= math.exp(0.01) <= most
     assert 180 <= inside <= 198  # 95% of them, and a little less by few runs
     assert excess([1.0] * 100, [1.0] * 100) == (0.0, math.inf)  # one run says nothing
-
-
-@pytest.mark.parametrize(
-    ("held", "isa", "int8", "expected"),
-    [
-        ("f32", "avx512_vnni", 20.0, "f32"),
-        ("bf16", "avx2", 20.0, "bf16"),
-        ("int8", "avx2", 20.0, "int8"),
-        ("int8", "avx2", 21.0, "f32"),
-        ("int8", "avx2", None, "f32"),
-    ],
-)
-def test_what_auto_takes_can_be_held(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    held: str,
-    isa: str,
-    int8: float | None,
-    expected: str,
-) -> None:
-    monkeypatch.setenv("HEADSTART_AUTO_WEIGHTS", held)
-    if int8 is not None:
-        record_quality(tmp_path, int8)
-    assert choose_weights("auto", "cpu", isa, tmp_path) == expected
-    assert choose_weights("auto", "reference", isa, tmp_path) == "f32"
-    assert choose_weights("bf16", "cpu", isa, tmp_path) == "bf16"
-
-
-def test_an_unknown_weight_format_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ConfigError, match="--weights must be auto, f32, f16, bf16, int8; got int3"):
-        choose_weights("int3", "cpu", "avx2", tmp_path)
-    monkeypatch.setenv("HEADSTART_AUTO_WEIGHTS", "int3")
-    with pytest.raises(ConfigError, match="HEADSTART_AUTO_WEIGHTS must be f32, bf16, int8"):
-        choose_weights("auto", "cpu", "avx2", tmp_path)
