@@ -62,7 +62,8 @@ class Row:
     """One line of the table; None where a variant was left out for want of memory.
 
     relay_read_bytes: of keys and values, once a range. ideal_bytes: each page once. peak: of the
-    relay variant's arithmetic, as a share of what bf16 matrix products reach.
+    relay variant's arithmetic, as a share of what matrix products of float32
+    reach, or of bf16 where the instruction set has them.
     """
 
     batch: int
