@@ -14,6 +14,9 @@ SUM_LANES: int
 def supported() -> list[str]:
     """Instruction sets this machine can run, best first."""
 
+def missing() -> list[str]:
+    """Instruction sets this machine has and this build has no kernels for."""
+
 class AttentionPlan:
     """A batch's ranges, cut into work items (cpu/plan.h)."""
 

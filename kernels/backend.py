@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from headstart.kernels.memory import SharedMemory
 from headstart.kernels.packing import Int8Panels
 from headstart.kernels.ranges import IntArray, KVRanges
-from headstart.kernels.shared_memory import SharedMemory
 
 
 @dataclass(frozen=True, slots=True)

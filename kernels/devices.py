@@ -45,11 +45,13 @@ def load_backend(
     page_size: int = 32,
     kv_format: str = "auto",
     choices: KernelChoices | None = None,
+    shared: bool = False,
 ) -> Backend:
     """The backend called ``name`` ("gpu", "cpu" or "reference") for one weight format.
 
     ``kv_format``: of keys and values, "auto" for the backend's choice. ``choices``: where
-    the gpu backend keeps what it measures of its kernels; None: nowhere.
+    the gpu backend keeps what it measures of its kernels; None: nowhere. ``shared``: whether other
+    processes of this machine are to map the cpu backend's KV memory and weights.
     Raises ValueError, saying what there is, for a name or instruction set this machine lacks.
     """
     torch.set_num_threads(threads)
@@ -79,7 +81,12 @@ def load_backend(
         if isa not in available:
             raise ValueError(f"this machine has no {isa} kernels; it has {', '.join(available)}")
         return CpuBackend(
-            isa=isa, weights=weights, threads=threads, page_size=page_size, kv_format=kv_format
+            isa=isa,
+            weights=weights,
+            threads=threads,
+            page_size=page_size,
+            kv_format=kv_format,
+            shared=shared,
         )
     raise ValueError(f"there is no backend {name!r}; there are gpu, cpu and reference")
 

@@ -116,12 +116,13 @@ class LoadedModel:
         return Adapters(self.config, self.backend, smoothing, most, self.share, announce)
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
+def load_model(config: EngineConfig, shared: bool = False) -> LoadedModel:
     """Load the model and allocate its KV pool. Raises ConfigError and ModelError.
 
+    ``shared``: whether other processes map its KV memory, as a chain of ranks does.
     With ``tensor_parallel`` the other ranks are started; ``runner.followers.close`` ends them.
     """
-    setup = set_up(config)
+    setup = set_up(config, shared or config.runahead > 1 or bool(config.runahead_hosts))
     settings, backend = setup.settings, setup.backend
     share = Share(0, settings.tensor_parallel)
     logger.info(
@@ -152,7 +153,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     )
 
 
-def set_up(config: EngineConfig) -> Setup:
+def set_up(config: EngineConfig, shared: bool = False) -> Setup:
     """Decide what ``config`` leaves open. Raises ConfigError and ModelError."""
     if config.tensor_parallel > 1 and (config.runahead > 1 or config.runahead_hosts):
         raise ConfigError("--tensor-parallel and --runahead cannot be combined")
@@ -183,6 +184,7 @@ def set_up(config: EngineConfig) -> Setup:
             threads=threads,
             kv_format=config.kv_format,
             choices=KeptChoices(config.machine_folder),
+            shared=shared,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headstart.engine.models.runner import ModelRunner
 from headstart.engine.runahead.costs import LinkCosts
-from headstart.kernels.shared_memory import SharedMemory
+from headstart.kernels.memory import SharedMemory
 
 UNEXPECTED = "what came is not what was expected"
 

@@ -141,7 +141,7 @@ class Rank:
     def __init__(self, config: RankConfig) -> None:
         control.require_linux()
         use_gpu(config.gpu)
-        loaded = load_model(config.engine)
+        loaded = load_model(config.engine, shared=True)
         self._runner = loaded.runner
         self._layers = loaded.config.num_layers
         self._page_size = loaded.backend.page_size

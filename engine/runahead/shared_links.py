@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from headstart.engine.runahead.costs import LinkCosts
 from headstart.engine.runahead.links import UNEXPECTED, Pool
-from headstart.kernels.shared_memory import attach
+from headstart.kernels.memory import attach
 
 _COSTS = LinkCosts(latency=5e-5, seconds_per_byte=2.5e-10)  # a copy within memory
 

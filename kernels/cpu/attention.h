@@ -70,30 +70,34 @@ static TileState<Unit> carve_scratch(std::vector<char>& scratch, int vectors, in
           reinterpret_cast<float*>(base + sc), reinterpret_cast<left*>(base + p)};
 }
 
-// S[r] = q[r] . K of one page, R vectors. Beside it, another page's keys and values are asked for if
-// `ahead` is there, a few lines a word: all at once they would fill the queue of misses and hold up
-// the arithmetic. (An instance without prefetch of its own gains nothing and spills at R = 9.)
+// Few vectors leave registers for more of the page: each sum waits for its last product, so there
+// have to be many beside it. A page has 32 keys at least.
+inline constexpr int kFewColumns = 4 * kLanes <= 32 ? 4 : kValueColumns;
+template <int R>
+inline constexpr int kScoreColumns = R <= kFewRows && 4 * kLanes <= 32 ? 4 : 2;
+
+// S[r] = q[r] . K of one page, R vectors. Beside it the keys and values of the page `ahead` are asked
+// for, a few lines a word: all at once they would fill the queue of misses and hold up the
+// arithmetic. Where no page is ahead it is this one, which costs less than asking each time.
 template <class Unit, int R>
 static HEADSTART_CALLED void score_page(const typename Unit::left* q, const typename Unit::element* keys,
                                         int head_dim, int page_size, float* scores, int stride,
                                         const typename Unit::element* ahead) {
   using word = typename Unit::word;
+  constexpr int C = kScoreColumns<R>;
   const int words = head_dim / Unit::kPerWord;
   const char* line = reinterpret_cast<const char*>(ahead);
-  const char* end = ahead ? reinterpret_cast<const char*>(ahead + 2 * size_t(head_dim) * page_size) : line;
-  for (int k = 0; k < page_size; k += 2 * kLanes) {
-    Floats acc[R][2] = {};
-    dot_tile<Unit, R, 2>(acc, reinterpret_cast<const typename Unit::left_word*>(q), words,
+  for (int k = 0; k < page_size; k += C * kLanes) {
+    Floats acc[R][C] = {};
+    dot_tile<Unit, R, C>(acc, reinterpret_cast<const typename Unit::left_word*>(q), words,
                          reinterpret_cast<const word*>(keys) + k, page_size, words, [&](int) {
-#pragma GCC unroll 4
-                           for (int i = 0; i < kLinesPerWord; ++i, line += 64) {
-                             if (line < end) __builtin_prefetch(line, 0, 2);
-                           }
+#pragma GCC unroll 8
+                           for (int i = 0; i < kLinesPerWord * C / 2; ++i, line += 64) __builtin_prefetch(line, 0, 2);
                          });
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      store(scores + r * stride + k, acc[r][0]);
-      store(scores + r * stride + k + kLanes, acc[r][1]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) store(scores + r * stride + k + c * kLanes, acc[r][c]);
     }
   }
 }
@@ -225,7 +229,7 @@ class Attend {
     const int used = (count + page_size_ - 1) / page_size_;
     for (int p = 0; p < used; ++p) {
       score_page<Unit, R>(state_.q + size_t(v) * head_dim_, keys[p], head_dim_, page_size_,
-                          state_.scores + p * page_size_, block_keys_, v == 0 ? ahead[p] : nullptr);
+                          state_.scores + p * page_size_, block_keys_, v == 0 && ahead[p] ? ahead[p] : keys[p]);
     }
     alignas(kVectorBytes) float alpha[kLanes];
     if (least >= used * page_size_) {
@@ -295,7 +299,7 @@ class Attend {
   template <int R>
   HEADSTART_INLINE void values_of(int v, const float* alpha, const left* probabilities,
                                   const element* const* values, int pages, int keys) {
-    constexpr int kColumns = kValueColumns;
+    constexpr int kColumns = R <= kFewRows ? kFewColumns : kValueColumns;
     const element* columns[kBlockPages];
     for (int d = 0; d < head_dim_; d += kColumns * kLanes) {
       for (int p = 0; p < pages; ++p) columns[p] = values[p] + d * Unit::kPerWord;

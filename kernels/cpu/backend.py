@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,10 +41,10 @@ from headstart.kernels.cpu.tensors import (
     held_partials,
     partial_bytes,
 )
+from headstart.kernels.memory import Arena, PrivateMemory, SharedMemory
 from headstart.kernels.packing import Int8Panels
 from headstart.kernels.processor import processor_name
 from headstart.kernels.ranges import IntArray, KVRanges, in_pieces
-from headstart.kernels.shared_memory import SharedMemory
 
 _DRAW_TYPES = (np.int32, np.float32, np.float32, np.int32, np.float64, np.float64)
 _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module has no name for it
@@ -92,12 +92,20 @@ def _tile_rows(shape: AttentionShape) -> int:
 
 class CpuBackend(HostMemory):
     """See Backend. ``weights``: "f32", "bf16" or "int8". ``kv_format``: "f32", "bf16" or "auto",
-    which is float32 for f32 weights, else bf16."""
+    which is float32 for f32 weights, else bf16. ``shared``: whether other processes of this machine
+    map its KV memory and have the same int8 weights mapped."""
 
     name = "cpu"
 
     def __init__(
-        self, *, isa: str, weights: str, threads: int, page_size: int, kv_format: str = "auto"
+        self,
+        *,
+        isa: str,
+        weights: str,
+        threads: int,
+        page_size: int,
+        kv_format: str = "auto",
+        shared: bool = False,
     ) -> None:
         if page_size < 32 or page_size % 32:
             raise ValueError(
@@ -122,6 +130,7 @@ class CpuBackend(HostMemory):
         self._kernels = _cpu.Kernels(isa, threads)
         self._rows_dtype = ACTIVATIONS[weights]
         self._scratch = Scratch(self._rows_dtype)
+        self._arena = None if shared else Arena()
 
     def linear_weight(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
         dtype = torch.bfloat16 if self._rows_dtype is torch.bfloat16 else torch.float32
@@ -131,6 +140,8 @@ class CpuBackend(HostMemory):
         )
 
     def packed_weight(self, panels: Int8Panels) -> PackedLinear:
+        if self._arena:
+            panels = replace(panels, data=self._arena.place(panels.data))
         return PackedLinear(
             panels,
             panels.data.data_ptr(),
@@ -153,8 +164,10 @@ class CpuBackend(HostMemory):
             )
         page_bytes = self.page_size * 2 * shape.kv_heads * shape.head_dim * self.kv_dtype.itemsize
         # Mapped memory is zero, and the system's until it is used; torch would write the zeros.
-        memory = SharedMemory(layers * num_pages * page_bytes)
-        data = torch.frombuffer(memory.buffer, dtype=self.kv_dtype).view(layers, -1)
+        size = layers * num_pages * page_bytes
+        memory = PrivateMemory(size) if self._arena else SharedMemory(size)
+        elements = size // self.kv_dtype.itemsize
+        data = torch.frombuffer(memory.buffer, dtype=self.kv_dtype, count=elements).view(layers, -1)
         return KVPool(data, [layer.data_ptr() for layer in data], memory, page_bytes)
 
     def kv_layout(self, shape: AttentionShape) -> str:
@@ -164,8 +177,8 @@ class CpuBackend(HostMemory):
     def kv_pages(self, kv: KVPool) -> Tensor:
         return kv.data.view(torch.uint8).view(len(kv.layer_ptrs), -1, kv.page_bytes)
 
-    def kv_memory(self, kv: KVPool) -> SharedMemory:
-        return kv.memory
+    def kv_memory(self, kv: KVPool) -> SharedMemory | None:
+        return kv.memory if isinstance(kv.memory, SharedMemory) else None
 
     def prepare_pages(self, kv: KVPool, first: int, last: int) -> None:
         memory = kv.memory.buffer

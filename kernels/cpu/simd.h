@@ -38,18 +38,21 @@ inline constexpr int kScoreRows = 12;  // rows x 2 vectors of accumulators: 24 o
 inline constexpr int kValueRows = 6;   // rows x kValueColumns vectors
 inline constexpr int kValueColumns = 4;
 inline constexpr int kWideRows = 12;   // rows x 2 vectors, of int16 products
+inline constexpr int kFewRows = 6;     // so many and fewer: rows x 4 vectors
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
 inline constexpr int kScoreRows = 6;  // 12 of 16 registers
 inline constexpr int kValueRows = 6;
 inline constexpr int kValueColumns = 2;
 inline constexpr int kWideRows = 6;
+inline constexpr int kFewRows = 2;
 #else
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kScoreRows = 4;
 inline constexpr int kValueRows = 2;
 inline constexpr int kValueColumns = 4;
 inline constexpr int kWideRows = 6;
+inline constexpr int kFewRows = 2;
 #endif
 inline constexpr int kLanes = kVectorBytes / 4;
 
@@ -102,7 +105,8 @@ static HEADSTART_INLINE void from_float(float v, uint16_t* p) {
   *p = uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);
 }
 
-static HEADSTART_INLINE Floats broadcast(float x) { return Floats{} + x; }
+// x - 0 is x, and compilers know it; 0 + x is not, where x is -0, and would be an addition.
+static HEADSTART_INLINE Floats broadcast(float x) { return x - Floats{}; }
 static HEADSTART_INLINE Ints broadcast(int32_t x) { return Ints{} + x; }
 // a * b + c, rounded once where there is an instruction for it. The compiler makes none of its own
 // (-ffp-contract=off).

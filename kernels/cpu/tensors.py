@@ -13,8 +13,8 @@ from torch import Tensor
 
 from headstart.kernels import _cpu
 from headstart.kernels.backend import AttentionShape
+from headstart.kernels.memory import PrivateMemory, SharedMemory
 from headstart.kernels.packing import Int8Panels
-from headstart.kernels.shared_memory import SharedMemory
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 """``Type`` of kernels.h."""
@@ -50,13 +50,13 @@ class KVPool(NamedTuple):
 
     data: Tensor
     layer_ptrs: list[int]
-    memory: SharedMemory
+    memory: SharedMemory | PrivateMemory
     page_bytes: int
 
     @property
     def layer_bytes(self) -> int:
         """From a layer's pages to the next one's."""
-        return len(self.memory.buffer) // len(self.layer_ptrs)
+        return self.data.shape[1] * self.data.element_size()
 
 
 class AttentionPlan(NamedTuple):

@@ -2,8 +2,8 @@
 
 int8/model.safetensors has, of every matrix (layers.N.qkv, o, gate_up, down, and head):
 
-    NAME.panels   int8, as the kernels read it where it is mapped (kernels/packing.py): processes
-                  that serve one model share the memory, and a start reads nothing
+    NAME.panels   int8, as the kernels read it (kernels/packing.py): where it is mapped, if several
+                  processes share it, else from a copy in huge pages
     NAME.scale    float32, of each output
     NAME.sums     int32, of each output
     NAME.bias     float32, where the model has it
@@ -117,7 +117,10 @@ def tensor_specs(config: ModelConfig) -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 def read_int8(config: ModelConfig, folder: Path) -> Parameters:
-    """The int8 parameters of ``folder``, mapped. Raises ModelError naming what is wrong."""
+    """The int8 parameters of ``folder``. Raises ModelError naming what is wrong.
+
+    Panels and embedding are mapped, apart: the panels' pages are given back once they were copied.
+    """
     path = folder / FOLDER / WEIGHTS
     if not path.exists():
         raise ModelError(
@@ -134,14 +137,17 @@ def read_int8(config: ModelConfig, folder: Path) -> Parameters:
             raise ModelError(f"tensor {name} in {path} is {tensor.dtype}, not {dtype}")
         return tensor
 
+    def kept(name: str) -> Tensor:
+        return take(name).clone()
+
     def optional(name: str) -> Tensor | None:
-        return take(name) if name in specs else None
+        return kept(name) if name in specs else None
 
     def matrix(name: str, size: tuple[int, int]) -> Int8Panels:
         return Int8Panels(
             take(f"{name}.panels"),
-            take(f"{name}.scale"),
-            take(f"{name}.sums"),
+            kept(f"{name}.scale"),
+            kept(f"{name}.sums"),
             optional(f"{name}.bias"),
             out_features=size[0],
             in_features=size[1],
@@ -151,21 +157,21 @@ def read_int8(config: ModelConfig, folder: Path) -> Parameters:
         for i in range(config.num_layers):
             name = f"layers.{i}"
             yield LayerParameters(
-                input_norm=take(f"{name}.input_norm"),
+                input_norm=kept(f"{name}.input_norm"),
                 qkv=matrix(f"{name}.qkv", sizes["qkv"]),
                 q_norm=optional(f"{name}.q_norm"),
                 k_norm=optional(f"{name}.k_norm"),
                 o=matrix(f"{name}.o", sizes["o"]),
-                post_norm=take(f"{name}.post_norm"),
+                post_norm=kept(f"{name}.post_norm"),
                 gate_up=matrix(f"{name}.gate_up", sizes["gate_up"]),
                 down=matrix(f"{name}.down", sizes["down"]),
             )
         weights.finish()
 
     return Parameters(
-        take("embedding"),
+        Weights.open_file(path).take("embedding", take("embedding").shape),
         layers(),
-        take("final_norm"),
+        kept("final_norm"),
         matrix("head", (config.vocab_size, config.hidden_size)),
-        take("hidden_norm"),
+        kept("hidden_norm"),
     )

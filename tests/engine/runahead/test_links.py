@@ -25,7 +25,7 @@ from headstart.engine.runahead.links import Pool, readable
 from headstart.engine.runahead.messages import LinkEnd
 from headstart.engine.runahead.opening import Opening
 from headstart.engine.runahead.shared_links import SharedSender
-from headstart.kernels.shared_memory import SharedMemory
+from headstart.kernels.memory import SharedMemory
 
 pytestmark = pytest.mark.covering
 
