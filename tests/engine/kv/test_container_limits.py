@@ -44,4 +44,24 @@ def test_cores(tmp_path, monkeypatch, quota, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     if quota is not None:
         (tmp_path / "cpu.max").write_text(quota + "\n")
-    assert usable_cores(tmp_path) == cores
+    assert usable_cores(tmp_path, tmp_path / "no processors") == cores
+
+
+@pytest.mark.parametrize(
+    ("siblings", "cpus", "cores"),
+    [
+        (["0-1", "0-1", "2-3", "2-3"], {0, 1, 2, 3}, 2),
+        (["0,2", "1,3", "0,2", "1,3"], {0, 1, 2, 3}, 2),
+        (["0,2", "1,3", "0,2", "1,3"], {0, 1}, 2),
+        (["0,2", "1,3", "0,2", "1,3"], {1, 3}, 1),
+        (["0", "1"], {0, 1}, 2),
+        (["0-1", "0-1"], {0, 1, 2, 3}, 3),  # of two nothing is said
+    ],
+)
+def test_threads_of_a_core_count_once(tmp_path, monkeypatch, siblings, cpus, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cpus)
+    for cpu, text in enumerate(siblings):
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(text + "\n")
+    assert usable_cores(tmp_path / "no cgroup", tmp_path) == cores
