@@ -36,11 +36,12 @@ def rope_tables(config: ModelConfig, max_len: int) -> tuple[torch.Tensor, torch.
         )
     if rope.type in ("default", "dynamic"):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        inv_freq, scaling = 1.0 / (rope.theta**exponents), 1.0
+        # In float64 and rounded, as the cosines below: torch's float32 ones depend on the
+        # instruction set in the last bit.
+        inv_freq, scaling = 1.0 / (rope.theta ** exponents.double()).float(), 1.0
     else:
         inv_freq, scaling = _scaled_frequencies(config, rope, max_len)
     angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq)
-    # In float64 and rounded: torch's float32 ones depend on the instruction set in the last bit.
     cos, sin = (table.float() for table in (angles.double().cos(), angles.double().sin()))
     return cos * scaling, sin * scaling
 
