@@ -31,7 +31,7 @@ serve: $(SERVING) ## serve MODEL (smollm2-135m) on 127.0.0.1:8000; CUDA=1: on an
 unexport PYTHONDONTWRITEBYTECODE
 test test-all: export PYTHONPYCACHEPREFIX = $(CURDIR)/.venv/pycache
 
-test: $(TESTING) ## run the tests, 10 to 22 minutes on two cores
+test: $(TESTING) ## run the tests, 10 to 16 minutes on two cores
 	$(BIN)/pytest -n 2 --no-loadscope-reorder -m 'not slow and not interpreter' $(ARGS)
 
 test-all: $(TESTING) ## run every test, with as many random examples as they ask for: up to an hour on two cores
