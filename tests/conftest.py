@@ -41,6 +41,9 @@ hypothesis.settings.load_profile("tests")
 
 
 TESTS = Path(__file__).parent
+COLLECTED = 32
+"""Tests after which engines that nobody holds any more are looked for."""
+finished = itertools.count(1)
 INTERPRETED = (
     TESTS / "engine" / "test_gpu.py",
     TESTS / "engine" / "models" / "test_decode_graphs.py",
@@ -99,9 +102,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Engines and models refer to themselves: what holds the default model's weights, or what a
-    whole file has left, goes now."""
+    whole file or many of its tests have left, goes now."""
     last = nextitem is None or nextitem.path != item.path
-    if last or any(item.iter_markers("model")):
+    if last or any(item.iter_markers("model")) or next(finished) % COLLECTED == 0:
         gc.collect()
 
 
