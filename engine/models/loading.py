@@ -18,7 +18,7 @@ from headstart.engine.kv.memory import plan_memory
 from headstart.engine.models.adapters import Adapters
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.formats.choice import WeightChoice, choose_weights
+from headstart.engine.models.formats.choice import choose_weights
 from headstart.engine.models.formats.int8 import read_smoothing
 from headstart.engine.models.ranks import OneRank, Ranks
 from headstart.engine.models.runner import (
@@ -43,11 +43,11 @@ steps should not take so long that those who decode notice."""
 class Setup:
     """What is decided before weights are read. ``settings``: with nothing left open.
 
-    ``weights``: their format, and why it was chosen.
+    ``weights_reason``: why their format was chosen.
     """
 
     settings: EngineConfig
-    weights: WeightChoice
+    weights_reason: str
     folder: Path
     model: ModelConfig
     backend: Backend
@@ -128,7 +128,7 @@ def load_model(config: EngineConfig, shared: bool = False) -> LoadedModel:
     logger.info(
         "backend %s (%s), weights %s%s, %d threads",
         *(settings.backend, backend.device, settings.weights),
-        f" ({setup.weights.reason})" if setup.weights.reason else "",
+        f" ({setup.weights_reason})" if setup.weights_reason else "",
         settings.threads,
     )
     if share.ranks > 1:
@@ -142,7 +142,7 @@ def load_model(config: EngineConfig, shared: bool = False) -> LoadedModel:
         backend=backend,
         runner=runner,
         weights=settings.weights,
-        weights_reason=setup.weights.reason,
+        weights_reason=setup.weights_reason,
         device=f"cpu {settings.isa}" if settings.backend == "cpu" else settings.backend,
         threads=settings.threads or 1,
         max_model_len=setup.max_model_len,
@@ -176,11 +176,11 @@ def set_up(config: EngineConfig, shared: bool = False) -> Setup:
         name = "gpu" if gpu_is_there() else "cpu"
     try:
         isa = instruction_sets()[0] if config.isa == "auto" else config.isa
-        weights = choose_weights(config.weights, name, isa, folder)
+        weights, reason = choose_weights(config.weights, name, isa, folder)
         backend = load_backend(
             name,
-            isa=isa,
-            weights=weights.format,
+            isa=config.isa,  # which says what "auto" had to leave
+            weights=weights,
             threads=threads,
             kv_format=config.kv_format,
             choices=KeptChoices(config.machine_folder),
@@ -194,13 +194,13 @@ def set_up(config: EngineConfig, shared: bool = False) -> Setup:
         config,
         backend=name,
         isa=isa,
-        weights=weights.format,
+        weights=weights,
         threads=threads,
         max_model_len=max_model_len,
         max_batched_tokens=tokens,
         max_running=sequences,
     )
-    return Setup(settings, weights, folder, model, backend, max_model_len, tokens, sequences)
+    return Setup(settings, reason, folder, model, backend, max_model_len, tokens, sequences)
 
 
 def _lead(setup: Setup, share: Share) -> ModelRunner:

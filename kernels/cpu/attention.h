@@ -71,10 +71,9 @@ static TileState<Unit> carve_scratch(std::vector<char>& scratch, int vectors, in
 }
 
 // Few vectors leave registers for more of the page: each sum waits for its last product, so there
-// have to be many beside it. A page has 32 keys at least.
-inline constexpr int kFewColumns = 4 * kLanes <= 32 ? 4 : kValueColumns;
+// have to be many beside it.
 template <int R>
-inline constexpr int kScoreColumns = R <= kFewRows && 4 * kLanes <= 32 ? 4 : 2;
+inline constexpr int kScoreColumns = R <= kFewRows ? 4 : 2;
 
 // S[r] = q[r] . K of one page, R vectors. Beside it the keys and values of the page `ahead` are asked
 // for, a few lines a word: all at once they would fill the queue of misses and hold up the
@@ -299,7 +298,7 @@ class Attend {
   template <int R>
   HEADSTART_INLINE void values_of(int v, const float* alpha, const left* probabilities,
                                   const element* const* values, int pages, int keys) {
-    constexpr int kColumns = R <= kFewRows ? kFewColumns : kValueColumns;
+    constexpr int kColumns = R <= kFewRows ? 4 : kValueColumns;
     const element* columns[kBlockPages];
     for (int d = 0; d < head_dim_; d += kColumns * kLanes) {
       for (int p = 0; p < pages; ++p) columns[p] = values[p] + d * Unit::kPerWord;

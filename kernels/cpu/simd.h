@@ -38,14 +38,14 @@ inline constexpr int kScoreRows = 12;  // rows x 2 vectors of accumulators: 24 o
 inline constexpr int kValueRows = 6;   // rows x kValueColumns vectors
 inline constexpr int kValueColumns = 4;
 inline constexpr int kWideRows = 12;   // rows x 2 vectors, of int16 products
-inline constexpr int kFewRows = 6;     // so many and fewer: rows x 4 vectors
+inline constexpr int kFewRows = 0;     // up to so many, rows x 4 vectors: a page of 32 keys has not as many
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
 inline constexpr int kScoreRows = 6;  // 12 of 16 registers
 inline constexpr int kValueRows = 6;
 inline constexpr int kValueColumns = 2;
 inline constexpr int kWideRows = 6;
-inline constexpr int kFewRows = 2;
+inline constexpr int kFewRows = 2;  // rows x 4 vectors
 #else
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kScoreRows = 4;

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from headstart.engine.config import EngineConfig
 from headstart.engine.errors import ConfigError
 from headstart.engine.models.formats.choice import WeightChoice, choose_weights
+from headstart.engine.models.loading import set_up
+from headstart.kernels import _cpu
 
 
 def record_quality(folder: Path, int8: float) -> None:
@@ -112,6 +116,17 @@ def test_the_choice_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (
         choose_weights("auto", "cpu", "avx2", tmp_path).reason == "HEADSTART_AUTO_WEIGHTS says so"
     )
+
+
+def test_the_engine_tells_of_kernels_that_were_not_compiled(
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delenv("HEADSTART_AUTO_ISA", raising=False)
+    monkeypatch.setattr(_cpu, "missing", lambda: ["avx999"])
+    set_up(EngineConfig(model_path=str(tiny_model("llama")), backend="cpu"))
+    assert "this machine has avx999, for which no kernels" in caplog.text
 
 
 def test_an_unknown_weight_format_is_refused(
