@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headstart.engine.sampling.params import Pooling
-from headstart.server.keys import Keys
+from headstart.server.http.keys import Keys
 
 MIB = 1024 * 1024
 

@@ -58,7 +58,7 @@ RESTART_PAUSE = 1.0
 
 
 class Stream:
-    """The outputs of one request; see server/engine_client.py for the contract."""
+    """The outputs of one request; see server/generation/engine_client.py for the contract."""
 
     def __init__(self, client: EngineClient, request_id: int) -> None:
         self._client = client

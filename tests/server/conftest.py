@@ -31,10 +31,10 @@ from headstart.engine.process.messages import (
 )
 from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
-from headstart.server.app import create_app
-from headstart.server.serving import ServingConfig
+from headstart.server.http.app import create_app
+from headstart.server.http.serving import ServingConfig
 from headstart.server.settings import ServerSettings
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

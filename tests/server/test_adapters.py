@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from headstart.engine.errors import EngineDeadError, RequestError
 from headstart.engine.process.messages import AdapterInfo
-from headstart.server.adapters import find_adapter
-from headstart.server.app import create_app
+from headstart.server.api.adapter_names import find_adapter
+from headstart.server.http.app import create_app
 from headstart.server.settings import ServerSettings
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

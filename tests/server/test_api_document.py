@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-from headstart.server.api_document import ANSWERS, STATUSES
-from headstart.server.app import BODIES
+from headstart.server.http.api_document import ANSWERS, STATUSES
+from headstart.server.http.app import BODIES
 
 load_all_checks()
 CONFIG = Path(__file__).parent / "schemathesis.toml"

@@ -13,7 +13,7 @@ import pytest
 
 from headstart.engine.errors import ModelError
 from headstart.engine.process.messages import RelayStats, Stats
-from headstart.server.app import create_app
+from headstart.server.http.app import create_app
 
 
 async def test_health_and_version(client, engine):
@@ -183,7 +183,8 @@ async def test_openapi_describes_the_bodies(client):
 
 def test_the_server_imports_no_torch():
     code = (
-        "import sys, headstart.server.app, headstart.server.cli, headstart.server.serving;"
+        "import sys, headstart.server.http.app, headstart.server.cli.main;"
+        "import headstart.server.http.serving;"
         "bad = {'torch', 'numpy.testing'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

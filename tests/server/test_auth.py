@@ -18,13 +18,13 @@ import httpx
 import pytest
 
 from headstart.engine.errors import ConfigError
-from headstart.server import cli
-from headstart.server.access_log import log_bare_lines
-from headstart.server.app import create_app
-from headstart.server.auth import ADMIN_PATHS, OPEN_PATHS
-from headstart.server.keys import Keys
+from headstart.server.cli import main as cli
+from headstart.server.http.access_log import log_bare_lines
+from headstart.server.http.app import create_app
+from headstart.server.http.auth import ADMIN_PATHS, OPEN_PATHS
+from headstart.server.http.keys import Keys
+from headstart.server.http.tls import Certificate
 from headstart.server.settings import ServerSettings
-from headstart.server.tls import Certificate
 
 API, OTHER_API, ADMIN = "api-key-of-sixteen", "another-api-key-of-sixteen", "admin-key-of-sixteen"
 WRONG = "wrong-key-of-sixteen"
@@ -456,7 +456,7 @@ import sys
 from pathlib import Path
 from headstart.engine.process import client
 from headstart.engine.models import store
-from headstart.server import cli
+from headstart.server.cli import main as cli
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeEngine
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from headstart.engine.errors import RequestError
-from headstart.server.app import create_app
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.http.app import create_app
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent / "chat_templates"
 CHAT = "/v1/chat/completions"

@@ -23,11 +23,11 @@ from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models.store import FORMAT
 from headstart.kernels.backend import KV_FORMATS, WEIGHT_FORMATS
 from headstart.kernels.devices import instruction_sets
-from headstart.server import cli
-from headstart.server.flags.limits import LIMITS
-from headstart.server.flags.runahead import SECRET_VARIABLE
+from headstart.server.cli import main as cli
+from headstart.server.cli.flags.limits import LIMITS
+from headstart.server.cli.flags.runahead import SECRET_VARIABLE
 from headstart.server.settings import ServerSettings
-from headstart.server.templates import ChatTemplate
+from headstart.server.text.templates import ChatTemplate
 
 
 def parse(*argv: str):
@@ -482,10 +482,10 @@ import asyncio, socket, sys, time
 from pathlib import Path
 from headstart.engine.errors import ModelError
 from headstart.engine.process.messages import ModelInfo, Output, Stats
-from headstart.server import cli
-from headstart.server.app import create_app
-from headstart.server.serving import serve
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.cli import main as cli
+from headstart.server.http.app import create_app
+from headstart.server.http.serving import serve
+from headstart.server.text.tokenizer import Tokenizer
 
 class Stream:
     async def __aiter__(self):
@@ -603,7 +603,7 @@ def test_an_engine_that_does_not_start_ends_the_server(launch):
 SLOW_FETCH = """
 import sys, time
 from headstart.engine.models import store
-from headstart.server import cli
+from headstart.server.cli import main as cli
 
 def slow(*_):
     try:

@@ -14,7 +14,7 @@ import pytest
 from headstart.engine.errors import EngineDeadError, RequestError
 from headstart.engine.process.messages import AdapterInfo
 from headstart.engine.sampling.params import PoolingParams
-from headstart.server.app import create_app
+from headstart.server.http.app import create_app
 
 URL = "/v1/embeddings"
 

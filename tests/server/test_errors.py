@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headstart.server.app import create_app
-from headstart.server.openai.chat import ChatBody
-from headstart.server.openai.completions import CompletionBody
-from headstart.server.openai.fields import REFUSED_IN_CHAT
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.api.fields import REFUSED_IN_CHAT
+from headstart.server.api.openai_chat.routes import ChatBody
+from headstart.server.api.openai_completions.routes import CompletionBody
+from headstart.server.http.app import create_app
+from headstart.server.text.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 

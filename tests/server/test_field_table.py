@@ -9,7 +9,7 @@ import pytest
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from headstart.server.openai.field_table import SECTIONS
+from headstart.server.api.field_table import SECTIONS
 
 # vLLM's ChatCompletionRequest and CompletionRequest, as of the autumn of 2026.
 VLLM_IN_BOTH = """

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.engine.process.messages import Output
-from headstart.server.stream import StopStrings, TextAssembler, TextOptions
+from headstart.server.text.assembler import StopStrings, TextAssembler, TextOptions
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

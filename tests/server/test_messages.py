@@ -10,11 +10,11 @@ import pydantic
 import pytest
 import tokenizers
 
-from headstart.server.anthropic.messages import MessagesBody
-from headstart.server.app import create_app
-from headstart.server.keys import Keys
+from headstart.server.api.anthropic_messages.routes import MessagesBody
+from headstart.server.http.app import create_app
+from headstart.server.http.keys import Keys
 from headstart.server.settings import ServerSettings
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.tokenizer import Tokenizer
 
 URL = "/v1/messages"
 LOOK = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from headstart.server.openai.prompts import check_vocabulary, given_prompts
+from headstart.server.api.openai_completions.prompts import check_vocabulary, given_prompts
 from headstart.server.settings import ServerSettings
 
 URL = "/v1/completions"

@@ -13,12 +13,12 @@ import msgspec
 import pytest
 
 from headstart.engine.errors import ConfigError
-from headstart.server import cli
-from headstart.server.app import create_app
-from headstart.server.generation_defaults import GenerationDefaults
-from headstart.server.keys import Keys
-from headstart.server.ready import summary
-from headstart.server.serving import serve
+from headstart.server.cli import main as cli
+from headstart.server.generation.defaults import GenerationDefaults
+from headstart.server.http.app import create_app
+from headstart.server.http.keys import Keys
+from headstart.server.http.ready import summary
+from headstart.server.http.serving import serve
 from headstart.server.settings import ServerSettings
 
 SERVER = """
@@ -26,7 +26,7 @@ import asyncio, sys
 from pathlib import Path
 from headstart.engine.models import store
 from headstart.engine.process import client
-from headstart.server import cli
+from headstart.server.cli import main as cli
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeEngine
 

@@ -11,12 +11,12 @@ import pydantic
 import pytest
 import tokenizers
 
-from headstart.server.app import create_app
-from headstart.server.keys import Keys
-from headstart.server.openai.response_store import ResponseStore, StoredResponse
-from headstart.server.openai.responses import ResponsesBody
+from headstart.server.api.openai_responses.routes import ResponsesBody
+from headstart.server.api.openai_responses.store import ResponseStore, StoredResponse
+from headstart.server.http.app import create_app
+from headstart.server.http.keys import Keys
 from headstart.server.settings import ServerSettings
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.tokenizer import Tokenizer
 
 URL = "/v1/responses"
 LOOK = {

@@ -18,10 +18,10 @@ from fastapi import FastAPI
 from llguidance import LLMatcher, LLTokenizer
 
 from headstart.engine.errors import RequestError
-from headstart.server.app import create_app
-from headstart.server.grammar_check import GrammarChecker
+from headstart.server.generation.grammar_check import GrammarChecker
+from headstart.server.http.app import create_app
 from headstart.server.settings import ServerSettings
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.tokenizer import Tokenizer
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 PERSON = {

@@ -14,10 +14,10 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.process.messages import Output, TokenLogprobs
-from headstart.server.detokenizer import MAX_HELD_TOKENS, Detokenizer
-from headstart.server.stream import StopStrings, TextAssembler, TextOptions
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.assembler import StopStrings, TextAssembler, TextOptions
+from headstart.server.text.detokenizer import MAX_HELD_TOKENS, Detokenizer
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
 
 SAY = Callable[[str], list[int]]
 

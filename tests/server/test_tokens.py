@@ -16,10 +16,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from headstart.bench.token_texts import texts
-from headstart.server.app import create_app
+from headstart.server.http.app import create_app
 from headstart.server.settings import ServerSettings
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
 
 SPECIAL = ("<|eos|>", "<|im_start|>", "<|im_end|>")
 USER = {"role": "user", "content": "the fox"}

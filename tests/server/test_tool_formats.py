@@ -13,15 +13,15 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.server.answer import (
+from headstart.server.settings import TOOL_CALL_PARSERS
+from headstart.server.text.answer import (
     AnswerParser,
     Text,
     ToolCallArguments,
     ToolCallEnd,
     ToolCallStart,
 )
-from headstart.server.settings import TOOL_CALL_PARSERS
-from headstart.server.tool_formats import FORMATS
+from headstart.server.text.tool_formats import FORMATS
 
 NAMES = ("look", "clock")
 HERMES = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'.format

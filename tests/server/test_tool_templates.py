@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from headstart.engine.errors import ModelError
-from headstart.server.answer_format import find_format
-from headstart.server.app import create_app
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.http.app import create_app
+from headstart.server.text.answer_format import find_format
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
 
 PLAIN = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -13,13 +13,13 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken
 
-from headstart.server.answer_format import AnswerFormat, find_format
-from headstart.server.app import create_app
-from headstart.server.reasoning import THINK
+from headstart.server.http.app import create_app
 from headstart.server.settings import ServerSettings
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
-from headstart.server.tool_formats import FORMATS
+from headstart.server.text.answer_format import AnswerFormat, find_format
+from headstart.server.text.reasoning import THINK
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
+from headstart.server.text.tool_formats import FORMATS
 
 URL = "/v1/chat/completions"
 TEMPLATES = Path(__file__).parent / "chat_templates"

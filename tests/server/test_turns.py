@@ -19,9 +19,9 @@ from tokenizers.trainers import BpeTrainer
 
 from headstart.engine.errors import RequestError
 from headstart.engine.ranges.segments import turn_spans
-from headstart.server import template_language
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text import template_language
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
 
 Expected = list[tuple[str | None, str]]
 

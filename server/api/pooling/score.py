@@ -1,0 +1,174 @@
+"""/v1/score and /v1/rerank, also under the paths that vLLM, Jina and Cohere have for them.
+
+The model is a bi-encoder here: each text becomes a vector by itself, and a score is the cosine of
+the angle between two of them. A cross-encoder, which reads both texts at once, is another model.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from pydantic import Field, WithJsonSchema
+
+from headstart.server.api.openai_completions.prompts import GivenPrompt
+from headstart.server.api.pooling.pooling import (
+    REFUSED_IN_POOLING,
+    PooledBody,
+    Vectors,
+    normalized,
+    vectors_of,
+)
+from headstart.server.http.errors import bad_request, refuse_extras
+from headstart.server.http.runtime import Runtime
+from headstart.server.settings import ServerSettings
+
+REFUSED_IN_RERANK: dict[str, tuple[Any, ...]] = REFUSED_IN_POOLING | {
+    "max_chunks_per_doc": (),
+    "max_tokens_per_doc": (),
+    "rank_fields": (["text"],),
+}
+
+_TEXT = {"type": "string"}
+TextsField = Annotated[
+    Any,
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}, mode="validation"),
+]
+DocumentsField = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {
+                "anyOf": [
+                    _TEXT,
+                    {"type": "object", "properties": {"text": _TEXT}, "required": ["text"]},
+                ]
+            },
+        },
+        mode="validation",
+    ),
+]
+
+
+class ScoreBody(PooledBody):
+    """One text against one or many, or as many against as many, pair by pair."""
+
+    text_1: TextsField
+    text_2: TextsField
+
+    def pairs(self, settings: ServerSettings) -> tuple[list[GivenPrompt], list[GivenPrompt]]:
+        """The texts of both sides; raises APIError if they make no pairs."""
+        left = _texts(self.text_1, "text_1", settings)
+        right = _texts(self.text_2, "text_2", settings)
+        if len(left) not in (1, len(right)):
+            raise bad_request(
+                f"text_1 has {len(left)} texts and text_2 {len(right)}; they must be as many, or "
+                "text_1 only one",
+                "text_1",
+            )
+        return left, right
+
+
+class RerankBody(PooledBody):
+    query: str
+    documents: DocumentsField
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool | None = None
+
+    def texts(self, settings: ServerSettings) -> list[GivenPrompt]:
+        """The documents; raises APIError."""
+        if not isinstance(self.documents, list):
+            raise bad_request("documents must be a list", "documents", "invalid_value")
+        plain = []
+        for i, document in enumerate(self.documents[: settings.max_prompts]):
+            if isinstance(document, dict):
+                refuse_extras(document, {}, f"documents[{i}].", known=("text",))
+                document = document.get("text")
+            plain.append(document)
+        plain += self.documents[settings.max_prompts :]  # too many, which is told below
+        return _texts(plain, "documents", settings)
+
+
+def _texts(value: Any, field: str, settings: ServerSettings) -> list[GivenPrompt]:
+    if isinstance(value, str):
+        return [GivenPrompt(field, value)]
+    if not isinstance(value, list):
+        raise bad_request(f"{field} must be a string or a list of strings", field, "invalid_value")
+    if not value:
+        raise bad_request(f"{field} is an empty list", field)
+    if len(value) > settings.max_prompts:
+        raise bad_request(
+            f"{field} has {len(value)} entries; at most {settings.max_prompts} are allowed", field
+        )
+    for i, text in enumerate(value):
+        if not isinstance(text, str):
+            path = f"{field}[{i}]"
+            raise bad_request(f"{path} is not a text", path, "invalid_value")
+    return [GivenPrompt(f"{field}[{i}]", text) for i, text in enumerate(value)]
+
+
+def _cosines(vectors: Vectors, num_left: int) -> list[float]:
+    """Of the first ``num_left`` rows, or the only one of them, with the others."""
+    rows = normalized(vectors.rows)
+    cosines: list[float] = (rows[:num_left] * rows[num_left:]).sum(-1).tolist()
+    return cosines
+
+
+def routes(runtime: Runtime) -> APIRouter:
+    router = APIRouter(tags=["scores"])
+
+    @router.post("/score", response_class=Response, include_in_schema=False)
+    @router.post("/v1/score", response_class=Response)
+    async def score(request: Request) -> Response:
+        """How alike texts are, from -1 to 1."""
+        body = await runtime.parse(request, ScoreBody)
+        served = runtime.served(body.model)
+        body.check(REFUSED_IN_POOLING)
+        left, right = body.pairs(runtime.settings)
+        model = runtime.require_model()
+        vectors = await vectors_of(runtime, request, body, served, model, [*left, *right])
+        answer = {
+            "id": f"score-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": served.name,
+            "data": [
+                {"object": "score", "index": i, "score": value}
+                for i, value in enumerate(_cosines(vectors, len(left)))
+            ],
+            "usage": {"prompt_tokens": vectors.num_tokens, "total_tokens": vectors.num_tokens},
+        }
+        return Response(msgspec.json.encode(answer), media_type="application/json")
+
+    @router.post("/rerank", response_class=Response, include_in_schema=False)
+    @router.post("/v2/rerank", response_class=Response, include_in_schema=False)
+    @router.post("/v1/rerank", response_class=Response)
+    async def rerank(request: Request) -> Response:
+        """Documents in the order in which they are like a query."""
+        body = await runtime.parse(request, RerankBody)
+        served = runtime.served(body.model)
+        body.check(REFUSED_IN_RERANK)
+        documents = body.texts(runtime.settings)
+        model = runtime.require_model()
+        prompts = [GivenPrompt("query", body.query), *documents]
+        vectors = await vectors_of(runtime, request, body, served, model, prompts)
+        ranked = sorted(enumerate(_cosines(vectors, 1)), key=lambda entry: -entry[1])
+        results = []
+        for i, value in ranked[: body.top_n]:
+            result: dict[str, Any] = {"index": i, "relevance_score": value}
+            if body.return_documents is not False:
+                result["document"] = {"text": documents[i].prompt}
+            results.append(result)
+        answer = {
+            "id": f"rerank-{uuid.uuid4().hex}",
+            "model": served.name,
+            "usage": {"prompt_tokens": vectors.num_tokens, "total_tokens": vectors.num_tokens},
+            "results": results,
+        }
+        return Response(msgspec.json.encode(answer), media_type="application/json")
+
+    return router

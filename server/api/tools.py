@@ -1,0 +1,306 @@
+"""Tools in requests: what they may be, which of them have to be called, and calls in messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from pydantic import WithJsonSchema
+
+from headstart.server.http.errors import APIError, bad_request, invalid, refuse_extras, string_at
+from headstart.server.settings import ServerSettings
+from headstart.server.text.answer_format import AnswerFormat
+from headstart.server.text.templates import Tools
+from headstart.server.text.tool_formats.format import Function
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+ToolsField = Annotated[
+    Any,
+    WithJsonSchema({"type": "array", "items": {"type": "object"}}, mode="validation"),
+]
+ToolChoiceField = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "enum": ["none", "auto", "required"]},
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "function"},
+                        "function": {"type": "object", "properties": {"name": {"type": "string"}}},
+                    },
+                },
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "allowed_tools"},
+                        "allowed_tools": {
+                            "type": "object",
+                            "properties": {
+                                "mode": {"type": "string", "enum": ["auto", "required"]},
+                                "tools": {"type": "array", "items": {"type": "object"}},
+                            },
+                        },
+                    },
+                },
+            ]
+        },
+        mode="validation",
+    ),
+]
+ToolCallsField = ToolsField
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """``mode``: "none", "auto" or "required". ``only``: the names of those that may be called; None
+    for all. ``once``: there is one call at most."""
+
+    mode: str = "auto"
+    only: Sequence[str] | None = None
+    once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """What a chat may do with its tools.
+
+    ``tools``: as the template gets them. ``functions``: those whose calls are read. ``forced``: one
+    of them has to be called. ``followed``: calls are right, and of these, if there are any.
+    ``parallel``: there may be several calls.
+    """
+
+    tools: Tools | None = None
+    functions: Sequence[Function] = ()
+    forced: bool = False
+    followed: bool = False
+    parallel: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        return [function["name"] for function in self.functions]
+
+
+def checked_functions(tools: Any, settings: ServerSettings) -> list[Function]:
+    """The functions of a request's tools, without fields that are null; raises APIError."""
+    found: list[tuple[Any, str]] = []
+    for path, tool in checked_tools(tools, settings):
+        if tool.get("type") != "function":
+            raise invalid(path, 'must be an object of type "function"')
+        found.append((tool.get("function"), f"{path}.function"))
+    return named_functions(found)
+
+
+def checked_tools(tools: Any, settings: ServerSettings) -> list[tuple[str, dict[str, Any]]]:
+    """The tools of a request and their paths, within the limits; raises APIError."""
+    if tools is None:
+        return []
+    if not isinstance(tools, list):
+        raise invalid("tools", "must be a list of tools")
+    if len(tools) > settings.max_tools:
+        raise bad_request(
+            f"tools has {len(tools)} entries; at most {settings.max_tools} are allowed", "tools"
+        )
+    found: list[tuple[str, dict[str, Any]]] = []
+    for i, tool in enumerate(tools):
+        path = f"tools[{i}]"
+        if not isinstance(tool, dict):
+            raise invalid(path, "must be an object")
+        if len(msgspec.json.encode(tool)) > settings.max_tool_bytes:
+            raise bad_request(f"{path} is larger than {settings.max_tool_bytes} bytes", path)
+        found.append((path, tool))
+    return found
+
+
+def named_functions(given: Sequence[tuple[Any, str]]) -> list[Function]:
+    """Functions, each beside its path, checked: no two have one name; raises APIError."""
+    functions: list[Function] = []
+    names: set[str] = set()
+    for value, path in given:
+        functions.append(_checked_function(value, path))
+        name = functions[-1]["name"]
+        if name in names:
+            raise bad_request(f"{path}.name: {name!r} is given twice", f"{path}.name")
+        names.add(name)
+    return functions
+
+
+def _checked_function(function: Any, path: str) -> Function:
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid(path, "must be an object with a name")
+    if not NAME.fullmatch(function["name"]):
+        raise invalid(f"{path}.name", "must have 1 to 64 characters of a-z, A-Z, 0-9, _ and -")
+    given = {key: value for key, value in function.items() if value is not None}
+    for key, kind, words in (
+        ("description", str, "a string"),
+        ("strict", bool, "true or false"),
+        ("parameters", dict, "a JSON schema"),
+    ):
+        if key in given and not isinstance(given[key], kind):
+            raise invalid(f"{path}.{key}", f"must be {words}")
+    if given.get("parameters", {}).get("type", "object") != "object":
+        raise invalid(f"{path}.parameters", 'must be a schema of type "object"')
+    return given
+
+
+def as_tools(functions: Sequence[Function]) -> Tools | None:
+    """Functions as templates take them; what asks for a grammar is none of the model's business."""
+    return [
+        {
+            "type": "function",
+            "function": {key: value for key, value in function.items() if key != "strict"},
+        }
+        for function in functions
+    ] or None
+
+
+def tool_use(
+    tools: Any, choice: Any, parallel: bool | None, answers: AnswerFormat, settings: ServerSettings
+) -> ToolUse:
+    """What ``tools``, ``tool_choice`` and ``parallel_tool_calls`` ask for; raises APIError."""
+    checked = checked_choice(choice, nested=True)
+    return use_of(checked_functions(tools, settings), checked, parallel, answers)
+
+
+def use_of(
+    functions: list[Function], choice: ToolChoice, parallel: bool | None, answers: AnswerFormat
+) -> ToolUse:
+    """What may be done with checked functions; raises APIError.
+
+    The template shows all of them, whatever may be called: prompts that differ in that alone share
+    their KV.
+    """
+    if not functions:
+        if choice.mode == "required" or choice.only is not None:
+            raise bad_request("tool_choice needs tools", "tool_choice")
+        return ToolUse()
+    if not answers.writes_tools:
+        raise _unsupported("the chat template of this model has no tools")
+    shown = as_tools(functions)
+    if choice.mode == "none":
+        return ToolUse(shown)
+    if answers.calls is None:
+        raise _unsupported(
+            "this server does not read tool calls, or does not know how this model writes them: "
+            "see --tool-call-parser"
+        )
+    if choice.only is not None:
+        by_name = {function["name"]: function for function in functions}
+        for name in choice.only:
+            if name not in by_name:
+                raise bad_request(f"tool_choice: there is no tool {name[:80]!r}", "tool_choice")
+        functions = [by_name[name] for name in dict.fromkeys(choice.only)]
+    strict = any(function.get("strict") for function in functions)
+    return ToolUse(
+        tools=shown,
+        functions=functions,
+        forced=choice.mode == "required",
+        followed=strict or choice.only is not None,
+        parallel=parallel is not False and not choice.once,
+    )
+
+
+def checked_choice(choice: Any, *, nested: bool) -> ToolChoice:
+    """What ``tool_choice`` says; raises APIError. ``nested``: names stand in ``function``, and what
+    is allowed in ``allowed_tools``, as in chats."""
+    if choice is None:
+        return ToolChoice()
+    if isinstance(choice, str):
+        if choice not in ("none", "auto", "required"):
+            raise invalid("tool_choice", 'must be "none", "auto", "required" or name a function')
+        return ToolChoice(choice)
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind == "function":
+        return ToolChoice("required", [_chosen(choice, "tool_choice", nested)], once=True)
+    if kind != "allowed_tools":
+        raise invalid(
+            "tool_choice", 'must be a string or an object of type "function" or "allowed_tools"'
+        )
+    path, allowed = "tool_choice", choice
+    if nested:
+        refuse_extras(choice, {}, f"{path}.", known=("type", "allowed_tools"))
+        path, allowed = f"{path}.allowed_tools", choice.get("allowed_tools")
+        if not isinstance(allowed, dict):
+            raise invalid(path, "must be an object")
+    known = ("mode", "tools") if nested else ("type", "mode", "tools")
+    refuse_extras(allowed, {}, f"{path}.", known=known)
+    mode, tools = allowed.get("mode"), allowed.get("tools")
+    if mode not in ("auto", "required"):
+        raise invalid(f"{path}.mode", 'must be "auto" or "required"')
+    if not isinstance(tools, list) or not tools:
+        raise invalid(f"{path}.tools", "must be a list of tools")
+    names = [_chosen(tool, f"{path}.tools[{i}]", nested) for i, tool in enumerate(tools)]
+    return ToolChoice(mode, names)
+
+
+def _chosen(tool: Any, path: str, nested: bool) -> str:
+    """The name of a tool in a choice."""
+    named, key = tool, "name"
+    if nested:
+        named, key = tool.get("function") if isinstance(tool, dict) else None, "function"
+    name = named.get("name") if isinstance(named, dict) else None
+    if not isinstance(name, str) or tool.get("type") != "function":
+        shown = '"function": {"name": ...}' if nested else '"name": ...'
+        raise invalid(path, f'must be {{"type": "function", {shown}}}')
+    refuse_extras(tool, {}, f"{path}.", known=("type", key))
+    return name
+
+
+def checked_calls(calls: Any, path: str) -> list[dict[str, Any]]:
+    """The calls of an assistant's message as templates take them, arguments parsed; raises
+    APIError."""
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise invalid(path, "must be a list of calls")
+    return [_checked_call(call, f"{path}[{i}]") for i, call in enumerate(calls)]
+
+
+def _checked_call(call: Any, path: str) -> dict[str, Any]:
+    if not isinstance(call, dict) or call.get("type", "function") != "function":
+        raise invalid(path, 'must be an object of type "function"')
+    # Those who put streamed calls together keep their index.
+    refuse_extras(call, {}, f"{path}.", known=("id", "type", "function", "index"))
+    call_id = string_at(call, "id", path)
+    function, path = call.get("function"), f"{path}.function"
+    if not isinstance(function, dict):
+        raise invalid(path, "must be an object")
+    refuse_extras(function, {}, f"{path}.", known=("name", "arguments"))
+    name, arguments = (string_at(function, key, path) for key in ("name", "arguments"))
+    return {
+        "id": call_id,
+        "type": "function",
+        "function": {
+            "name": name,
+            "arguments": parsed_arguments(arguments, f"{path}.arguments"),
+        },
+    }
+
+
+def arguments_object(text: str) -> dict[str, Any]:
+    """Arguments that a model wrote; what is no object is kept as text, as Anthropic's documentation
+    of streamed arguments has it: ``{"INVALID_JSON": text}``."""
+    try:
+        return parsed_arguments(text, "")
+    except APIError:
+        return {"INVALID_JSON": text}
+
+
+def parsed_arguments(arguments: str, path: str) -> dict[str, Any]:
+    """The JSON text of an object, or nothing for none; raises APIError."""
+    if not arguments.strip():
+        return {}
+    try:
+        return msgspec.json.decode(arguments, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        reason = str(error).split(" - ")[0]
+        raise invalid(path, f"must be the JSON text of an object: {reason}") from error
+
+
+def _unsupported(message: str) -> APIError:
+    return bad_request(message, "tools", "unsupported_parameter")

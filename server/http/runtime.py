@@ -1,0 +1,231 @@
+"""Runtime: what the endpoints of one app share. There are no globals beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect, Request
+
+from headstart.engine.errors import RequestError
+from headstart.engine.process.messages import ModelInfo
+from headstart.server.generation.defaults import OPENAI, GenerationDefaults
+from headstart.server.generation.engine_client import EngineClient
+from headstart.server.generation.grammar_check import GrammarChecker
+from headstart.server.generation.structure import Structure
+from headstart.server.http.deadline import Deadline
+from headstart.server.http.errors import APIError, bad_request, unavailable
+from headstart.server.http.metrics import Metrics
+from headstart.server.settings import ServerSettings
+from headstart.server.text.answer_format import AnswerFormat
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
+
+TIMEOUT_HEADER = "x-request-timeout"
+
+T = TypeVar("T")
+B = TypeVar("B", bound=BaseModel)
+
+
+def _text_threads() -> ThreadPoolExecutor:
+    # Two, so that one huge prompt does not hold up the other long ones; the engine needs the cores.
+    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
+
+
+def _seconds(header: str) -> float:
+    """The time in a header; raises a 400."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise bad_request(
+            f"{TIMEOUT_HEADER}: {header[:40]!r} is not a number of seconds above 0", TIMEOUT_HEADER
+        )
+    return seconds
+
+
+def _chat_threads() -> ThreadPoolExecutor:
+    # More than one, so that a template that has to be stopped does not hold up all chats.
+    return ThreadPoolExecutor(max_workers=4, thread_name_prefix="chat")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What ``model`` in a request stands for: the model, or an adapter over it.
+
+    ``name``: what answers call it. ``adapter``: None for the model. ``chat_mask``: the segment mask
+    of chats that name none. ``for_segments``: its config, or the flag, declares one.
+    """
+
+    name: str
+    adapter: str | None
+    chat_mask: str
+    for_segments: bool
+
+
+@dataclass(slots=True, eq=False)
+class Runtime:
+    """``model_names``: what clients may call the model; answers use the first.
+
+    ``draining``: no new requests are taken (503). ``chat_template``: None when the model has none.
+    ``answers``: how the model writes thoughts and calls of tools. ``defaults``: how tokens are
+    chosen where a request does not say.
+    """
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    settings: ServerSettings
+    metrics: Metrics
+    model_names: tuple[str, ...]
+    answers: AnswerFormat = field(default_factory=AnswerFormat)
+    defaults: GenerationDefaults = OPENAI
+    draining: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    threads: ThreadPoolExecutor = field(default_factory=_text_threads)
+    chat_threads: ThreadPoolExecutor = field(default_factory=_chat_threads)
+    grammars: GrammarChecker = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.grammars = GrammarChecker(self.tokenizer.backend.to_str, self.settings.grammar_timeout)
+
+    @property
+    def model_name(self) -> str:
+        return self.model_names[0]
+
+    def served(self, name: str) -> Served:
+        """What ``name`` stands for; raises a 404 that names what there is."""
+        model, adapter = self.engine.model, None
+        declared = [self.settings.segment_mask, model.segment_mask if model else None]
+        if name not in self.model_names:
+            if model is None:
+                self.require_model()  # a 503: its adapters are not known yet
+            adapter = self.engine.adapters.get(name)
+            if adapter is None:
+                raise self.not_found(name, "model")
+            if adapter.segment_mask is not None:
+                declared = [adapter.segment_mask]
+        return Served(
+            name=self.model_name if adapter is None else name,
+            adapter=None if adapter is None else name,
+            chat_mask=next(filter(None, declared), "causal"),
+            for_segments="turns" in declared,
+        )
+
+    def not_found(self, name: str, param: str) -> APIError:
+        """A 404 for a model, or an adapter, that is not served here."""
+        served = ", ".join(map(repr, (*self.model_names, *self.engine.adapters)))
+        return APIError(
+            404,
+            f"the model {name[:200]!r} does not exist; this server has {served}",
+            param=param,
+            code="model_not_found",
+        )
+
+    def require_model(self) -> ModelInfo:
+        """The loaded model; a 503 when there is none, or none any more."""
+        if self.draining:
+            raise unavailable("the server is shutting down")
+        model = self.engine.model
+        if not self.engine.ready or model is None:
+            raise unavailable("the engine is not ready; /health says when it is")
+        return model
+
+    def require_text_model(self) -> ModelInfo:
+        """The loaded model; a 400 where it writes no text."""
+        model = self.require_model()
+        if model.no_text is not None:
+            raise bad_request(
+                f"the model {self.model_name!r} does not generate text: {model.no_text}; "
+                "/v1/embeddings, /v1/score and /v1/rerank take it",
+                "model",
+                "no_text_generation",
+            )
+        return model
+
+    def require_chat_template(self) -> ChatTemplate:
+        """The model's template; a 400 when it has none."""
+        if self.chat_template is None:
+            raise bad_request(
+                f"the model {self.model_name!r} has no chat template; use /v1/completions, "
+                "or a prompt instead of messages",
+                "messages",
+                "no_chat_template",
+            )
+        return self.chat_template
+
+    def deadline(self, request: Request, timeout: float | None) -> Deadline | None:
+        """When the answer has to be complete: the shortest time that the body's ``timeout``, the
+        header or the server's limit allow; None without any of them."""
+        given = [timeout, self.settings.request_timeout]
+        if (header := request.headers.get(TIMEOUT_HEADER)) is not None:
+            given.append(_seconds(header))
+        seconds = min((time for time in given if time is not None), default=None)
+        return None if seconds is None else Deadline(seconds)
+
+    async def checked(self, structure: Structure | None) -> str | None:
+        """The grammar of what an answer has to follow, once it is known that it can be followed;
+        a 400 that says why not."""
+        if structure is None:
+            return None
+        model = self.require_model()
+        try:
+            await self.grammars.check(structure.grammar, model.vocab_size, model.eos_token_ids)
+        except RequestError as error:
+            raise bad_request(
+                structure.explain(str(error)), structure.path, "invalid_grammar"
+            ) from error
+        return structure.grammar
+
+    async def with_text(self, size: int, work: Callable[[], T]) -> T:
+        """Run tokenising ``work`` over ``size`` characters, in a thread when that takes long."""
+        if size <= self.settings.inline_chars:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    async def with_chat(self, size: int, work: Callable[[], T]) -> T:
+        """Run ``work`` that renders ``size`` characters of a chat, in a thread: how long a template
+        takes nobody knows."""
+        threads = self.chat_threads if size <= self.settings.inline_chars else self.threads
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+    async def parse(self, request: Request, body_type: type[B]) -> B:
+        """Read and validate a JSON body; raises APIError and ValidationError."""
+        return body_type.model_validate_json(await self._read(request))
+
+    async def _read(self, request: Request) -> bytes:
+        """The body; a 413 as soon as it is known to be too large, a 408 when it takes too long."""
+        limit = self.settings.max_body_bytes
+        too_large = APIError(
+            413, f"the body is larger than {limit} bytes", code="request_too_large"
+        )
+        declared = request.headers.get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
+            raise too_large
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self.settings.body_timeout):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > limit:
+                        raise too_large
+                    chunks.append(chunk)
+        except TimeoutError:
+            raise APIError(
+                408,
+                f"the body was not complete within {self.settings.body_timeout:g} s",
+                code="request_timeout",
+                headers={"connection": "close"},  # the rest of the body is not waited for
+            ) from None
+        except ClientDisconnect:
+            # Nobody reads this; it keeps the fault out of the server's log.
+            raise APIError(400, "the client hung up before the body was complete") from None
+        return b"".join(chunks)
