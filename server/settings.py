@@ -53,6 +53,7 @@ class ServerSettings:
     keys:               who may ask what; none: everybody may everything
     allowed_origins:    web pages that may ask from a browser (CORS); "*" is all
     access_log_format:  "text" or "json"
+    unknown_fields:     those that no API knows: "ignore" (told in a header) or "refuse" (400)
     """
 
     max_body_bytes: int = 8 * MIB
@@ -60,7 +61,7 @@ class ServerSettings:
     max_prompts: int = 64
     max_choices: int = 128
     max_messages: int = 4096
-    max_stop: int = 4
+    max_stop: int = 64
     max_stop_chars: int = 1024
     max_stop_token_ids: int = 256
     max_logit_bias: int = 1024
@@ -92,3 +93,4 @@ class ServerSettings:
     keys: Keys = field(default_factory=Keys)
     allowed_origins: tuple[str, ...] = ()
     access_log_format: str = "text"
+    unknown_fields: str = "ignore"

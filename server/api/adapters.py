@@ -7,20 +7,17 @@ path that goes to the engine has its links resolved already.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from headstart.engine.errors import RequestError
 from headstart.server.api.adapter_names import check_adapter_name, find_adapter
-from headstart.server.api.fields import Body
 from headstart.server.api.models import describe
-from headstart.server.http.errors import APIError, bad_request, refuse_extras
+from headstart.server.http.errors import APIError, bad_request
+from headstart.server.http.policy import Body, Refused
 from headstart.server.http.runtime import Runtime
-
-REFUSED_IN_LOAD: dict[str, tuple[Any, ...]] = {"load_inplace": (False,)}
-REFUSED_IN_UNLOAD: dict[str, tuple[Any, ...]] = {"lora_int_id": ()}
 
 
 class LoadAdapterBody(Body):
@@ -28,10 +25,12 @@ class LoadAdapterBody(Body):
 
     lora_name: str
     lora_path: str
+    load_inplace: Annotated[Any, Refused("unload the adapter first", harmless=(False,))] = None
 
 
 class UnloadAdapterBody(Body):
     lora_name: str
+    lora_int_id: Annotated[Any, Refused("give lora_name")] = None
 
 
 def routes(runtime: Runtime) -> APIRouter:
@@ -42,7 +41,6 @@ def routes(runtime: Runtime) -> APIRouter:
         """Load a LoRA adapter of the folder of ``--lora-dir``; requests may then name it."""
         root = _require_root(runtime)
         body = await runtime.parse(request, LoadAdapterBody)
-        refuse_extras(body.model_extra, REFUSED_IN_LOAD)
         name = body.lora_name
         try:
             check_adapter_name(name)
@@ -71,7 +69,6 @@ def routes(runtime: Runtime) -> APIRouter:
         """Take no more requests for an adapter; those that run end as they would have."""
         _require_root(runtime)
         body = await runtime.parse(request, UnloadAdapterBody)
-        refuse_extras(body.model_extra, REFUSED_IN_UNLOAD)
         name = body.lora_name
         runtime.require_model()
         if name in runtime.model_names:

@@ -1,15 +1,11 @@
-"""Request fields: what is supported, what is refused by name, and what they mean to the engine.
-
-A field that OpenAI or vLLM knows and headstart does not is accepted only at the value that asks
-for nothing (``n``: 1, ``audio``: null); any other value, and any unknown field, is a 400.
-"""
+"""Request fields that several endpoints have, and what they mean to the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from headstart.engine.errors import RequestError
 from headstart.engine.process.messages import ModelInfo
@@ -24,79 +20,40 @@ from headstart.server.generation.structure import (
     response_structure,
 )
 from headstart.server.http.access_log import REQUEST_ID_PATTERN
-from headstart.server.http.errors import bad_request, refuse_extras
+from headstart.server.http.errors import bad_request
+from headstart.server.http.policy import Advisory, Body, Refused
 from headstart.server.http.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.text.assembler import TextOptions
 from headstart.server.text.tokenizer import Tokenizer
 
-# Accepted with any value: they describe the caller and change nothing in an answer.
-DESCRIPTIVE = ("metadata", "prompt_cache_key", "safety_identifier", "session_id", "user")
-
-# Field -> the values, beside null, that ask for nothing.
-REFUSED_IN_ALL: dict[str, tuple[Any, ...]] = {
-    "ec_transfer_params": (),
-    "kv_transfer_params": (),
-    "length_penalty": (1, 1.0),
-    "logits_processors": ([],),
-    "logprob_token_ids": (),
-    "repetition_detection": (),
-    "return_prompt_text": (False,),
-    "truncation_side": ("left",),
-    "watermarking": (False,),
-    "service_tier": ("auto", "default"),
-    "spaces_between_special_tokens": (True,),
-    "store": (False,),
-    "use_beam_search": (False,),
-    "vllm_xargs": (),
-}
-REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
-    "add_special_tokens": (False,),
-    "audio": (),
-    "best_of": (1,),
-    "chat_template": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "media_io_kwargs": (),
-    "mm_processor_kwargs": (),
-    "moderation": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": ("in_memory", "in-memory"),
-    "thinking_token_budget": (),
-    "modalities": (["text"],),
-    "prediction": (),
-    "verbosity": (),
-    "web_search_options": (),
-}
-REFUSED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = REFUSED_IN_ALL | {
-    "prompt_embeds": (),
-    "suffix": ("",),
-}
-REFUSED_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "include_obfuscation": (False,),
-}
-REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "refusal": (),
-}
-
 INT32_MAX = 2**31 - 1
 SEED_RANGE = 2**63
 
 
-class Body(BaseModel):
-    """Strict: a string is no number. Unknown fields are kept, to be refused by name."""
+Ignored = Annotated[Any, Advisory()]
+"""A field that cannot change which tokens are right."""
 
-    model_config = ConfigDict(
-        strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=()
-    )
+
+class Described(Body):
+    """What describes the caller, or asks where and for how much a hosted service computes."""
+
+    metadata: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    safety_identifier: Ignored = None
+    session_id: Ignored = None
+    user: Ignored = None
+    service_tier: Annotated[Any, Advisory(harmless=("auto", "default"))] = None
+    store: Annotated[Any, Advisory(harmless=(False,))] = None
+    moderation: Ignored = None
 
 
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: Ignored = None
 
 
 StopField = Annotated[
@@ -124,7 +81,7 @@ LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Truncation = Annotated[int, Field(ge=-1, le=INT32_MAX)]
 
 
-class GenerationBody(Body):
+class GenerationBody(Described):
     """What chat and text completions have in common. ``null`` always means: the default.
 
     Fields typed Any are checked here, entry by entry, stopping at the first fault: pydantic would
@@ -167,14 +124,24 @@ class GenerationBody(Body):
     return_tokens_as_token_ids: bool | None = None
     request_id: Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN}$")] | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
+    ec_transfer_params: Ignored = None
+    kv_transfer_params: Ignored = None
+    vllm_xargs: Ignored = None
+    length_penalty: Annotated[Any, Refused(harmless=(1, 1.0))] = None
+    logits_processors: Annotated[Any, Refused("see logit_bias", harmless=([],))] = None
+    logprob_token_ids: Annotated[Any, Refused()] = None
+    repetition_detection: Annotated[Any, Refused()] = None
+    return_prompt_text: Annotated[Any, Refused("see echo", harmless=(False,))] = None
+    spaces_between_special_tokens: Annotated[Any, Refused(harmless=(True,))] = None
+    truncation_side: Annotated[
+        Any, Refused("prompts are cut at their beginning", harmless=("left",))
+    ] = None
+    use_beam_search: Annotated[Any, Refused("see n and best_of", harmless=(False,))] = None
+    watermarking: Annotated[Any, Refused(harmless=(False,))] = None
 
-    def check(self, refused: Mapping[str, tuple[Any, ...]], settings: ServerSettings) -> None:
-        """Raise APIError for fields that are unknown or not supported, and limits passed."""
-        refuse_extras(self.model_extra, refused, known=DESCRIPTIVE)
+    def check(self, settings: ServerSettings) -> None:
+        """Raise APIError for fields that do not go together, and limits passed."""
         if self.stream_options is not None:
-            refuse_extras(
-                self.stream_options.model_extra, REFUSED_IN_STREAM_OPTIONS, "stream_options."
-            )
             if not self.stream:
                 raise bad_request("stream_options needs stream: true", "stream_options")
             if self.stream_options.continuous_usage_stats and not self.include_usage:

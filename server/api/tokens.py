@@ -16,13 +16,14 @@ from fastapi import APIRouter, Request, Response
 from pydantic import FailFast, Field
 
 from headstart.engine.process.messages import ModelInfo
-from headstart.server.api.fields import Body, TokenIdsField
+from headstart.server.api.fields import Ignored, TokenIdsField
 from headstart.server.api.openai_chat.rendering import ChatRendering
 from headstart.server.api.openai_chat.routes import ChatMessage, plain_messages
 from headstart.server.api.openai_completions.prompts import check_token_ids, check_vocabulary
 from headstart.server.api.tools import ToolsField, as_tools, checked_functions
 from headstart.server.generation.chat import chat_size
-from headstart.server.http.errors import bad_request, refuse_extras
+from headstart.server.http.errors import bad_request
+from headstart.server.http.policy import Body, Refused
 from headstart.server.http.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.text.templates import ChatTemplate, Ending, Message, Tools
@@ -30,10 +31,7 @@ from headstart.server.text.tokenizer import Tokenizer
 
 encode = msgspec.json.encode
 
-REFUSED_IN_TOKENIZE: dict[str, tuple[Any, ...]] = {
-    "chat_template": (),
-    "mm_processor_kwargs": (),
-}
+ChatTemplateField = Annotated[Any, Refused("see --chat-template")]
 
 
 class TokenizeBody(ChatRendering):
@@ -46,10 +44,11 @@ class TokenizeBody(ChatRendering):
     messages: Annotated[list[ChatMessage] | None, FailFast(), Field(min_length=1)] = None
     tools: ToolsField = None
     return_token_strs: bool | None = None
+    chat_template: ChatTemplateField = None
+    mm_processor_kwargs: Ignored = None
 
     def check(self) -> None:
         """Raise APIError for unknown fields, and for those that do not go together."""
-        refuse_extras(self.model_extra, REFUSED_IN_TOKENIZE)
         if self.prompt is not None and self.messages is not None:
             raise bad_request("prompt and messages exclude each other", "messages")
         if self.prompt is None and self.messages is None:
@@ -92,6 +91,8 @@ class ApplyTemplateBody(ChatRendering):
     model: str | None = None
     messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
     tools: ToolsField = None
+    chat_template: ChatTemplateField = None
+    mm_processor_kwargs: Ignored = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,6 @@ def routes(runtime: Runtime) -> APIRouter:
         """Text of ids, special tokens included."""
         body = await runtime.parse(request, DetokenizeBody)
         model = require_model(body.model)
-        refuse_extras(body.model_extra, {})
         ids = body.token_ids(model, runtime.settings)
         work = partial(_prompt, partial(tokenizer.decode_all, ids))
         return _json(await runtime.with_text(len(ids), work))
@@ -195,7 +195,6 @@ def routes(runtime: Runtime) -> APIRouter:
         """The text that the model's chat template makes of messages."""
         body = await runtime.parse(request, ApplyTemplateBody)
         require_model(body.model)
-        refuse_extras(body.model_extra, REFUSED_IN_TOKENIZE)
         chat = _checked_chat(runtime, body.messages, body.tools, body)
         return _json(await runtime.with_chat(chat.size, partial(_prompt, chat.text)))
 

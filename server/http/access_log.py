@@ -11,6 +11,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -25,11 +26,18 @@ REQUEST_ID = "x-request-id"
 REQUEST_ID_PATTERN = "[A-Za-z0-9._-]{1,128}"
 _USAGE = "headstart.usage"
 _ID = "headstart.request_id"
+IGNORED = "x-headstart-ignored"
+_IGNORED = "headstart.ignored"
 
 
 def note_usage(scope: Scope, prompt_tokens: int, completion_tokens: int) -> None:
     """Leave the token counts of a request for its log line."""
     scope[_USAGE] = (prompt_tokens, completion_tokens)
+
+
+def note_ignored(scope: Scope, names: Callable[[], str]) -> None:
+    """Leave the names of the body's fields that have no effect, for the answer's head."""
+    scope[_IGNORED] = names
 
 
 def request_id(scope: Scope) -> str:
@@ -81,7 +89,10 @@ class AccessLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id(scope)
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id(scope)
+                if _IGNORED in scope and (names := scope[_IGNORED]()):
+                    headers[IGNORED] = names
             await send(message)
 
         try:

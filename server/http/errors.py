@@ -147,12 +147,12 @@ def field_path(loc: tuple[int | str, ...]) -> str:
     return path
 
 
-def from_validation(error: ValidationError) -> APIError:
-    """The first thing pydantic found wrong with a body."""
+def from_validation(error: ValidationError, at: str = "") -> APIError:
+    """The first thing pydantic found wrong with a body. ``at``: the path of what was validated."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         return bad_request(f"the body is not valid JSON: {first['msg']}", code="invalid_json")
-    path = field_path(first["loc"])
+    path = ".".join(filter(None, (at, field_path(first["loc"]))))
     if not path:
         return bad_request("the body must be a JSON object", code="invalid_type")
     if first["type"] == "missing":

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
 from headstart.engine.errors import RequestError
@@ -19,9 +18,11 @@ from headstart.server.generation.defaults import OPENAI, GenerationDefaults
 from headstart.server.generation.engine_client import EngineClient
 from headstart.server.generation.grammar_check import GrammarChecker
 from headstart.server.generation.structure import Structure
+from headstart.server.http.access_log import note_ignored
 from headstart.server.http.deadline import Deadline
 from headstart.server.http.errors import APIError, bad_request, unavailable
 from headstart.server.http.metrics import Metrics
+from headstart.server.http.policy import Body, Notes
 from headstart.server.settings import ServerSettings
 from headstart.server.text.answer_format import AnswerFormat
 from headstart.server.text.templates import ChatTemplate
@@ -30,7 +31,7 @@ from headstart.server.text.tokenizer import Tokenizer
 TIMEOUT_HEADER = "x-request-timeout"
 
 T = TypeVar("T")
-B = TypeVar("B", bound=BaseModel)
+B = TypeVar("B", bound=Body)
 
 
 def _text_threads() -> ThreadPoolExecutor:
@@ -197,8 +198,14 @@ class Runtime:
         return await asyncio.get_running_loop().run_in_executor(threads, work)
 
     async def parse(self, request: Request, body_type: type[B]) -> B:
-        """Read and validate a JSON body; raises APIError and ValidationError."""
-        return body_type.model_validate_json(await self._read(request))
+        """Read and validate a JSON body; raises APIError and ValidationError. What is ignored of it
+        is told in the answer's head."""
+        body = body_type.model_validate_json(await self._read(request))
+        notes = Notes(strict=self.settings.unknown_fields == "refuse")
+        body.settle(notes)
+        notes.check()
+        note_ignored(request.scope, notes.header)
+        return body
 
     async def _read(self, request: Request) -> bytes:
         """The body; a 413 as soon as it is known to be too large, a 408 when it takes too long."""

@@ -15,7 +15,6 @@ from headstart.server.api.anthropic_messages.blocks import add_message, text_of
 from headstart.server.api.anthropic_messages.writer import MessageFormat
 from headstart.server.api.fields import (
     INT32_MAX,
-    Body,
     StringsField,
     checked_stops,
     fit_max_tokens,
@@ -35,6 +34,7 @@ from headstart.server.generation.chat import Chat, encode_chat, start_chat
 from headstart.server.generation.defaults import GenerationDefaults
 from headstart.server.generation.structure import ObjectField, Structure, json_structure
 from headstart.server.http.errors import bad_request, refuse_extras
+from headstart.server.http.policy import Body
 from headstart.server.http.reply import Reply
 from headstart.server.http.runtime import Runtime, Served
 from headstart.server.settings import ServerSettings

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import WithJsonSchema
 
-from headstart.server.api.fields import Body
 from headstart.server.generation.structure import ObjectField
 from headstart.server.http.errors import APIError, bad_request, refuse_extras
+from headstart.server.http.policy import Body
 from headstart.server.settings import ServerSettings
 from headstart.server.text.templates import ChatTemplate, Ending, Message
 

@@ -11,10 +11,8 @@ from pydantic import FailFast, Field, WithJsonSchema
 from headstart.engine.process.messages import ModelInfo
 from headstart.engine.sampling.params import SamplingParams
 from headstart.server.api.fields import (
-    REFUSED_IN_CHAT,
-    REFUSED_IN_MESSAGE,
-    Body,
     GenerationBody,
+    Ignored,
     LogprobCount,
     Role,
     fit_max_tokens,
@@ -38,6 +36,7 @@ from headstart.server.generation.chat import Chat, encode_chat, read_answer
 from headstart.server.generation.start import Prompt, start_choices
 from headstart.server.http.access_log import name_request
 from headstart.server.http.errors import bad_request, refuse_extras
+from headstart.server.http.policy import Body, Refused
 from headstart.server.http.reply import Echo, Reply
 from headstart.server.http.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -64,10 +63,14 @@ class ChatMessage(Body):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    refusal: str | None = None
+    annotations: Ignored = None
+    cache_control: Ignored = None
+    audio: Annotated[Any, Refused("this model reads text")] = None
+    function_call: Annotated[Any, Refused("use tool_calls")] = None
 
     def plain(self, path: str) -> Message:
         """The message as templates take it; raises APIError."""
-        refuse_extras(self.model_extra, REFUSED_IN_MESSAGE, f"{path}.")
         calls = checked_calls(self.tool_calls, f"{path}.tool_calls")
         content = self.content
         if content is None:
@@ -108,10 +111,25 @@ class ChatBody(ChatRendering, GenerationBody):
     top_logprobs: LogprobCount | None = None
     segment_mask: ChatMaskField = None
     echo: bool | None = None
+    media_io_kwargs: Ignored = None
+    mm_processor_kwargs: Ignored = None
+    prediction: Ignored = None
+    thinking_token_budget: Ignored = None
+    verbosity: Ignored = None
+    web_search_options: Ignored = None
+    add_special_tokens: Annotated[
+        Any, Refused("a chat's special tokens are its template's", harmless=(False,))
+    ] = None
+    audio: Annotated[Any, Refused("this model writes text")] = None
+    best_of: Annotated[Any, Refused("see n", harmless=(1,))] = None
+    chat_template: Annotated[Any, Refused("see --chat-template")] = None
+    function_call: Annotated[Any, Refused("use tool_choice", harmless=("none", "auto"))] = None
+    functions: Annotated[Any, Refused("use tools", harmless=([],))] = None
+    modalities: Annotated[Any, Refused("this model writes text", harmless=(["text"],))] = None
 
     def check_chat(self, settings: ServerSettings) -> None:
         """Raise APIError for what the types alone do not say."""
-        self.check(REFUSED_IN_CHAT, settings)
+        self.check(settings)
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         if self.echo and not self.continue_final_message:

@@ -22,7 +22,6 @@ from headstart.server.api.choices.logprobs import (
 from headstart.server.api.choices.shown import Shown
 from headstart.server.api.choices.writer import ChoiceFormat
 from headstart.server.api.fields import (
-    REFUSED_IN_COMPLETIONS,
     GenerationBody,
     LogprobCount,
     fit_max_tokens,
@@ -41,6 +40,7 @@ from headstart.server.api.segment_mask import (
 from headstart.server.generation.start import Prompt, start_choices
 from headstart.server.http.access_log import name_request
 from headstart.server.http.errors import bad_request
+from headstart.server.http.policy import Refused
 from headstart.server.http.reply import Choice, Echo, Reply, Usage
 from headstart.server.http.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -61,6 +61,8 @@ class CompletionBody(GenerationBody):
     logprobs: LogprobCount | None = None
     segment_mask: CompletionMaskField = None
     best_of: Annotated[int, Field(ge=1)] | None = None
+    prompt_embeds: Annotated[Any, Refused("give prompt")] = None
+    suffix: Annotated[Any, Refused("this model has no tokens to fill in text", ("",))] = None
 
     @property
     def num_choices(self) -> int:
@@ -73,7 +75,7 @@ class CompletionBody(GenerationBody):
 
     def check_completion(self, settings: ServerSettings) -> None:
         """Raise APIError for what the types alone do not say."""
-        self.check(REFUSED_IN_COMPLETIONS, settings)
+        self.check(settings)
         if self.max_tokens == 0 and not self.echo:
             raise bad_request("max_tokens must be at least 1 without echo: true", "max_tokens")
         if self.best_of is not None:

@@ -14,7 +14,10 @@ from pydantic import Field, WithJsonSchema
 
 from headstart.engine.process.messages import ModelInfo
 from headstart.engine.sampling.params import SamplingParams
-from headstart.server.api.fields import Body, LogprobCount, fit_max_tokens
+from headstart.server.api.fields import (
+    LogprobCount,
+    fit_max_tokens,
+)
 from headstart.server.api.openai_responses.conversation import Conversation
 from headstart.server.api.openai_responses.items import add_input
 from headstart.server.api.openai_responses.store import ResponseStore, StoredResponse
@@ -34,6 +37,7 @@ from headstart.server.generation.structure import ObjectField, Structure, json_s
 from headstart.server.http.auth import sent_key
 from headstart.server.http.errors import APIError, bad_request, refuse_extras
 from headstart.server.http.keys import key_digest
+from headstart.server.http.policy import Body
 from headstart.server.http.reply import Reply
 from headstart.server.http.runtime import Runtime
 from headstart.server.settings import ServerSettings

@@ -14,20 +14,14 @@ from pydantic import Field
 from headstart.engine.process.messages import ModelInfo
 from headstart.server.api.openai_completions.prompts import PromptField, given_prompts
 from headstart.server.api.pooling.pooling import (
-    REFUSED_IN_POOLING,
     Floats,
     PooledBody,
     normalized,
     vectors_of,
 )
 from headstart.server.http.errors import bad_request
+from headstart.server.http.policy import Refused
 from headstart.server.http.runtime import Runtime
-
-REFUSED_IN_EMBEDDINGS: dict[str, tuple[Any, ...]] = REFUSED_IN_POOLING | {
-    "embed_dtype": ("float32",),
-    "endianness": ("native", "little"),
-    "messages": (),
-}
 
 
 class EmbeddingBody(PooledBody):
@@ -38,6 +32,9 @@ class EmbeddingBody(PooledBody):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     normalize: bool | None = None
+    embed_dtype: Annotated[Any, Refused(harmless=("float32",))] = None
+    endianness: Annotated[Any, Refused(harmless=("native", "little"))] = None
+    messages: Annotated[Any, Refused("give input")] = None
 
     def check_dimensions(self, model: ModelInfo) -> None:
         if self.dimensions is not None and self.dimensions > model.hidden_size:
@@ -63,7 +60,6 @@ def routes(runtime: Runtime) -> APIRouter:
         """A vector for each prompt."""
         body = await runtime.parse(request, EmbeddingBody)
         served = runtime.served(body.model)
-        body.check(REFUSED_IN_EMBEDDINGS)
         model = runtime.require_model()
         body.check_dimensions(model)
         prompts = given_prompts(body.input, "input", runtime.settings)

@@ -7,7 +7,7 @@ engine's streams are aborted at once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
@@ -19,32 +19,24 @@ from pydantic import Field
 from headstart.engine.process.messages import ModelInfo
 from headstart.engine.sampling.params import Pooling, PoolingParams
 from headstart.server.api.fields import (
-    DESCRIPTIVE,
-    Body,
+    Described,
+    Ignored,
     Truncation,
     truncated,
 )
 from headstart.server.api.openai_completions.prompts import GivenPrompt, check_vocabulary
 from headstart.server.generation.engine_client import Stream
 from headstart.server.http.access_log import note_usage
-from headstart.server.http.errors import APIError, bad_request, refuse_extras, unavailable
+from headstart.server.http.errors import APIError, bad_request, unavailable
 from headstart.server.http.metrics import ChoiceTimer
+from headstart.server.http.policy import Refused
 from headstart.server.http.reply import hang_up
 from headstart.server.http.runtime import Runtime, Served
 
 Floats = npt.NDArray[np.float32]
 
-REFUSED_IN_POOLING: dict[str, tuple[Any, ...]] = {
-    "activation": (),
-    "mm_processor_kwargs": (),
-    "priority": (0,),
-    "request_id": (),
-    "softmax": (),
-    "use_activation": (),
-}
 
-
-class PooledBody(Body):
+class PooledBody(Described):
     """What requests for vectors have in common. ``null`` always means: the default."""
 
     model: str
@@ -52,10 +44,12 @@ class PooledBody(Body):
     truncate_prompt_tokens: Truncation | None = None
     add_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-
-    def check(self, refused: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raise APIError for fields that are unknown or not supported."""
-        refuse_extras(self.model_extra, refused, known=DESCRIPTIVE)
+    mm_processor_kwargs: Ignored = None
+    priority: Ignored = None
+    request_id: Ignored = None
+    activation: Annotated[Any, Refused("scores are cosines")] = None
+    softmax: Annotated[Any, Refused("scores are cosines")] = None
+    use_activation: Annotated[Any, Refused("scores are cosines")] = None
 
 
 class Vectors(NamedTuple):

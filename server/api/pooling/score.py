@@ -14,23 +14,18 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, WithJsonSchema
 
+from headstart.server.api.fields import Ignored
 from headstart.server.api.openai_completions.prompts import GivenPrompt
 from headstart.server.api.pooling.pooling import (
-    REFUSED_IN_POOLING,
     PooledBody,
     Vectors,
     normalized,
     vectors_of,
 )
-from headstart.server.http.errors import bad_request, refuse_extras
+from headstart.server.http.errors import bad_request
+from headstart.server.http.policy import Refused
 from headstart.server.http.runtime import Runtime
 from headstart.server.settings import ServerSettings
-
-REFUSED_IN_RERANK: dict[str, tuple[Any, ...]] = REFUSED_IN_POOLING | {
-    "max_chunks_per_doc": (),
-    "max_tokens_per_doc": (),
-    "rank_fields": (["text"],),
-}
 
 _TEXT = {"type": "string"}
 TextsField = Annotated[
@@ -78,15 +73,17 @@ class RerankBody(PooledBody):
     documents: DocumentsField
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool | None = None
+    max_chunks_per_doc: Ignored = None
+    max_tokens_per_doc: Ignored = None
+    rank_fields: Annotated[Any, Refused("documents are ranked by their text", (["text"],))] = None
 
     def texts(self, settings: ServerSettings) -> list[GivenPrompt]:
         """The documents; raises APIError."""
         if not isinstance(self.documents, list):
             raise bad_request("documents must be a list", "documents", "invalid_value")
         plain = []
-        for i, document in enumerate(self.documents[: settings.max_prompts]):
+        for document in self.documents[: settings.max_prompts]:
             if isinstance(document, dict):
-                refuse_extras(document, {}, f"documents[{i}].", known=("text",))
                 document = document.get("text")
             plain.append(document)
         plain += self.documents[settings.max_prompts :]  # too many, which is told below
@@ -127,7 +124,6 @@ def routes(runtime: Runtime) -> APIRouter:
         """How alike texts are, from -1 to 1."""
         body = await runtime.parse(request, ScoreBody)
         served = runtime.served(body.model)
-        body.check(REFUSED_IN_POOLING)
         left, right = body.pairs(runtime.settings)
         model = runtime.require_model()
         vectors = await vectors_of(runtime, request, body, served, model, [*left, *right])
@@ -151,7 +147,6 @@ def routes(runtime: Runtime) -> APIRouter:
         """Documents in the order in which they are like a query."""
         body = await runtime.parse(request, RerankBody)
         served = runtime.served(body.model)
-        body.check(REFUSED_IN_RERANK)
         documents = body.texts(runtime.settings)
         model = runtime.require_model()
         prompts = [GivenPrompt("query", body.query), *documents]

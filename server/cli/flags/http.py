@@ -33,6 +33,13 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
         help="of the line that each request gets; json: an object",
     )
     http.add_argument(
+        "--unknown-fields",
+        choices=("ignore", "refuse"),
+        default=limits.unknown_fields,
+        help="fields of a request that no API knows: ignored, and named in x-headstart-ignored, or "
+        "refused with a 400 (%(default)s)",
+    )
+    http.add_argument(
         "--keep-alive-timeout",
         type=positive,
         default=5,

@@ -57,6 +57,7 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
         keys=access_keys(args),
         allowed_origins=tuple(getattr(args, "allowed_origins", ())),
         access_log_format=args.access_log_format,
+        unknown_fields=args.unknown_fields,
     )
 
 
