@@ -18,11 +18,14 @@ from typing import Any, TextIO
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headstart.server.http.errors import is_anthropic
+
 logger = logging.getLogger("headstart.access")
 
 # Asked every few seconds by machines: logged at debug level.
 QUIET_PATHS = frozenset({"/health", "/live", "/load", "/metrics", "/ready"})
 REQUEST_ID = "x-request-id"
+ANTHROPIC_ID = "request-id"
 REQUEST_ID_PATTERN = "[A-Za-z0-9._-]{1,128}"
 _USAGE = "headstart.usage"
 _ID = "headstart.request_id"
@@ -47,6 +50,11 @@ def request_id(scope: Scope) -> str:
         scope[_ID] = _sent_id(scope) or uuid.uuid4().hex
     known: str = scope[_ID]
     return known
+
+
+def id_headers(scope: Scope) -> tuple[str, ...]:
+    """The headers that carry it; Anthropic's clients look for another than OpenAI's."""
+    return (REQUEST_ID, ANTHROPIC_ID) if is_anthropic(scope["path"]) else (REQUEST_ID,)
 
 
 def name_request(scope: Scope, name: str) -> None:
@@ -90,7 +98,8 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID] = request_id(scope)
+                for name in id_headers(scope):
+                    headers[name] = request_id(scope)
                 if _IGNORED in scope and (names := scope[_IGNORED]()):
                     headers[IGNORED] = names
             await send(message)

@@ -27,7 +27,14 @@ from headstart.server.api.openai_responses import routes as responses
 from headstart.server.api.pooling import embeddings, score
 from headstart.server.generation.defaults import OPENAI, GenerationDefaults
 from headstart.server.generation.engine_client import EngineClient
-from headstart.server.http.access_log import IGNORED, REQUEST_ID, AccessLog, request_id
+from headstart.server.http.access_log import (
+    ANTHROPIC_ID,
+    IGNORED,
+    REQUEST_ID,
+    AccessLog,
+    id_headers,
+    request_id,
+)
 from headstart.server.http.api_document import describe
 from headstart.server.http.auth import Authorisation
 from headstart.server.http.errors import APIError, error_response, to_api_error
@@ -126,7 +133,7 @@ def create_app(
             allow_origins=settings.allowed_origins,
             allow_methods=("DELETE", "GET", "POST"),
             allow_headers=("*",),
-            expose_headers=(REQUEST_ID, IGNORED, WARNING_HEADER.decode()),
+            expose_headers=(REQUEST_ID, ANTHROPIC_ID, IGNORED, WARNING_HEADER.decode()),
         )
     app.add_middleware(AccessLog, line_format=settings.access_log_format)
     modules = (
@@ -235,7 +242,8 @@ def _add_error_handlers(app: FastAPI, routes: Sequence[APIRoute]) -> None:
 
     async def unknown(request: Request, error: Exception) -> Response:
         response = error_response(to_api_error(error), request.scope["path"])
-        response.headers[REQUEST_ID] = request_id(request.scope)  # made outside the middleware
+        for name in id_headers(request.scope):  # made outside the middleware
+            response.headers[name] = request_id(request.scope)
         return response
 
     async def http(request: Request, error: Exception) -> Response:

@@ -82,10 +82,14 @@ class APIError(Exception):
         )
 
 
+def is_anthropic(path: str) -> bool:
+    """Whether answers at ``path`` are Anthropic's."""
+    return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+
+
 def error_response(error: APIError, path: str) -> Response:
     """The error as a response that has not started yet, in the words of the API at ``path``."""
-    anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
-    body = error.anthropic_body() if anthropic else error.body()
+    body = error.anthropic_body() if is_anthropic(path) else error.body()
     return Response(body, error.status, error.headers, media_type="application/json")
 
 

@@ -6,6 +6,7 @@ Special tokens written inside message text stay plain text: only the template ca
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -56,6 +57,7 @@ class ChatTemplate:
                 self._for_tools = LimitedTemplate(self.tool_text, limits)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the model's chat template is broken: {error}") from error
+        self._later_system: dict[LimitedTemplate, bool] = {}
 
     @property
     def _read(self) -> frozenset[str]:
@@ -91,6 +93,26 @@ class ChatTemplate:
                 continue
             return name in rendered
         return True
+
+    def takes_later_system(self, tools: Tools | None) -> bool:
+        """Whether system messages behind others are written in their places, in chats with tools or
+        without; found out once, with a small chat."""
+        template = self._template(tools)
+        if template not in self._later_system:
+            self._later_system[template] = self._writes_later_system(template)
+        return self._later_system[template]
+
+    def _writes_later_system(self, template: LimitedTemplate) -> bool:
+        roles = ("system", "user", "system", "assistant", "user", "assistant", "system", "user")
+        texts = [f"headstart_probe_{i}" for i in range(len(roles))]
+        chat = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        special = self._tokenizer.special_tokens
+        try:
+            with template.running():
+                rendered = self._render(template, chat, None, special, answer=True)
+        except Exception:  # whatever a template may do with a chat it does not expect
+            return False
+        return re.findall(r"headstart_probe_\d", rendered) == texts
 
     def encode(
         self,

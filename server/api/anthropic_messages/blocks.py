@@ -1,96 +1,180 @@
-"""Messages of /v1/messages, which consist of blocks, as messages for the template."""
+"""The blocks that Anthropic's messages consist of, and what each is to a model that reads text.
+
+Documents of text, search results and summaries of earlier messages become text. Where an image or
+a block of another type stands among others, the model reads its type: ``[image]``.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from headstart.server.api.openai_responses.conversation import Conversation
-from headstart.server.http.errors import bad_request, invalid, refuse_extras, string_at
+from headstart.server.api.fields import Ignored
+from headstart.server.api.openai_chat.routes import ContentField
+from headstart.server.http.errors import bad_request, invalid, string_at
+from headstart.server.http.policy import Advisory, Body, Notes, body_at
 
-# Type of block -> its fields.
-_FIELDS: dict[str, tuple[str, ...]] = {
-    "text": ("type", "text", "cache_control"),
-    "thinking": ("type", "thinking", "signature"),
-    "tool_use": ("type", "id", "name", "input", "cache_control"),
-    "tool_result": ("type", "tool_use_id", "content", "is_error", "cache_control"),
+Citations = Annotated[Any, Advisory(harmless=([], {"enabled": False}))]
+
+
+class Block(Body):
+    """A block of a type that has no class below; its other fields are not looked at."""
+
+    type: str
+    cache_control: Ignored = None
+
+
+class TextBlock(Block):
+    text: str
+    citations: Citations = None
+
+
+class ThinkingBlock(Block):
+    """``signature``: headstart's own is empty."""
+
+    thinking: str
+    signature: Annotated[Any, Advisory(harmless=("",))] = None
+
+
+class ToolUseBlock(Block):
+    id: str
+    name: str
+    input: Any = None
+    caller: Annotated[Any, Advisory(harmless=({"type": "direct"},))] = None
+    toolset_name: Ignored = None
+
+
+class ToolResultBlock(Block):
+    tool_use_id: str
+    content: ContentField = None
+    is_error: bool | None = None
+    toolset_name: Ignored = None
+
+
+class ToolReferenceBlock(Block):
+    """A tool that a search for tools has found."""
+
+    tool_name: str
+
+
+class DocumentBlock(Block):
+    source: Any
+    title: str | None = None
+    context: str | None = None
+    citations: Citations = None
+
+
+class SearchResultBlock(Block):
+    source: str
+    title: str
+    content: ContentField
+    citations: Citations = None
+
+
+class SummaryBlock(Block):
+    """What stands for messages that the client leaves out."""
+
+    content: str | None = None
+    encrypted_content: Ignored = None
+    signature: Ignored = None
+    tool_changes: Ignored = None
+
+
+_KINDS: dict[str, type[Block]] = {
+    "text": TextBlock,
+    "thinking": ThinkingBlock,
+    "tool_use": ToolUseBlock,
+    "tool_result": ToolResultBlock,
+    "tool_reference": ToolReferenceBlock,
+    "document": DocumentBlock,
+    "search_result": SearchResultBlock,
+    "compaction": SummaryBlock,
 }
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "caller": ({"type": "direct"},),
-    "citations": ([],),
-    "toolset_name": (),
-}
-_ROLES = {"user": ("text", "tool_result"), "assistant": ("text", "thinking", "tool_use")}
+_KIND = re.compile(r"[a-z0-9_]{1,64}")
+_FOR_EYES = ("image", "document", "container_upload")
+_OF_SERVERS = re.compile(
+    "redacted_thinking|fallback|tool_addition|tool_removal|mcp_tool_listing|mcp_tool_use|"
+    "server_tool_use|(advisor|mcp|tool_search|web_fetch|web_search|code_execution|"
+    "bash_code_execution|text_editor_code_execution)_tool_result"
+)
+"""What Anthropic's servers have done, or are to do."""
+_ONLY_IN = {"thinking": "assistant", "tool_use": "assistant", "tool_result": "user"}
 
 
-def add_message(conversation: Conversation, role: str, content: Any, path: str) -> None:
-    """Put the content of a message, a string or blocks, into a conversation; raises APIError.
+@dataclass(slots=True)
+class BlockReader:
+    """Reads contents: strings, or lists of blocks. Its methods raise APIError.
 
-    Texts side by side are one, joined by newlines. Each result of a tool is a message of its own.
+    ``most``: blocks of all contents together.
     """
-    if isinstance(content, str):
-        conversation.say(role, content)
-        return
-    if not isinstance(content, list) or not content:
-        raise invalid(path, "must be a string or a list of blocks")
-    said: list[str] = []
 
-    def flush() -> None:
-        if said:
-            conversation.say(role, "\n".join(said))
-            said.clear()
+    notes: Notes
+    most: int
+    _count: int = 0
 
-    for i, value in enumerate(content):
-        where = f"{path}[{i}]"
-        block = _checked(value, _ROLES[role], where)
-        if block["type"] == "text":
-            said.append(string_at(block, "text", where))
-            continue
-        flush()
-        _add_block(conversation, block, where)
-    flush()
+    def blocks(self, content: Any, role: str, path: str) -> Iterator[tuple[Block, str]]:
+        """The blocks of a content and their paths; a string is one.
+
+        ``role``: whose content it is; "" of what may only be text.
+        """
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, list):
+            raise invalid(path, "must be a string or a list of blocks")
+        self._count += len(content)
+        if self._count > self.most:
+            raise bad_request(f"{path}: at most {self.most} blocks are allowed", path)
+        for i, value in enumerate(content):
+            where = f"{path}[{i}]"
+            kind = value.get("type") if isinstance(value, dict) else None
+            if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+                raise invalid(where, "must be an object with a type")
+            if _ONLY_IN.get(kind, role) != role:
+                raise bad_request(f"{where}: a block of type {kind!r} does not belong here", where)
+            if kind in _KINDS:
+                yield body_at(_KINDS[kind], value, where, self.notes), where
+            else:
+                yield Block(type=kind), where
+
+    def words(self, block: Block, path: str) -> str | None:
+        """What the model reads of a block that is no thought, call or result; None where it would
+        have to see it. What is not read is noted."""
+        match block:
+            case TextBlock():
+                return block.text
+            case ToolReferenceBlock():
+                return block.tool_name
+            case SummaryBlock():
+                return block.content or ""
+            case SearchResultBlock():
+                text = self.text(block.content, f"{path}.content")
+                return _lines(block.title, block.source, text)
+            case DocumentBlock(source={"type": "text"}):
+                text = string_at(block.source, "data", f"{path}.source")
+                return _lines(block.title, block.context, text)
+            case DocumentBlock(source={"type": "content"}):
+                text = self.text(block.source.get("content"), f"{path}.source.content")
+                return _lines(block.title, block.context, text)
+        where = f"{path.rpartition('[')[0]}[type={block.type}]"
+        if _OF_SERVERS.fullmatch(block.type):
+            self.notes.ignore(where)
+            return ""
+        if block.type in _FOR_EYES:
+            self.notes.ignore(where)
+        else:
+            self.notes.unknown(where)
+        return None
+
+    def text(self, content: Any, path: str) -> str:
+        """A content that may only be text: its blocks joined by newlines."""
+        texts: list[str] = []
+        for block, where in self.blocks(content, "", path):
+            words = self.words(block, where)
+            texts.append(f"[{block.type}]" if words is None else words)
+        return _lines(*texts)
 
 
-def _add_block(conversation: Conversation, block: dict[str, Any], path: str) -> None:
-    match block["type"]:
-        case "thinking":
-            conversation.think(string_at(block, "thinking", path))
-        case "tool_use":
-            given = block.get("input")
-            if not isinstance(given, dict):
-                raise invalid(f"{path}.input", "must be an object")
-            conversation.call(string_at(block, "id", path), string_at(block, "name", path), given)
-        case "tool_result":
-            text = text_of(block.get("content", ""), f"{path}.content")
-            if block.get("is_error") not in (None, True, False):
-                raise invalid(f"{path}.is_error", "must be true or false")
-            if block.get("is_error"):  # templates know no field for it
-                text = f"Error: {text}"
-            call_id = string_at(block, "tool_use_id", path)
-            conversation.result(call_id, text, f"{path}.tool_use_id")
-
-
-def text_of(content: Any, path: str) -> str:
-    """A string, or text blocks, joined by newlines; raises APIError."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise invalid(path, "must be a string or a list of text blocks")
-    return "\n".join(
-        string_at(_checked(block, ("text",), f"{path}[{i}]"), "text", f"{path}[{i}]")
-        for i, block in enumerate(content)
-    )
-
-
-def _checked(block: Any, kinds: tuple[str, ...], path: str) -> dict[str, Any]:
-    kind = block.get("type") if isinstance(block, dict) else None
-    if not isinstance(block, dict) or not isinstance(kind, str):
-        raise invalid(path, "must be an object with a type")
-    if kind not in _FIELDS:
-        raise bad_request(
-            f"{path}: blocks of type {kind[:40]!r} are not supported: this model reads text only",
-            path,
-        )
-    if kind not in kinds:
-        raise bad_request(f"{path}: a block of type {kind!r} does not belong here", path)
-    refuse_extras(block, _REFUSED, f"{path}.", known=_FIELDS[kind])
-    return block
+def _lines(*texts: str | None) -> str:
+    return "\n".join(filter(None, texts))

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
-import httpx
-import msgspec
 import pydantic
 import pytest
-import tokenizers
 
 from headstart.server.api.anthropic_messages.routes import MessagesBody
-from headstart.server.http.app import create_app
 from headstart.server.http.keys import Keys
-from headstart.server.settings import ServerSettings
-from headstart.server.text.tokenizer import Tokenizer
 
 URL = "/v1/messages"
 LOOK = {
@@ -32,87 +24,10 @@ USER = {"role": "user", "content": "hi"}
 ROME = '{"city": "Rome"}'
 CALL = f'<tool_call>\n{{"name": "look", "arguments": {ROME}}}\n</tool_call>'
 THOUGHT = "<think>\nThe fox.\n</think>\n\n"
-SHOWS_ALL = (
-    "{% if tools %}TOOLS {{ tools | tojson }} /TOOLS {# <tool_call> #}{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message | tojson }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-THINKS = (
-    SHOWS_ALL + "{# <think> #}{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
-)
+WEB = {"type": "web_search_20250305", "name": "web", "max_uses": 1}
+PDF = {"type": "document", "source": {"type": "url", "url": "https://example.org/a.pdf"}}
+IGNORED = "x-headstart-ignored"
 KEY, ADMIN = "the-key-of-sixteen", "the-admin-key-of-sixteen"
-
-
-@pytest.fixture
-def build(engine, backend):
-    def make(template=SHOWS_ALL, **settings):
-        own = tokenizers.Tokenizer.from_str(backend.to_str())
-        engine.model = msgspec.structs.replace(engine.model, max_model_len=4096)
-        tokenizer = Tokenizer(own, special_tokens={"eos_token": "<|eos|>"}, chat_template=template)
-        return create_app(
-            engine, tokenizer, model_names=["tiny"], settings=ServerSettings(**settings)
-        )
-
-    return make
-
-
-@pytest.fixture
-def ask(build, engine):
-    """``await ask(text, field=value)``: the response to an answer of this text."""
-
-    async def send(text="hello world", /, *, app=None, url=URL, headers=None, **fields):
-        app = app or build()
-        encode = app.state.runtime.tokenizer.encode
-        engine.answer = lambda _: encode(text, add_special_tokens=False)
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        body = {"model": "tiny", "messages": [USER]}
-        body |= {"max_tokens": 200} if url == URL else {}
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            response = await http.post(url, json=body | fields, headers=headers)
-        await app.state.runtime.grammars.close()
-        return response
-
-    return send
-
-
-@pytest.fixture
-def official(app_saying, anthropic):
-    """The official client of an app whose model says ``text``."""
-
-    def make(app, text):
-        return anthropic.AsyncAnthropic(
-            base_url="http://test",
-            api_key="none",
-            max_retries=0,
-            http_client=app_saying(app, text),
-        )
-
-    return make
-
-
-def prompt(engine, app):
-    return app.state.runtime.tokenizer.decode_all(engine.added[-1].token_ids)
-
-
-def shown(engine, app):
-    """The messages that the template wrote."""
-    rest = prompt(engine, app).rpartition(" /TOOLS ")[2]
-    return [
-        json.loads(part.split("<|im_end|>")[0])
-        for part in rest.split("<|im_start|>")[1:]
-        if part.startswith("{")
-    ]
-
-
-def events_of(body):
-    found = []
-    assert body.endswith("\n\n")
-    for block in body[:-2].split("\n\n"):
-        first, second = block.split("\n")
-        event = json.loads(second.removeprefix("data: "))
-        assert first == f"event: {event['type']}"
-        found.append(event)
-    return found
 
 
 async def test_a_text(ask, engine):
@@ -140,7 +55,7 @@ async def test_a_text(ask, engine):
         ({"stop_sequences": ["zzz"]}, "end_turn", None, "hello world"),
     ],
 )
-async def test_why_it_ended(ask, fields, reason, stop, text):
+async def test_why_it_ended(ask, fields, reason, stop, text, events_of):
     body = (await ask(**fields)).json()
     assert (body["stop_reason"], body["stop_sequence"]) == (reason, stop)
     assert body["content"][0]["text"].startswith(text[:2])
@@ -150,7 +65,7 @@ async def test_why_it_ended(ask, fields, reason, stop, text):
     assert said == body["content"][0]["text"]
 
 
-async def test_blocks_become_messages(ask, engine, build):
+async def test_blocks_become_messages(ask, build, shown):
     app = build()
     cached = {"cache_control": {"type": "ephemeral"}}
     use = {"type": "tool_use", "id": "t1", "name": "look", "input": {"city": "Rome"}}
@@ -183,7 +98,7 @@ async def test_blocks_become_messages(ask, engine, build):
     system = [{"type": "text", "text": "Be"} | cached, {"type": "text", "text": "brief."}]
     response = await ask(app=app, messages=messages, system=system, tools=[LOOK | cached])
     assert response.status_code == 200, response.text
-    first, user, assistant, *results, last = shown(engine, app)
+    first, user, assistant, *results, last = shown(app)
     assert first == {"role": "system", "content": "Be\nbrief."}
     assert user == {"role": "user", "content": "Where?"}
     assert (assistant["content"], assistant["reasoning"]) == ("I look.", "Hm.")
@@ -196,19 +111,21 @@ async def test_blocks_become_messages(ask, engine, build):
     assert last == {"role": "user", "content": "And now?"}
 
 
-async def test_an_answer_goes_on_from_the_assistants_text(ask, engine, build):
+async def test_an_answer_goes_on_from_the_assistants_text(ask, build, prompt):
     chatml = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     )
     app = build(chatml)
     await ask(app=app, messages=[USER, {"role": "assistant", "content": "The fox"}])
-    assert prompt(engine, app).endswith("assistant\nThe fox")
+    assert prompt(app).endswith("assistant\nThe fox")
 
 
 @pytest.mark.parametrize("per_output", [1, 3, 50])
-async def test_a_stream_tells_what_the_whole_answer_says(ask, engine, build, per_output):
+async def test_a_stream_tells_what_the_whole_answer_says(
+    ask, engine, build, per_output, events_of, thinks
+):
     engine.per_output = per_output
-    app, text = build(THINKS), f"{THOUGHT}I look.\n{CALL}"
+    app, text = build(thinks), f"{THOUGHT}I look.\n{CALL}"
     whole = (await ask(text, app=app, tools=[LOOK])).json()
     assert [block["type"] for block in whole["content"]] == ["thinking", "text", "tool_use"]
     assert whole["content"][2]["input"] == {"city": "Rome"}
@@ -259,19 +176,21 @@ async def test_the_choice_of_tools(ask, engine, choice, forced, calls):
         assert ("clock" in grammar) == (choice["type"] == "any")
 
 
-async def test_thinking(ask, engine, build):
-    app = build(THINKS)
+async def test_thinking(ask, build, prompt, thinks):
+    app = build(thinks)
     for thinking, end in (
         ({"type": "enabled", "budget_tokens": 1024}, "True"),
         ({"type": "disabled"}, "False"),
         ({"type": "adaptive"}, "assistant\n"),
     ):
         assert (await ask(app=app, thinking=thinking)).status_code == 200
-        assert prompt(engine, app).endswith(end)
-    refused = await ask(thinking={"type": "enabled", "budget_tokens": 1024})
+        assert prompt(app).endswith(end)
+    for thinking in ({"type": "enabled"}, {"type": "adaptive"}, {"type": "disabled"}):
+        response = await ask(thinking=thinking)  # a template that does not let it be chosen
+        assert (response.status_code, response.headers[IGNORED]) == (200, "thinking")
+    refused = await ask(thinking={"type": "hard"})
     assert refused.status_code == 400
-    assert "thinking" in refused.json()["error"]["message"]
-    assert (await ask(thinking={"type": "disabled"})).status_code == 200
+    assert "thinking.type" in refused.json()["error"]["message"]
 
 
 async def test_tokens_are_counted_as_messages_uses_them(ask, build):
@@ -281,8 +200,10 @@ async def test_tokens_are_counted_as_messages_uses_them(ask, build):
     counted = await ask(url=f"{URL}/count_tokens", **fields)
     total = usage["input_tokens"] + usage["cache_read_input_tokens"]
     assert counted.json() == {"input_tokens": total}
-    refused = await ask(url=f"{URL}/count_tokens", max_tokens=3)
-    assert refused.status_code == 400
+    sampling = {"max_tokens": 3, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "stream": True}
+    others = {"stop_sequences": ["x"], "metadata": {}, "betas": ["x"], "container": "x"}
+    counted = await ask(url=f"{URL}/count_tokens", **fields | sampling | others)
+    assert counted.json() == {"input_tokens": total}
 
 
 @pytest.mark.parametrize(
@@ -291,25 +212,23 @@ async def test_tokens_are_counted_as_messages_uses_them(ask, build):
         ({"max_tokens": None}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image"),
-        ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "document"),
+        ({"messages": [{"role": "user", "content": [PDF]}]}, "document"),
+        ({"messages": [{"role": "user", "content": []}]}, "content must not be empty"),
+        ({"messages": [{"role": "user"}]}, "content"),
+        ({"messages": [{"role": "assistant", "content": []}]}, "messages"),
+        ({"messages": [USER, {"role": "assistant", "content": "So "}]}, "trailing whitespace"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "tool_use"),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}
-                ]
-            },
-            "tool_use_id",
-        ),
-        ({"tools": [{"type": "web_search_20250305", "name": "web"}]}, "web_search"),
+        ({"tools": [{"type": "function", "function": LOOK}]}, "function"),
+        ({"tools": [WEB], "tool_choice": {"type": "tool", "name": "web"}}, "web_search_20250305"),
+        ({"tools": [WEB], "tool_choice": {"type": "any"}}, "web_search_20250305"),
         ({"tools": [{"name": "look"}]}, "input_schema"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [LOOK], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"stop_sequences": "x"}, "stop_sequences"),
-        ({"container": "x"}, "container"),
-        ({"service_tier": "priority"}, "service_tier"),
-        ({"max_tokens": 100000}, "max_tokens"),
-        ({"n": 2}, "n is not a known field"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"mcp_servers": [{"url": "x"}]}, "headstart calls no servers"),
+        ({"thread": {"type": "continue", "previous_message_id": "x"}}, "whole conversation"),
+        ({"compaction": {"type": "summarize"}}, "compaction"),
         ({"temperature": 9.0}, "temperature"),
     ],
 )
@@ -334,7 +253,7 @@ async def test_odd_values_are_no_internal_errors(ask, build, field):
         assert (await ask(app=app, **{field: value})).status_code < 500, value
 
 
-async def test_errors_have_anthropics_shape(ask, engine, build):
+async def test_errors_have_anthropics_shape(ask, engine, build, events_of):
     def told(response):
         body = response.json()
         assert body["type"] == "error"
@@ -364,8 +283,8 @@ class Place(pydantic.BaseModel):
     city: str
 
 
-async def test_the_official_client(build, official, engine, anthropic):
-    app = build(THINKS)
+async def test_the_official_client(build, official, anthropic, shown, thinks):
+    app = build(thinks)
     client = official(app, f"{THOUGHT}I look.\n{CALL}")
     fields = {"model": "tiny", "max_tokens": 200, "messages": [USER], "tools": [LOOK]}
     message = await client.messages.create(**fields)
@@ -380,7 +299,7 @@ async def test_the_official_client(build, official, engine, anthropic):
     result = {"type": "tool_result", "tool_use_id": use.id, "content": "rain"}
     went_on = [USER, message.to_param(), {"role": "user", "content": [result]}]
     await client.messages.create(**fields | {"messages": went_on})
-    roles = [message["role"] for message in shown(engine, app)]
+    roles = [message["role"] for message in shown(app)]
     assert roles == ["user", "assistant", "tool"]
     counted = await client.messages.count_tokens(model="tiny", messages=[USER], tools=[LOOK])
     usage = message.usage
