@@ -10,7 +10,14 @@ from __future__ import annotations
 import msgspec
 
 from headstart.server.api.adapters import LoadAdapterBody, UnloadAdapterBody
-from headstart.server.api.anthropic_messages.routes import CountTokensBody, MessagesBody
+from headstart.server.api.anthropic_messages.conversation import MessageBody
+from headstart.server.api.anthropic_messages.routes import (
+    CountTokensBody,
+    MessagesBody,
+    OutputConfig,
+    ThinkingBody,
+)
+from headstart.server.api.anthropic_messages.tools import Tool
 from headstart.server.api.fields import StreamOptions
 from headstart.server.api.openai_chat.routes import ChatBody, ChatMessage
 from headstart.server.api.openai_completions.routes import CompletionBody
@@ -28,6 +35,10 @@ SECTIONS: tuple[tuple[str, type[Body]], ...] = (
     ("reasoning", ReasoningBody),
     ("/v1/messages", MessagesBody),
     ("/v1/messages/count_tokens", CountTokensBody),
+    ("messages[] of /v1/messages", MessageBody),
+    ("tools[] of /v1/messages", Tool),
+    ("thinking", ThinkingBody),
+    ("output_config", OutputConfig),
     ("stream_options", StreamOptions),
     ("/v1/embeddings", EmbeddingBody),
     ("/v1/score", ScoreBody),

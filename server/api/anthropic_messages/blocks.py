@@ -120,7 +120,8 @@ class BlockReader:
         ``role``: whose content it is; "" of what may only be text.
         """
         if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
+            yield TextBlock(type="text", text=content), path
+            return
         if not isinstance(content, list):
             raise invalid(path, "must be a string or a list of blocks")
         self._count += len(content)

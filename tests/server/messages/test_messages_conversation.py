@@ -275,3 +275,11 @@ async def test_blocks_have_a_limit(ask, build):
     response = await ask(app=app, messages=messages)
     assert response.status_code == 400
     assert "at most 8 blocks" in response.json()["error"]["message"]
+
+
+async def test_blocks_in_blocks_in_blocks(ask):
+    block = text("deep")
+    for _ in range(60):
+        block = {"type": "search_result", "source": "s", "title": "t", "content": [block]}
+    assert (await ask(messages=[user(block)])).status_code in (200, 400)
+    assert (await ask(messages=[user(result([block]))])).status_code in (200, 400)
