@@ -66,7 +66,7 @@ async def test_it_is_answered(ask, build, types, events_of, path, stream):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 async def test_its_tokens_are_counted(ask, build, path):
     body, notes = request_of(path)
-    app, headers = build(TEMPLATE.read_text()), notes["_headers"]
+    app, headers = build(TEMPLATE.read_text(), unknown_fields="refuse"), notes["_headers"]
     fields = body | {"model": "tiny", "stream": False}
     usage = (await ask(app=app, headers=headers, **fields)).json()["usage"]
     counted = await ask(app=app, url="/v1/messages/count_tokens", headers=headers, **fields)
