@@ -14,7 +14,7 @@ from headstart.server.api.anthropic_messages.routes import CountTokensBody, Mess
 from headstart.server.api.fields import StreamOptions
 from headstart.server.api.openai_chat.routes import ChatBody, ChatMessage
 from headstart.server.api.openai_completions.routes import CompletionBody
-from headstart.server.api.openai_responses.routes import ReasoningBody, ResponsesBody
+from headstart.server.api.openai_responses.body import ReasoningBody, ResponsesBody, TextBody
 from headstart.server.api.pooling.embeddings import EmbeddingBody
 from headstart.server.api.pooling.score import RerankBody, ScoreBody
 from headstart.server.api.tokens import ApplyTemplateBody, DetokenizeBody, TokenizeBody
@@ -26,6 +26,7 @@ SECTIONS: tuple[tuple[str, type[Body]], ...] = (
     ("/v1/completions", CompletionBody),
     ("/v1/responses", ResponsesBody),
     ("reasoning", ReasoningBody),
+    ("text", TextBody),
     ("/v1/messages", MessagesBody),
     ("/v1/messages/count_tokens", CountTokensBody),
     ("stream_options", StreamOptions),
