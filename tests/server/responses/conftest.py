@@ -23,16 +23,22 @@ SHOWS_ALL = (
 
 
 @pytest.fixture
-def build(engine, backend):
+async def build(engine, backend):
+    apps = []
+
     def make(template=SHOWS_ALL, context=4096, **settings):
         own = tokenizers.Tokenizer.from_str(backend.to_str())
         engine.model = msgspec.structs.replace(engine.model, max_model_len=context)
         tokenizer = Tokenizer(own, special_tokens={"eos_token": "<|eos|>"}, chat_template=template)
-        return create_app(
+        app = create_app(
             engine, tokenizer, model_names=["tiny"], settings=ServerSettings(**settings)
         )
+        apps.append(app)
+        return app
 
-    return make
+    yield make
+    for app in apps:
+        await app.state.runtime.grammars.close()
 
 
 @pytest.fixture
@@ -54,9 +60,7 @@ def ask(build, connect):
     async def send(text="hello world", /, *, app=None, key="", url=URL, **fields):
         app = app or build()
         async with connect(app, text, key) as http:
-            response = await http.post(url, json={"model": "tiny", "input": "hi"} | fields)
-        await app.state.runtime.grammars.close()
-        return response
+            return await http.post(url, json={"model": "tiny", "input": "hi"} | fields)
 
     return send
 

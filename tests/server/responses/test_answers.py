@@ -301,4 +301,3 @@ async def test_the_official_client_parses_a_schema(build, official, engine):
         grammar = engine.added[-1].params.grammar
         assert ("hear" in grammar, "look" in grammar) == (True, False)
         assert ("TEXT" in grammar) == (mode == "auto")
-    await app.state.runtime.grammars.close()
