@@ -9,7 +9,8 @@ from headstart.server.text.templates import Message
 
 
 class Conversation:
-    """Thoughts, text and calls of the assistant, in this order, are one message."""
+    """Thoughts, text and calls of the assistant, in this order, are one message; so are system
+    messages side by side, since templates know one in front of the others."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -18,16 +19,25 @@ class Conversation:
     def say(self, role: str, text: str) -> None:
         """A text; the assistant's goes with thoughts before it, and with calls that wait for their
         results, which have to come next."""
-        last = self._assistants()
-        if role != "assistant" or last is None or (last["content"] and "tool_calls" not in last):
-            self.messages.append({"role": role, "content": text})
-        else:
-            last["content"] = "\n".join(filter(None, (last["content"], text)))
+        last = self.messages[-1] if self.messages else None
+        if last is not None and last["role"] == role:
+            if role == "system":
+                last["content"] += f"\n\n{text}"
+                return
+            if role == "assistant" and (not last["content"] or "tool_calls" in last):
+                last["content"] = "\n".join(filter(None, (last["content"], text)))
+                return
+        self.messages.append({"role": role, "content": text})
 
     def think(self, text: str) -> None:
         """Thoughts of the assistant, under both names that templates know."""
-        thought = {"reasoning_content": text, "reasoning": text}
-        self.messages.append({"role": "assistant", "content": ""} | thought)
+        last = self._assistants()
+        if last is None or last["content"] or "tool_calls" in last:
+            last = {"role": "assistant", "content": ""}
+            self.messages.append(last)
+        elif "reasoning" in last:
+            text = f"{last['reasoning']}\n{text}"
+        last |= {"reasoning_content": text, "reasoning": text}
 
     def call(self, call_id: str, name: str, arguments: dict[str, Any] | str) -> None:
         """A call; it goes with what the assistant said last. ``arguments``: a text where they are

@@ -58,14 +58,17 @@ def add_routes(router: APIRouter, runtime: Runtime, stored: Stored) -> None:
     async def create_conversation(request: Request) -> Response:
         """A new conversation, maybe with items."""
         body = await runtime.parse(request, ConversationCreateBody)
-        items = checked(request, [], body.items, body.notes) if body.items else []
+        items: list[Item] = []
+        if body.items not in (None, []):
+            items = checked(request, [], body.items, body.notes)
+        conversation_id = f"{PREFIXES[KIND]}{secrets.token_hex(24)}"
         shown = {
-            "id": f"{PREFIXES[KIND]}{secrets.token_hex(24)}",
+            "id": conversation_id,
             "object": KIND,
             "created_at": int(time.time()),
             "metadata": body.metadata or {},
         }
-        stored.keep(request, shown["id"], msgspec.json.encode(shown), items, items)
+        stored.keep(request, conversation_id, msgspec.json.encode(shown), items, items)
         return json_response(shown)
 
     @router.get(PATH, response_class=Response)

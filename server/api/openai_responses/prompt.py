@@ -96,19 +96,21 @@ async def fitted(runtime: Runtime, chat: Chat, room: int) -> Chat:
     messages = chat.messages
     system = list(takewhile(lambda message: message["role"] == "system", messages))
     starts = [i for i, message in enumerate(messages) if message["role"] == "user"][1:]
-    chats = [replace(chat, messages=[*system, *messages[i:]]) for i in starts]
+
+    def later(start: int) -> Chat:
+        return replace(chat, messages=[*system, *messages[start:]])
 
     async def fits(chat: Chat) -> bool:
         token_ids, _ = await encode_chat(runtime, chat)
         return len(token_ids) <= room
 
-    if not chats or await fits(chat):
+    if not starts or await fits(chat):
         return chat
-    low, high = 0, len(chats) - 1
+    low, high = 0, len(starts) - 1
     while low < high:
         middle = (low + high) // 2
-        if await fits(chats[middle]):
+        if await fits(later(starts[middle])):
             high = middle
         else:
             low = middle + 1
-    return chats[low]
+    return later(starts[low])

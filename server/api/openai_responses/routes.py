@@ -32,8 +32,8 @@ def routes(runtime: Runtime) -> APIRouter:
         body = await runtime.parse(request, ResponsesBody)
         deadline = runtime.deadline(request, None)
         served = runtime.served(body.model)
-        asked = read_prompt(runtime, served, stored, request, body, body.input)
         model = runtime.require_text_model()
+        asked = read_prompt(runtime, served, stored, request, body, body.input)
         thinks = runtime.answers.thoughts is not None
         if body.shows_logprobs and (asked.chat.use.names or thinks):
             raise bad_request(
@@ -61,8 +61,8 @@ def routes(runtime: Runtime) -> APIRouter:
         """The tokens of the prompt that /v1/responses would have."""
         body = await runtime.parse(request, CountBody)
         served = runtime.served(body.model or runtime.model_name)
-        asked = read_prompt(runtime, served, stored, request, body, body.input)
-        model, chat = runtime.require_text_model(), asked.chat
+        model = runtime.require_text_model()
+        chat = read_prompt(runtime, served, stored, request, body, body.input).chat
         if body.truncation == "auto":
             chat = await fitted(runtime, chat, model.max_model_len - 1)
         token_ids, _ = await encode_chat(runtime, chat)

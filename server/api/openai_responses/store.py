@@ -37,7 +37,8 @@ class Entry:
     def item_list(self) -> list[Item]:
         """The items, and an answer's own."""
         items: list[Item] = msgspec.json.decode(self.items)
-        return items + msgspec.json.decode(self.body).get("output", [])
+        items += msgspec.json.decode(self.body).get("output", [])
+        return items
 
 
 class ResponseStore:

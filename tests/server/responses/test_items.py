@@ -111,6 +111,17 @@ async def test_reasoning_items(history):
     assert [message["role"] for message in messages] == ["user", "assistant", "tool"]
     assert messages[1]["reasoning"] == "Hm."
     assert ignored == {"input[].encrypted_content"}
+    content = empty | {"content": [{"type": "reasoning_text", "text": "Oh."}]}
+    messages, _ = await history(ASKED, summary, content, {"role": "assistant", "content": "Yes."})
+    assert [message["content"] for message in messages] == ["hi", "Yes."]
+    assert messages[1]["reasoning"] == messages[1]["reasoning_content"] == "Hm.\nOh."
+
+
+async def test_developer_messages_side_by_side_are_one(history):
+    rules = [{"role": "developer", "content": "One."}, {"role": "system", "content": "Two."}]
+    messages, _ = await history(*rules, ASKED, instructions="None.")
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert messages[0]["content"] == "None.\n\nOne.\n\nTwo."
 
 
 async def test_results_come_right_behind_their_calls(history):

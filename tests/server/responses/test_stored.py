@@ -238,3 +238,17 @@ async def test_conversations_are_kept_apart_by_key_and_from_answers(ask, build, 
             assert response.status_code == 404
         response = await http.post(f"{CONVERSATIONS}/{made}/items", json={"items": "x"})
         assert response.status_code == 404
+
+
+ODD = (1, "x", [], {}, [1], [[]], [None], [{}], {"type": []}, [{"type": []}], [{"id": {}}])
+
+
+async def test_odd_values_are_no_internal_errors(build, connect):
+    app = build()
+    async with connect(app) as http:
+        made = (await http.post(CONVERSATIONS, json={})).json()["id"]
+        for path in ("", f"/{made}", f"/{made}/items"):
+            for field in ("items", "metadata"):
+                for value in ODD:
+                    response = await http.post(CONVERSATIONS + path, json={field: value})
+                    assert response.status_code < 500, (path, field, value)
