@@ -184,7 +184,9 @@ def texts(content: Any, path: str, notes: Notes) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str):
             raise invalid(where, "must be an object with a type")
-        if kind in TEXTS or kind == "refusal":
+        if kind in TEXTS and len(part) == 2 and isinstance(part.get("text"), str):
+            found.append(part["text"])  # there may be many
+        elif kind in TEXTS or kind == "refusal":
             body = body_at(PartBody, part, where, notes)
             key = "refusal" if kind == "refusal" else "text"
             if (text := getattr(body, key)) is None:

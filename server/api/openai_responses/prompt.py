@@ -43,7 +43,7 @@ def read_prompt(
     """The chat of a body with the input ``given``; raises APIError."""
     settings, notes = runtime.settings, body.notes
     tools = offered_tools(body.tools, settings, notes)
-    choice = tools.choice(body.tool_choice, notes)
+    choice = tools.choice(body.tool_choice, settings, notes)
     use = use_of(tools.functions, choice, body.parallel_tool_calls, runtime.answers)
     earlier = _earlier(stored, request, body)
     new = item_list(given, "input", settings)

@@ -106,34 +106,37 @@ class OfferedTools:
         """The tool that a model calls so."""
         return self.by_name.get(shown, Offered(shown, shown))
 
-    def choice(self, value: Any, notes: Notes) -> ToolChoice:
+    def choice(self, value: Any, settings: ServerSettings, notes: Notes) -> ToolChoice:
         """What ``tool_choice`` says; raises APIError."""
         path = "tool_choice"
         if value is None or isinstance(value, str):
             choice = checked_choice(value, nested=False)
             if choice.mode == "required" and self.left_out and not self.functions:
-                raise _not_run(path, next(iter(sorted(self.left_out))))
+                raise _not_run(path, min(self.left_out))
             return choice
         chosen = body_at(ChosenBody, value, path, notes)
-        if chosen.type != "allowed_tools":
-            return ToolChoice("required", [self._named(chosen, path)], once=True)
+        if chosen.type == "allowed_tools":
+            return self._allowed(chosen, settings, notes)
+        return ToolChoice("required", [self._named(chosen, path)], once=True)
+
+    def _allowed(self, chosen: ChosenBody, settings: ServerSettings, notes: Notes) -> ToolChoice:
+        path, tools = "tool_choice.tools", chosen.tools
         if chosen.mode is None:
-            raise invalid(f"{path}.mode", 'must be "auto" or "required"')
-        if not isinstance(chosen.tools, list) or not chosen.tools:
-            raise invalid(f"{path}.tools", "must be a list of tools")
+            raise invalid("tool_choice.mode", 'must be "auto" or "required"')
+        if not isinstance(tools, list) or not 1 <= len(tools) <= settings.max_tools:
+            raise invalid(path, f"must be a list of 1 to {settings.max_tools} tools")
         names: list[str] = []
-        for i, tool in enumerate(chosen.tools):
-            where = f"{path}.tools[{i}]"
-            allowed = body_at(ChosenBody, tool, where, notes)
+        for i, tool in enumerate(tools):
+            allowed = body_at(ChosenBody, tool, f"{path}[{i}]", notes)
             if allowed.type in ("function", "custom"):
-                names.append(self._named(allowed, where))
+                names.append(self._named(allowed, f"{path}[{i}]"))
             else:
-                notes.ignore(f"{where}.type={allowed.type[:40]}")
-        if not names:
-            if chosen.mode == "required":
-                raise _not_run(path, chosen.tools[0]["type"])
-            return ToolChoice("none")
-        return ToolChoice(chosen.mode, names)
+                notes.ignore(f"{path}[{i}].type={allowed.type[:40]}")
+        if names:
+            return ToolChoice(chosen.mode, names)
+        if chosen.mode == "required":
+            raise _not_run("tool_choice", tools[0]["type"])
+        return ToolChoice("none")
 
     def _named(self, chosen: ChosenBody, path: str) -> str:
         """The model's name of a tool that is chosen."""
@@ -242,19 +245,6 @@ def _custom(tool: CustomBody, path: str, notes: Notes) -> Function:
         },
         "strict": strict,
     }
-
-
-def custom_input(arguments: str) -> str:
-    """The input of a custom tool, out of the arguments that the model wrote; these, where there is
-    none in them."""
-    try:
-        return msgspec.json.decode(arguments, type=_Input).input
-    except (msgspec.MsgspecError, RecursionError):
-        return arguments
-
-
-class _Input(msgspec.Struct):
-    input: str
 
 
 def _not_run(path: str, kind: str) -> APIError:

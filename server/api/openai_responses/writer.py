@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 
 from headstart.server.api.choices.logprobs import chat_logprobs
+from headstart.server.api.openai_responses.custom_input import InputReader, custom_input
 from headstart.server.api.openai_responses.items import new_id
 from headstart.server.api.openai_responses.store import Item
-from headstart.server.api.openai_responses.tools import Offered, OfferedTools, custom_input
+from headstart.server.api.openai_responses.tools import Offered, OfferedTools
 from headstart.server.http.errors import APIError
 from headstart.server.http.reply import Choice, Format, Usage
 from headstart.server.text.answer import Part, Text
@@ -48,6 +49,7 @@ class ResponseFormat(Format):
         self._shows_logprobs = logprobs
         self._keep = keep
         self._blocks = Blocks()
+        self._input = InputReader()  # of the custom tool that is being called
         self._ids: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
         self._number = 0
@@ -158,10 +160,10 @@ class ResponseFormat(Format):
         item |= {"call_id": block.call_id, "name": tool.name}
         if tool.namespace is not None:
             item["namespace"] = tool.namespace
+        given = "" if begun else block.text
         if tool.custom:
-            given = "" if begun else custom_input(block.text)
-            return item | {"type": "custom_tool_call", "input": given}
-        return item | {"type": "function_call", "arguments": block.text}
+            return item | {"type": "custom_tool_call", "input": custom_input(given)}
+        return item | {"type": "function_call", "arguments": given}
 
     def _part(self, block: Block, *, begun: bool = False) -> dict[str, Any]:
         text = "" if begun else block.text
@@ -177,8 +179,7 @@ class ResponseFormat(Format):
         if change == "opened":
             return self._opened(block)
         if tool is not None and tool.custom:
-            # The input is known once the arguments that it is written in are complete.
-            return self._custom_closed(block) if change == "closed" else b""
+            return self._input_events(step)
         kind, place = self._kind(block), self._place(block)
         if change == "grown":
             of_text = {"logprobs": logprobs} if block.kind == "text" else {}
@@ -197,6 +198,7 @@ class ResponseFormat(Format):
         return events + self._item_done(block)
 
     def _opened(self, block: Block) -> bytes:
+        self._input = InputReader()
         item = self._item(block, "in_progress", begun=True)
         added = {"output_index": block.index, "item": item}
         events = self._event("response.output_item.added", added)
@@ -205,15 +207,17 @@ class ResponseFormat(Format):
             events += self._event("response.content_part.added", begun)
         return events
 
-    def _custom_closed(self, block: Block) -> bytes:
+    def _input_events(self, step: Step) -> bytes:
+        change, block, text = step
         kind, place = "response.custom_tool_call_input", self._place(block)
-        given = custom_input(block.text)
-        return b"".join(
-            (
-                self._event(f"{kind}.delta", place | {"delta": given}) if given else b"",
-                self._event(f"{kind}.done", place | {"input": given}),
-                self._item_done(block),
-            )
+        if change == "grown":
+            new = self._input.push(text)
+            return self._event(f"{kind}.delta", place | {"delta": new}) if new else b""
+        given, told = custom_input(block.text), self._input.read or ""
+        rest = given[len(told) :] if given.startswith(told) else ""
+        events = self._event(f"{kind}.delta", place | {"delta": rest}) if rest else b""
+        return (
+            events + self._event(f"{kind}.done", place | {"input": given}) + self._item_done(block)
         )
 
     def _item_done(self, block: Block) -> bytes:

@@ -102,6 +102,8 @@ async def test_a_stream_tells_what_the_whole_answer_says(ask, engine, per_output
         own = [event for event in events if event.get("output_index") == i]
         assert own[0]["type"] == "response.output_item.added"
         assert own[0]["item"]["status"] == "in_progress"
+        assert not own[0]["item"].get("content")
+        assert not own[0]["item"].get("arguments")
         assert own[-1]["type"] == "response.output_item.done"
         assert own[-1]["item"] == final["output"][i]
         assert {e["item_id"] for e in own if "item_id" in e} == {final["output"][i]["id"]}

@@ -7,6 +7,8 @@ import json
 import pytest
 from openai.types.responses import Response
 
+from headstart.server.api.openai_responses.custom_input import InputReader, custom_input
+
 LOOK = {"type": "function", "name": "look", "parameters": {"type": "object"}}
 PATCH = {"type": "custom", "name": "patch", "description": "Changes a file."}
 MAPS = {
@@ -36,23 +38,61 @@ async def test_a_custom_tool_is_a_function_of_its_input(ask, build, shown_tools,
     assert ignored(response) == set()
 
 
-@pytest.mark.parametrize("per_output", [1, 50])
+@pytest.mark.parametrize("per_output", [1, 3, 50])
 async def test_the_events_of_a_custom_call(ask, engine, events_of, per_output):
     engine.per_output = per_output
     text = "I do. " + call("patch", {"input": INPUT})
     events = events_of((await ask(text, tools=[PATCH], stream=True)).text)
-    own = [event for event in events if event.get("output_index") == 1]
-    assert [event["type"] for event in own] == [
-        "response.output_item.added",
-        "response.custom_tool_call_input.delta",
-        "response.custom_tool_call_input.done",
-        "response.output_item.done",
-    ]
-    added, delta, done, ended = own
+    added, *deltas, done, ended = [event for event in events if event.get("output_index") == 1]
     assert (added["item"]["type"], added["item"]["input"]) == ("custom_tool_call", "")
-    assert delta["delta"] == done["input"] == ended["item"]["input"] == INPUT
-    assert {added["item"]["id"], delta["item_id"], done["item_id"]} == {ended["item"]["id"]}
+    assert {delta["type"] for delta in deltas} == {"response.custom_tool_call_input.delta"}
+    assert (len(deltas) > 1) == (per_output < 50)
+    assert done["type"] == "response.custom_tool_call_input.done"
+    assert ended["type"] == "response.output_item.done"
+    assert "".join(delta["delta"] for delta in deltas) == INPUT
+    assert done["input"] == ended["item"]["input"] == INPUT
+    assert {added["item"]["id"], done["item_id"]} == {ended["item"]["id"]}
     assert ended["item"] == events[-1]["response"]["output"][1]
+
+
+async def test_a_custom_call_that_is_cut(ask, events_of):
+    cut = call("patch", {"input": INPUT})
+    cut = cut[: cut.index("and")]
+    tokens = {"tools": [PATCH], "tool_choice": "auto"}
+    whole = (await ask(cut, **tokens)).json()["output"]
+    assert whole[0]["input"] == 'say "hi"\n'
+    events = events_of((await ask(cut, stream=True, **tokens)).text)
+    deltas = [event["delta"] for event in events if event["type"].endswith("input.delta")]
+    assert "".join(deltas) == whole[0]["input"]
+
+
+TEXTS = ("", "plain", 'a "b" \\ / \n\t\x01', "é😀\u2028", "\\u00e9 \\\\", "{}[]")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+@pytest.mark.parametrize("ascii", [True, False])
+def test_an_input_is_read_as_it_grows(text, size, ascii):
+    arguments = json.dumps({"input": text}, ensure_ascii=ascii)
+    reader = InputReader()
+    pieces = [reader.push(arguments[i : i + size]) for i in range(0, len(arguments), size)]
+    assert "".join(pieces) == reader.read == custom_input(arguments) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ('{"input": "a\\ud83d', "a"),
+        ('{"input": "a\\udc00 b"}', "a"),
+        ('{"input": "a\\', "a"),
+        ('{"other": 1, "input": "a"}', "a"),
+        ('{"inp', '{"inp'),
+        ("[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_inputs_that_are_wrong(arguments, given):
+    assert custom_input(arguments) == given
+    given.encode()
 
 
 @pytest.mark.parametrize("arguments", [{"text": "x"}, {"input": 1}, {}])
