@@ -14,7 +14,13 @@ from headstart.server.api.anthropic_messages.routes import CountTokensBody, Mess
 from headstart.server.api.fields import StreamOptions
 from headstart.server.api.openai_chat.routes import ChatBody, ChatMessage
 from headstart.server.api.openai_completions.routes import CompletionBody
-from headstart.server.api.openai_responses.body import ReasoningBody, ResponsesBody, TextBody
+from headstart.server.api.openai_responses.body import (
+    CountBody,
+    ReasoningBody,
+    ResponsesBody,
+    TextBody,
+)
+from headstart.server.api.openai_responses.conversations import ConversationCreateBody, ItemsBody
 from headstart.server.api.pooling.embeddings import EmbeddingBody
 from headstart.server.api.pooling.score import RerankBody, ScoreBody
 from headstart.server.api.tokens import ApplyTemplateBody, DetokenizeBody, TokenizeBody
@@ -27,6 +33,9 @@ SECTIONS: tuple[tuple[str, type[Body]], ...] = (
     ("/v1/responses", ResponsesBody),
     ("reasoning", ReasoningBody),
     ("text", TextBody),
+    ("/v1/responses/input_tokens", CountBody),
+    ("/v1/conversations", ConversationCreateBody),
+    ("/v1/conversations/{conversation_id}/items", ItemsBody),
     ("/v1/messages", MessagesBody),
     ("/v1/messages/count_tokens", CountTokensBody),
     ("stream_options", StreamOptions),

@@ -71,9 +71,10 @@ class ConversationBody(Body):
 
 
 class PromptBody(Body):
-    """What a prompt is made of. ``truncation``: "auto" drops the oldest turns of a prompt that does
-    not fit."""
+    """What a prompt is made of. ``input`` may be missing where there is a conversation to answer.
+    ``truncation``: "auto" drops the oldest turns of a prompt that does not fit."""
 
+    input: InputField = None
     instructions: str | None = None
     tools: ToolsField = None
     tool_choice: ToolChoiceField = None
@@ -112,7 +113,6 @@ class PromptBody(Body):
 
 class CountBody(PromptBody):
     model: str | None = None
-    input: InputField = None
     personality: Ignored = None
 
 
@@ -120,7 +120,6 @@ class ResponsesBody(PromptBody, Described):
     """``include``: log-probabilities are shown, and the rest is ignored."""
 
     model: str
-    input: InputField
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None

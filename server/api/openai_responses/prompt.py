@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
 
 from starlette.requests import Request
 
@@ -38,15 +37,17 @@ class Asked:
 
 
 def read_prompt(
-    runtime: Runtime, served: Served, stored: Stored, request: Request, body: PromptBody, given: Any
+    runtime: Runtime, served: Served, stored: Stored, request: Request, body: PromptBody
 ) -> Asked:
-    """The chat of a body with the input ``given``; raises APIError."""
+    """The chat of a body; raises APIError."""
     settings, notes = runtime.settings, body.notes
     tools = offered_tools(body.tools, settings, notes)
     choice = tools.choice(body.tool_choice, settings, notes)
     use = use_of(tools.functions, choice, body.parallel_tool_calls, runtime.answers)
     earlier = _earlier(stored, request, body)
-    new = item_list(given, "input", settings)
+    if body.input is None and not earlier:
+        raise bad_request("input is required", "input", "missing_required_parameter")
+    new = [] if body.input is None else item_list(body.input, "input", settings)
     new = resolved(new, stored.items(request, references(new, "input")), "input")
     conversation = Conversation()
     add_items(conversation, [*earlier, *new], "input", notes)

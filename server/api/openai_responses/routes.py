@@ -33,7 +33,7 @@ def routes(runtime: Runtime) -> APIRouter:
         deadline = runtime.deadline(request, None)
         served = runtime.served(body.model)
         model = runtime.require_text_model()
-        asked = read_prompt(runtime, served, stored, request, body, body.input)
+        asked = read_prompt(runtime, served, stored, request, body)
         thinks = runtime.answers.thoughts is not None
         if body.shows_logprobs and (asked.chat.use.names or thinks):
             raise bad_request(
@@ -62,7 +62,7 @@ def routes(runtime: Runtime) -> APIRouter:
         body = await runtime.parse(request, CountBody)
         served = runtime.served(body.model or runtime.model_name)
         model = runtime.require_text_model()
-        chat = read_prompt(runtime, served, stored, request, body, body.input).chat
+        chat = read_prompt(runtime, served, stored, request, body).chat
         if body.truncation == "auto":
             chat = await fitted(runtime, chat, model.max_model_len - 1)
         token_ids, _ = await encode_chat(runtime, chat)

@@ -217,6 +217,20 @@ async def test_a_conversation(build, official, shown):
     assert (await client.responses.retrieve(answer.id)).id == answer.id
 
 
+async def test_what_is_stored_may_be_answered_without_an_input(ask, build, official, shown):
+    app = build()
+    client = official(app)
+    made = await client.conversations.create(items=[{"role": "user", "content": "one"}])
+    answer = await client.responses.create(model="tiny", conversation=made.id)
+    assert [message["content"] for message in shown(app)] == ["one"]
+    await client.responses.create(model="tiny", previous_response_id=answer.id)
+    assert [message["content"] for message in shown(app)] == ["one", "hello world"]
+    empty = await client.conversations.create()
+    for fields in ({}, {"conversation": empty.id}):
+        with pytest.raises(openai.BadRequestError, match="input is required"):
+            await client.responses.create(model="tiny", **fields)
+
+
 async def test_conversations_are_kept_apart_by_key_and_from_answers(ask, build, connect):
     app = build(keys=Keys.of(api=KEYS))
     async with connect(app, key=KEYS[0]) as http:
