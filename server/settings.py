@@ -40,8 +40,9 @@ class ServerSettings:
     template_timeout:   how long it may take, seconds (400)
     max_tools:          tools in one request
     max_tool_bytes:     one of them as JSON
-    max_stored_responses: answers of /v1/responses kept; the least recently used go
-    max_stored_bytes:   these, as JSON, with their conversations
+    max_stored_responses: answers of /v1/responses, and conversations, kept; the least recently
+                        used go
+    max_stored_bytes:   these, as JSON, with their items
     inline_chars:       longer texts are tokenised in a thread, so that streams are not held up
     segment_mask:       of chats that name none, "causal" or "turns"; None: as the model declares
     pooling:            of prompts to vectors, where none is named; None: as the model declares

@@ -21,7 +21,13 @@ from headstart.server.api.anthropic_messages.tools import Tool
 from headstart.server.api.fields import StreamOptions
 from headstart.server.api.openai_chat.routes import ChatBody, ChatMessage
 from headstart.server.api.openai_completions.routes import CompletionBody
-from headstart.server.api.openai_responses.routes import ReasoningBody, ResponsesBody
+from headstart.server.api.openai_responses.body import (
+    CountBody,
+    ReasoningBody,
+    ResponsesBody,
+    TextBody,
+)
+from headstart.server.api.openai_responses.conversations import ConversationCreateBody, ItemsBody
 from headstart.server.api.pooling.embeddings import EmbeddingBody
 from headstart.server.api.pooling.score import RerankBody, ScoreBody
 from headstart.server.api.tokens import ApplyTemplateBody, DetokenizeBody, TokenizeBody
@@ -33,6 +39,10 @@ SECTIONS: tuple[tuple[str, type[Body]], ...] = (
     ("/v1/completions", CompletionBody),
     ("/v1/responses", ResponsesBody),
     ("reasoning", ReasoningBody),
+    ("text", TextBody),
+    ("/v1/responses/input_tokens", CountBody),
+    ("/v1/conversations", ConversationCreateBody),
+    ("/v1/conversations/{conversation_id}/items", ItemsBody),
     ("/v1/messages", MessagesBody),
     ("/v1/messages/count_tokens", CountTokensBody),
     ("messages[] of /v1/messages", MessageBody),

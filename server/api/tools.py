@@ -282,6 +282,14 @@ def _checked_call(call: Any, path: str) -> dict[str, Any]:
     }
 
 
+def written_arguments(text: str) -> dict[str, Any] | str:
+    """Arguments as templates take them: an object, or what a model wrote that is none."""
+    try:
+        return parsed_arguments(text, "")
+    except APIError:
+        return text
+
+
 def arguments_object(text: str) -> dict[str, Any]:
     """Arguments that a model wrote; what is no object is kept as text, as Anthropic's documentation
     of streamed arguments has it: ``{"INVALID_JSON": text}``."""

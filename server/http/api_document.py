@@ -87,6 +87,8 @@ ANSWERS: dict[str, Schema] = {
     "/v1/load_lora_adapter": _object(id=_TEXT, object=_TEXT, parent=_TEXT, rank=_COUNT),
     "/v1/unload_lora_adapter": _object(id=_TEXT, deleted={"type": "boolean"}),
     "/v1/responses": _object(id=_TEXT, object=_TEXT, model=_TEXT, output=_LIST),
+    "/v1/responses/input_tokens": _object(object=_TEXT, input_tokens=_COUNT),
+    "/v1/conversations": _object(id=_TEXT, object=_TEXT, created_at=_COUNT),
     "/v1/messages": _object(id=_TEXT, type=_TEXT, role=_TEXT, content=_LIST, model=_TEXT),
     "/v1/messages/count_tokens": _object(input_tokens=_COUNT),
     "/tokenize": _object(

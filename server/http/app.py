@@ -24,6 +24,12 @@ from headstart.server.api.anthropic_messages import routes as messages
 from headstart.server.api.openai_chat import routes as chat
 from headstart.server.api.openai_completions import routes as completions
 from headstart.server.api.openai_responses import routes as responses
+from headstart.server.api.openai_responses.body import CountBody, ResponsesBody
+from headstart.server.api.openai_responses.conversations import (
+    ConversationCreateBody,
+    ItemsBody,
+    MetadataBody,
+)
 from headstart.server.api.pooling import embeddings, score
 from headstart.server.generation.defaults import OPENAI, GenerationDefaults
 from headstart.server.generation.engine_client import EngineClient
@@ -52,7 +58,11 @@ logger = logging.getLogger(__name__)
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": chat.ChatBody,
     "/v1/completions": completions.CompletionBody,
-    "/v1/responses": responses.ResponsesBody,
+    "/v1/responses": ResponsesBody,
+    "/v1/responses/input_tokens": CountBody,
+    "/v1/conversations": ConversationCreateBody,
+    "/v1/conversations/{conversation_id}": MetadataBody,
+    "/v1/conversations/{conversation_id}/items": ItemsBody,
     "/v1/messages": messages.MessagesBody,
     "/v1/messages/count_tokens": messages.CountTokensBody,
     "/v1/embeddings": embeddings.EmbeddingBody,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +9,10 @@ from typing import Any
 import msgspec
 
 from headstart.server.api.choices.logprobs import chat_logprobs
+from headstart.server.api.openai_responses.custom_input import InputReader, custom_input
+from headstart.server.api.openai_responses.items import new_id
+from headstart.server.api.openai_responses.store import Item
+from headstart.server.api.openai_responses.tools import Offered, OfferedTools
 from headstart.server.http.errors import APIError
 from headstart.server.http.reply import Choice, Format, Usage
 from headstart.server.text.answer import Part, Text
@@ -19,26 +22,34 @@ from headstart.server.text.tokenizer import Tokenizer
 
 encode = msgspec.json.encode
 
-Keep = Callable[[bytes, Sequence[Block]], None]
-"""Stores an answer: its JSON and its blocks."""
+Keep = Callable[[bytes, Sequence[Item]], None]
+"""Stores an answer: its JSON and its items."""
 
 _ITEM_IDS = {"text": "msg", "thought": "rs", "call": "fc"}
 
 
 class ResponseFormat(Format):
-    """``head``: the fields of the answer that are known before it. ``logprobs``: they are shown;
-    the answer is text and nothing else then. ``keep``: None for answers that are not stored."""
+    """``head``: the fields of the answer that are known before it. ``tools``: whose calls there may
+    be. ``logprobs``: they are shown; the answer is text and nothing else then."""
 
     every_token = False
 
     def __init__(
-        self, head: dict[str, Any], tokenizer: Tokenizer, *, logprobs: bool, keep: Keep | None
+        self,
+        head: dict[str, Any],
+        tools: OfferedTools,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        keep: Keep,
     ) -> None:
         self._head = head
+        self._tools = tools
         self._tokenizer = tokenizer
         self._shows_logprobs = logprobs
         self._keep = keep
         self._blocks = Blocks()
+        self._input = InputReader()  # of the custom tool that is being called
         self._ids: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
         self._number = 0
@@ -62,7 +73,7 @@ class ResponseFormat(Format):
 
     def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         response = self._finished(choices[0], usage)
-        self._store(encode(response))
+        self._keep(encode(response), response["output"])
         return self._event(f"response.{response['status']}", {"response": response})
 
     def failure(self, error: APIError) -> bytes:
@@ -82,18 +93,15 @@ class ResponseFormat(Format):
             for _ in self._blocks.push(part):
                 pass
         self._close(choice.finish_reason or "length")
-        body = encode(self._finished(choice, usage))
-        self._store(body)
+        response = self._finished(choice, usage)
+        body = encode(response)
+        self._keep(body, response["output"])
         return body
 
     def _close(self, reason: str) -> list[Step]:
         """The last steps. An answer of nothing is one empty text."""
         steps = [] if self._blocks.all else list(self._blocks.push(Text("")))
         return steps + list(self._blocks.close(cut=reason == "length"))
-
-    def _store(self, body: bytes) -> None:
-        if self._keep is not None:
-            self._keep(body, self._blocks.all)
 
     def _named(self, tokens: Sequence[Any]) -> list[dict[str, Any]]:
         if not self._shows_logprobs:
@@ -128,27 +136,34 @@ class ResponseFormat(Format):
             for block in self._blocks.all
         ]
 
+    def _called(self, block: Block) -> Offered | None:
+        """The tool that a block calls, if it is a call."""
+        return self._tools.tool(block.name) if block.kind == "call" else None
+
     def _item_id(self, block: Block) -> str:
         if block.index == len(self._ids):
-            self._ids.append(f"{_ITEM_IDS[block.kind]}_{secrets.token_hex(16)}")
+            tool = self._called(block)
+            prefix = "ctc" if tool is not None and tool.custom else _ITEM_IDS[block.kind]
+            self._ids.append(new_id(prefix))
         return self._ids[block.index]
 
-    def _item(self, block: Block, status: str, *, begun: bool = False) -> dict[str, Any]:
+    def _item(self, block: Block, status: str, *, begun: bool = False) -> Item:
         """``begun``: as it is at its beginning, without content."""
-        item: dict[str, Any] = {"id": self._item_id(block), "status": status}
+        item: Item = {"id": self._item_id(block), "status": status}
         content = [] if begun else [self._part(block)]
         match block.kind:
             case "text":
                 return item | {"type": "message", "role": "assistant", "content": content}
             case "thought":
                 return item | {"type": "reasoning", "summary": [], "content": content}
-            case "call":
-                return item | {
-                    "type": "function_call",
-                    "call_id": block.call_id,
-                    "name": block.name,
-                    "arguments": block.text,
-                }
+        tool = self._tools.tool(block.name)
+        item |= {"call_id": block.call_id, "name": tool.name}
+        if tool.namespace is not None:
+            item["namespace"] = tool.namespace
+        given = "" if begun else block.text
+        if tool.custom:
+            return item | {"type": "custom_tool_call", "input": custom_input(given)}
+        return item | {"type": "function_call", "arguments": given}
 
     def _part(self, block: Block, *, begun: bool = False) -> dict[str, Any]:
         text = "" if begun else block.text
@@ -160,44 +175,67 @@ class ResponseFormat(Format):
     def _step_events(self, step: Step, logprobs: list[dict[str, Any]]) -> bytes:
         """``logprobs``: of the text that is new."""
         change, block, text = step
-        where = {"item_id": self._item_id(block), "output_index": block.index}
-        part = where | {"content_index": 0}
-        kind = {
-            "text": "response.output_text",
-            "thought": "response.reasoning_text",
-            "call": "response.function_call_arguments",
-        }[block.kind]
-        place = where if block.kind == "call" else part
+        tool = self._called(block)
+        if change == "opened":
+            return self._opened(block)
+        if tool is not None and tool.custom:
+            return self._input_events(step)
+        kind, place = self._kind(block), self._place(block)
         if change == "grown":
             of_text = {"logprobs": logprobs} if block.kind == "text" else {}
             if not text and not logprobs:
                 return b""
             return self._event(f"{kind}.delta", place | {"delta": text} | of_text)
-        if change == "opened":
-            item = self._item(block, "in_progress", begun=True)
-            events = [
-                self._event(
-                    "response.output_item.added", {"output_index": block.index, "item": item}
-                )
-            ]
-            if block.kind != "call":
-                begun = part | {"part": self._part(block, begun=True)}
-                events.append(self._event("response.content_part.added", begun))
-            return b"".join(events)
-        match block.kind:
-            case "text":
-                done = {"text": block.text, "logprobs": self._logprobs}
-            case "thought":
-                done = {"text": block.text}
-            case "call":
-                done = {"name": block.name, "arguments": block.text}
-        events = [self._event(f"{kind}.done", place | done)]
+        done: dict[str, Any] = {"text": block.text}
+        if tool is not None:
+            done = {"name": tool.name, "arguments": block.text}
+        elif block.kind == "text":
+            done["logprobs"] = self._logprobs
+        events = self._event(f"{kind}.done", place | done)
+        if tool is None:
+            ended = place | {"part": self._part(block)}
+            events += self._event("response.content_part.done", ended)
+        return events + self._item_done(block)
+
+    def _opened(self, block: Block) -> bytes:
+        self._input = InputReader()
+        item = self._item(block, "in_progress", begun=True)
+        added = {"output_index": block.index, "item": item}
+        events = self._event("response.output_item.added", added)
         if block.kind != "call":
-            ended = part | {"part": self._part(block)}
-            events.append(self._event("response.content_part.done", ended))
+            begun = self._place(block) | {"part": self._part(block, begun=True)}
+            events += self._event("response.content_part.added", begun)
+        return events
+
+    def _input_events(self, step: Step) -> bytes:
+        change, block, text = step
+        kind, place = "response.custom_tool_call_input", self._place(block)
+        if change == "grown":
+            new = self._input.push(text)
+            return self._event(f"{kind}.delta", place | {"delta": new}) if new else b""
+        given, told = custom_input(block.text), self._input.read or ""
+        rest = given[len(told) :] if given.startswith(told) else ""
+        events = self._event(f"{kind}.delta", place | {"delta": rest}) if rest else b""
+        return (
+            events + self._event(f"{kind}.done", place | {"input": given}) + self._item_done(block)
+        )
+
+    def _item_done(self, block: Block) -> bytes:
         item = self._item(block, "completed" if block.whole else "incomplete")
         whole = {"output_index": block.index, "item": item}
-        return b"".join((*events, self._event("response.output_item.done", whole)))
+        return self._event("response.output_item.done", whole)
+
+    def _kind(self, block: Block) -> str:
+        """What events of its text are called."""
+        return {
+            "text": "response.output_text",
+            "thought": "response.reasoning_text",
+            "call": "response.function_call_arguments",
+        }[block.kind]
+
+    def _place(self, block: Block) -> dict[str, Any]:
+        where = {"item_id": self._item_id(block), "output_index": block.index}
+        return where if block.kind == "call" else where | {"content_index": 0}
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
         data = encode({"type": kind, "sequence_number": self._number} | fields)

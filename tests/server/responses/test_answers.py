@@ -1,24 +1,15 @@
-"""/v1/responses: items in and out, events, what is stored for whom; the official client."""
+"""/v1/responses: answers, their events, what is refused, what is ignored; the official client."""
 
 from __future__ import annotations
 
 import json
 
-import httpx
-import msgspec
 import openai
 import pydantic
 import pytest
-import tokenizers
 
-from headstart.server.api.openai_responses.routes import ResponsesBody
-from headstart.server.api.openai_responses.store import ResponseStore, StoredResponse
-from headstart.server.http.app import create_app
-from headstart.server.http.keys import Keys
-from headstart.server.settings import ServerSettings
-from headstart.server.text.tokenizer import Tokenizer
+from headstart.server.api.openai_responses.body import ResponsesBody
 
-URL = "/v1/responses"
 LOOK = {
     "type": "function",
     "name": "look",
@@ -34,86 +25,11 @@ LOOK = {
 ROME = '{"city": "Rome"}'
 CALL = f'<tool_call>\n{{"name": "look", "arguments": {ROME}}}\n</tool_call>'
 THOUGHT = "<think>\nThe fox.\n</think>\n\n"
-SHOWS_ALL = (
-    "{% if tools %}TOOLS {{ tools | tojson }} /TOOLS {# <tool_call> <think> #}{% endif %}"
+PLAIN = (
+    "{% if tools %}TOOLS {{ tools | tojson }} /TOOLS {# <tool_call> #}{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message | tojson }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-PLAIN = SHOWS_ALL.replace(" <think>", "")
-KEYS = ("first-key-of-sixteen", "second-key-of-sixteen")
-
-
-@pytest.fixture
-def build(engine, backend):
-    def make(template=SHOWS_ALL, **settings):
-        own = tokenizers.Tokenizer.from_str(backend.to_str())
-        engine.model = msgspec.structs.replace(engine.model, max_model_len=4096)
-        tokenizer = Tokenizer(own, special_tokens={"eos_token": "<|eos|>"}, chat_template=template)
-        return create_app(
-            engine, tokenizer, model_names=["tiny"], settings=ServerSettings(**settings)
-        )
-
-    return make
-
-
-@pytest.fixture
-def connect(engine):
-    """``async with connect(app, text)``: a client of an app whose model says ``text``."""
-
-    def make(app, text="hello world", key=""):
-        encode = app.state.runtime.tokenizer.encode
-        engine.answer = lambda _: encode(text, add_special_tokens=False)
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
-
-    return make
-
-
-@pytest.fixture
-def ask(build, connect):
-    async def send(text="hello world", /, *, app=None, key="", **fields):
-        app = app or build()
-        async with connect(app, text, key) as http:
-            response = await http.post(URL, json={"model": "tiny", "input": "hi"} | fields)
-        await app.state.runtime.grammars.close()
-        return response
-
-    return send
-
-
-@pytest.fixture
-def official(app_saying):
-    """The official client of an app whose model says ``text``."""
-
-    def make(app, text):
-        return openai.AsyncOpenAI(
-            base_url="http://test/v1",
-            api_key="none",
-            max_retries=0,
-            http_client=app_saying(app, text),
-        )
-
-    return make
-
-
-def shown(engine, app):
-    """The messages that the template wrote."""
-    text = app.state.runtime.tokenizer.decode_all(engine.added[-1].token_ids)
-    _, _, rest = text.rpartition(" /TOOLS ")
-    return [json.loads(part.split("<|im_end|>")[0]) for part in rest.split("<|im_start|>")[1:-1]]
-
-
-def events_of(body):
-    found = []
-    assert body.endswith("\n\n")
-    for number, block in enumerate(body[:-2].split("\n\n")):
-        first, second = block.split("\n")
-        event = json.loads(second.removeprefix("data: "))
-        assert first == f"event: {event['type']}"
-        assert event["sequence_number"] == number
-        found.append(event)
-    return found
 
 
 async def test_a_text(ask, engine):
@@ -144,7 +60,7 @@ async def test_an_answer_that_is_cut(ask, engine):
     assert engine.added[-1].params.max_tokens == 2
 
 
-async def test_items_become_messages(ask, engine, build):
+async def test_items_become_messages(ask, engine, build, shown):
     app = build()
     items = [
         {"role": "developer", "content": "Rules."},
@@ -158,7 +74,7 @@ async def test_items_become_messages(ask, engine, build):
     ]  # fmt: skip
     response = await ask(app=app, input=items, instructions="Be brief.", tools=[LOOK])
     assert response.status_code == 200, response.text
-    system, user, assistant, tool = shown(engine, app)
+    system, user, assistant, tool = shown(app)
     assert system == {"role": "system", "content": "Be brief.\n\nRules."}
     assert user == {"role": "user", "content": "Where?"}
     assert (assistant["content"], assistant["reasoning"]) == ("I look.", "Hm.")
@@ -167,7 +83,7 @@ async def test_items_become_messages(ask, engine, build):
 
 
 @pytest.mark.parametrize("per_output", [1, 3, 50])
-async def test_a_stream_tells_what_the_whole_answer_says(ask, engine, per_output):
+async def test_a_stream_tells_what_the_whole_answer_says(ask, engine, per_output, events_of):
     engine.per_output = per_output
     text = f"{THOUGHT}I look.\n{CALL}"
     whole = (await ask(text, tools=[LOOK])).json()
@@ -186,6 +102,8 @@ async def test_a_stream_tells_what_the_whole_answer_says(ask, engine, per_output
         own = [event for event in events if event.get("output_index") == i]
         assert own[0]["type"] == "response.output_item.added"
         assert own[0]["item"]["status"] == "in_progress"
+        assert not own[0]["item"].get("content")
+        assert not own[0]["item"].get("arguments")
         assert own[-1]["type"] == "response.output_item.done"
         assert own[-1]["item"] == final["output"][i]
         assert {e["item_id"] for e in own if "item_id" in e} == {final["output"][i]["id"]}
@@ -198,7 +116,7 @@ async def test_a_stream_tells_what_the_whole_answer_says(ask, engine, per_output
     assert final["output"][2]["arguments"] == ROME
 
 
-async def test_an_error_amid_a_stream(ask, engine):
+async def test_an_error_amid_a_stream(ask, engine, events_of):
     engine.fail_after = (2, RuntimeError("secret"))
     events = events_of((await ask(stream=True)).text)
     assert [event["type"] for event in events[-2:]] == ["error", "response.failed"]
@@ -207,7 +125,7 @@ async def test_an_error_amid_a_stream(ask, engine):
     assert "secret" not in json.dumps(events)
 
 
-async def test_log_probabilities(ask, build, engine):
+async def test_log_probabilities(ask, build, engine, events_of):
     fields = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     app = build(PLAIN)
     whole = (await ask(app=app, **fields)).json()["output"][0]["content"][0]["logprobs"]
@@ -219,80 +137,13 @@ async def test_log_probabilities(ask, build, engine):
     assert events[-1]["response"]["output"][0]["content"][0]["logprobs"] == whole
 
 
-async def test_an_answer_goes_on_from_a_stored_one(ask, engine, build, connect):
-    app = build()
-    asked = {"tools": [LOOK], "instructions": "Once.", "stream": True}
-    first = events_of((await ask(f"Yes. {CALL}", app=app, **asked)).text)[-1]["response"]
-    result = {"type": "function_call_output", "call_id": first["output"][1]["call_id"]}
-    second = (
-        await ask(
-            "rain",
-            app=app,
-            tools=[LOOK],
-            previous_response_id=first["id"],
-            input=[result | {"output": "wet"}],
-        )
-    ).json()
-    assert second["previous_response_id"] == first["id"]
-    messages = shown(engine, app)
-    assert [message["role"] for message in messages] == ["user", "assistant", "tool"]
-    assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
-    third = {"previous_response_id": second["id"], "input": "And now?", "store": False}
-    last = (await ask("x", app=app, tools=[LOOK], **third)).json()
-    assert [m["content"] for m in shown(engine, app)] == ["hi", "Yes.", "wet", "rain", "And now?"]
-    async with connect(app) as http:
-        assert (await http.get(f"{URL}/{second['id']}")).json() == second
-        assert (await http.get(f"{URL}/{first['id']}")).json() == first
-        assert (await http.get(f"{URL}/{last['id']}")).status_code == 404  # store: false
-        deleted = await http.delete(f"{URL}/{first['id']}")
-        assert deleted.json() == {"id": first["id"], "object": "response", "deleted": True}
-        assert (await http.delete(f"{URL}/{first['id']}")).status_code == 404
-    response = await ask(app=app, previous_response_id=first["id"])
-    assert (response.status_code, response.json()["error"]["param"]) == (
-        404,
-        "previous_response_id",
-    )
-
-
-async def test_answers_are_kept_apart_by_key(ask, build, connect):
-    app = build(keys=Keys.of(api=KEYS))
-    own = (await ask(app=app, key=KEYS[0])).json()["id"]
-    texts = []
-    for key, status in zip(KEYS, (200, 404), strict=True):
-        async with connect(app, key=key) as http:
-            response = await http.get(f"{URL}/{own}")
-            assert response.status_code == status
-            none = await http.get(f"{URL}/resp_none")
-            texts.append((response.text.replace(own, ""), none.text.replace("resp_none", "")))
-            if status == 404:
-                assert (await http.delete(f"{URL}/{own}")).status_code == 404
-        went_on = await ask(app=app, key=key, previous_response_id=own)
-        assert went_on.status_code == status
-    assert texts[1][0] == texts[1][1]  # as if it was not there
-
-
-def test_the_store_is_bounded():
-    store = ResponseStore(3, 100)
-    for i in range(5):
-        store.put(b"me", str(i), StoredResponse(b"x" * 10, b"y" * 10))
-        store.get(b"me", "2")
-    assert [i for i in range(5) if store.get(b"me", str(i))] == [2, 3, 4]
-    assert (len(store), store.num_bytes) == (3, 60)
-    store.put(b"me", "large", StoredResponse(b"x" * 50, b"y" * 10))
-    assert store.num_bytes == 100
-    assert store.get(b"me", "2") is None
-    store.put(b"me", "larger", StoredResponse(b"x" * 100, b"y"))
-    assert store.get(b"me", "larger") is None
-    assert store.get(b"me", "large") is not None
-    assert store.get(b"you", "large") is None
-    assert store.delete(b"me", "large")
-    assert store.num_bytes == 40
-
-
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"name": "look"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [LOOK, LOOK]}, "tools[1].name"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [LOOK], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.mode"),
@@ -315,7 +166,7 @@ def test_the_store_is_bounded():
         ({"input": []}, "input"),
         ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
             "input[0].content[0]",
@@ -324,17 +175,14 @@ def test_the_store_is_bounded():
             {"input": [{"type": "function_call_output", "call_id": "x", "output": ""}]},
             "input[0].call_id",
         ),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "middle"}, "truncation"),
         ({"background": True}, "background"),
-        ({"max_tool_calls": 1}, "max_tool_calls"),
-        ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
+        ({"prompt": {"id": "x"}, "background": True}, "background"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"conversation": {"name": "x"}}, "conversation.id"),
         ({"include": ["message.output_text.logprobs"], "tools": [LOOK]}, "include"),
-        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
-        ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
-        ({"text": {"verbosity": "high"}}, "text.verbosity"),
         ({"max_output_tokens": 100000}, "max_output_tokens"),
-        ({"n": 2}, "n"),
     ],
 )
 async def test_what_is_refused(ask, engine, fields, param):
@@ -342,6 +190,51 @@ async def test_what_is_refused(ask, engine, fields, param):
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
     assert not engine.added
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"max_tool_calls": 1, "client_metadata": {}}, {"max_tool_calls", "client_metadata"}),
+        (
+            {"include": ["reasoning.encrypted_content", "of.next.year"]},
+            {"include=reasoning.encrypted_content", "include=of.next.year"},
+        ),
+        ({"reasoning": {"effort": "high", "mode": "standard"}}, {"reasoning.effort"}),
+        ({"reasoning": {"summary": "auto"}}, {"reasoning.summary"}),
+        ({"text": {"verbosity": "high"}}, {"text.verbosity"}),
+        ({"text": {"verbosity": "medium"}, "service_tier": "auto", "background": False}, set()),
+        ({"n": 2, "service_tier": "flex"}, {"n", "service_tier"}),
+        ({"prompt_cache_key": "x", "prompt_cache_retention": "24h"},
+         {"prompt_cache_key", "prompt_cache_retention"}),
+        ({"stream_options": {"include_obfuscation": 1}}, {"stream_options.include_obfuscation"}),
+        ({"context_management": [{"type": "compaction"}], "moderation": {}},
+         {"context_management", "moderation"}),
+        ({"top_logprobs": 2}, {"top_logprobs"}),
+        ({"metadata": {"a": "b"}, "truncation": "disabled"}, set()),
+    ],
+)  # fmt: skip
+async def test_what_is_ignored(ask, ignored, fields, names):
+    response = await ask(**fields)
+    assert response.status_code == 200, response.text
+    assert ignored(response) == names
+
+
+async def test_unknown_fields_are_refused_where_that_is_asked_for(ask, build, engine):
+    app = build(unknown_fields="refuse")
+    nested = {"input": [{"role": "user", "content": "hi", "colour": "red"}]}
+    for fields, param in (({"n": 2}, "n"), (nested, "input[0].colour")):
+        response = await ask(app=app, **fields)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert not engine.added
+    response = await ask(app=app, include=["of.next.year"], tools=[{"type": "web_search"}])
+    assert response.status_code == 200, response.text
+
+
+async def test_everything_refused_is_named_at_once(ask):
+    error = (await ask(background=True, prompt={"id": "x"})).json()["error"]
+    assert "background is not supported" in error["message"]
+    assert "prompt is not supported" in error["message"]
 
 
 ODD = (1, "x", [], {}, [1], [[]], [None], [{}], {"type": []}, {"type": {}}, {"format": 1})
@@ -410,4 +303,3 @@ async def test_the_official_client_parses_a_schema(build, official, engine):
         grammar = engine.added[-1].params.grammar
         assert ("hear" in grammar, "look" in grammar) == (True, False)
         assert ("TEXT" in grammar) == (mode == "auto")
-    await app.state.runtime.grammars.close()
