@@ -24,7 +24,7 @@ from headstart.server.api.anthropic_messages import routes as messages
 from headstart.server.api.openai_chat import routes as chat
 from headstart.server.api.openai_completions import routes as completions
 from headstart.server.api.openai_responses import routes as responses
-from headstart.server.api.pooling import embeddings, score
+from headstart.server.api.pooling import cohere_embed, embeddings, score
 from headstart.server.generation.defaults import OPENAI, GenerationDefaults
 from headstart.server.generation.engine_client import EngineClient
 from headstart.server.http.access_log import IGNORED, REQUEST_ID, AccessLog, request_id
@@ -49,6 +49,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/messages": messages.MessagesBody,
     "/v1/messages/count_tokens": messages.CountTokensBody,
     "/v1/embeddings": embeddings.EmbeddingBody,
+    "/v2/embed": cohere_embed.CohereEmbedBody,
     "/v1/score": score.ScoreBody,
     "/v1/rerank": score.RerankBody,
     "/v1/load_lora_adapter": adapters.LoadAdapterBody,
@@ -134,6 +135,7 @@ def create_app(
         chat,
         completions,
         embeddings,
+        cohere_embed,
         score,
         adapters,
         tokens,

@@ -82,6 +82,25 @@ class APIError(Exception):
         )
 
 
+class ContextLengthError(APIError):
+    """A 400 for a prompt that leaves no room for an answer. Clients that compact their chats, or
+    cut them, know it by its code and these words."""
+
+    def __init__(self, num_tokens: int, limit: int, param: str, remedy: str = "") -> None:
+        super().__init__(
+            400,
+            f"{param}: the prompt has {num_tokens} tokens; this model's maximum context length is "
+            f"{limit} tokens, the answer included{remedy}",
+            param=param,
+            code="context_length_exceeded",
+        )
+        self._told = f"prompt is too long: {num_tokens} tokens > {limit} maximum"
+
+    def anthropic_body(self) -> bytes:
+        error = {"type": "invalid_request_error", "message": f"{self._told}; {self.message}"}
+        return msgspec.json.encode({"type": "error", "error": error})
+
+
 def error_response(error: APIError, path: str) -> Response:
     """The error as a response that has not started yet, in the words of the API at ``path``."""
     anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
@@ -157,6 +176,8 @@ def from_validation(error: ValidationError, at: str = "") -> APIError:
         return bad_request("the body must be a JSON object", code="invalid_type")
     if first["type"] == "missing":
         return bad_request(f"{path} is required", path, "missing_required_parameter")
+    if first["type"] == "model_type":  # pydantic's words name a Python class
+        return bad_request(f"{path} must be an object", path, "invalid_value")
     return bad_request(f"{path}: {first['msg']}", path, "invalid_value")
 
 

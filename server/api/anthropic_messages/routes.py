@@ -15,11 +15,11 @@ from headstart.server.api.anthropic_messages.blocks import add_message, text_of
 from headstart.server.api.anthropic_messages.writer import MessageFormat
 from headstart.server.api.fields import (
     INT32_MAX,
+    ContentField,
     StringsField,
     checked_stops,
     fit_max_tokens,
 )
-from headstart.server.api.openai_chat.routes import ContentField
 from headstart.server.api.openai_responses.conversation import Conversation
 from headstart.server.api.segment_mask import NOT_DECLARED
 from headstart.server.api.tools import (
