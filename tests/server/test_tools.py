@@ -419,7 +419,7 @@ def function(**fields):
         ({"tools": [{"type": "x"}]}, "tools[0].type", "'function' or 'custom'"),
         ({"tools": function(name="a b")}, "tools[0].function.name", "1 to 128 characters"),
         ({"tools": function(name="a" * 129)}, "tools[0].function.name", "1 to 128 characters"),
-        ({"tools": function(parameters=[])}, "tools[0].function.parameters", "dictionary"),
+        ({"tools": function(parameters=[])}, "tools[0].function.parameters", "an object"),
         (
             {"tools": function(parameters={"type": "string"})},
             "tools[0].function.parameters",
@@ -625,7 +625,7 @@ async def test_what_is_continued_is_echoed_before_calls(ask, build):
         ('{"city": "Ro', '{"city": "Ro'),
         ("[1]", "[1]"),
         ('{"a": "\\ud800"}', '{"a": "\\ud800"}'),
-        ('{"a": ' * 900, '{"a": ' * 900),
+        ('{"a": ' * 300, '{"a": ' * 300),
         ("no JSON", "no JSON"),
         ('{"a": [1]}', {"a": [1]}),
         (" ", {}),
