@@ -308,7 +308,6 @@ async def test_tokens_are_counted_as_messages_uses_them(ask, build):
         ({"stop_sequences": "x"}, "stop_sequences"),
         ({"container": "x"}, "container"),
         ({"service_tier": "priority"}, "service_tier"),
-        ({"max_tokens": 100000}, "max_tokens"),
         ({"n": 2}, "n is not a known field"),
         ({"temperature": 9.0}, "temperature"),
     ],

@@ -333,7 +333,6 @@ def test_the_store_is_bounded():
         ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"verbosity": "high"}}, "text.verbosity"),
-        ({"max_output_tokens": 100000}, "max_output_tokens"),
         ({"n": 2}, "n"),
     ],
 )
