@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
@@ -403,6 +403,3 @@ def fit_max_tokens(
         raise ContextLengthError(num_prompt, model.max_model_len, prompt_param)
     wanted = default if max_tokens in (None, NO_LIMIT) else max_tokens
     return room if wanted is None else min(room, wanted)
-
-
-Role = Literal["system", "developer", "user", "assistant", "tool"]

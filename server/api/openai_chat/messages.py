@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field, PrivateAttr, WithJsonSchema
 
-from headstart.server.api.fields import Ignored, Role
+from headstart.server.api.fields import Ignored
 from headstart.server.api.openai_chat.tools import ToolCallList
 from headstart.server.http.errors import bad_request
 from headstart.server.http.policy import Advisory, Body, Notes, Refused, body_at
 from headstart.server.settings import ServerSettings
 from headstart.server.text.templates import Message
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 def _part_schema(kind: str) -> dict[str, Any]:
