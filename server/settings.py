@@ -18,7 +18,9 @@ class ServerSettings:
 
     max_body_bytes:     request body, bytes (413)
     max_n:              ``n``
-    max_prompts:        prompts, or texts to compare, in one request
+    max_prompts:        prompts of one completion
+    max_texts:          texts to embed, compare or rank in one request
+    max_text_contexts:  tokens of these, in contexts of the model
     max_choices:        prompts times ``n``
     max_messages:       messages in one chat
     max_stop:           stop strings
@@ -60,6 +62,8 @@ class ServerSettings:
     max_body_bytes: int = 8 * MIB
     max_n: int = 16
     max_prompts: int = 64
+    max_texts: int = 2048
+    max_text_contexts: int = 64
     max_choices: int = 128
     max_messages: int = 4096
     max_stop: int = 64

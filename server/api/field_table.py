@@ -19,7 +19,11 @@ from headstart.server.api.anthropic_messages.routes import (
 )
 from headstart.server.api.anthropic_messages.tools import Tool
 from headstart.server.api.fields import StreamOptions
-from headstart.server.api.openai_chat.routes import ChatBody, ChatMessage
+from headstart.server.api.openai_chat import tools as chat_tools
+from headstart.server.api.openai_chat.messages import ChatMessage, RefusalPart, TextPart
+from headstart.server.api.openai_chat.rendering import Document as ChatDocument
+from headstart.server.api.openai_chat.rendering import ReasoningOptions
+from headstart.server.api.openai_chat.routes import ChatBody
 from headstart.server.api.openai_completions.routes import CompletionBody
 from headstart.server.api.openai_responses.body import (
     CountBody,
@@ -28,14 +32,32 @@ from headstart.server.api.openai_responses.body import (
     TextBody,
 )
 from headstart.server.api.openai_responses.conversations import ConversationCreateBody, ItemsBody
+from headstart.server.api.pooling.cohere_embed import CohereEmbedBody
 from headstart.server.api.pooling.embeddings import EmbeddingBody
+from headstart.server.api.pooling.score import Document as RankedDocument
 from headstart.server.api.pooling.score import RerankBody, ScoreBody
 from headstart.server.api.tokens import ApplyTemplateBody, DetokenizeBody, TokenizeBody
-from headstart.server.http.policy import Body, Refused, policies
+from headstart.server.generation.structure import (
+    JsonSchemaFormat,
+    ResponseFormat,
+    StructuredOutputs,
+)
+from headstart.server.http.policy import Body, Refused, field_names, policies
 
 SECTIONS: tuple[tuple[str, type[Body]], ...] = (
     ("/v1/chat/completions", ChatBody),
     ("messages[]", ChatMessage),
+    ("messages[].content[], text", TextPart),
+    ("messages[].content[], refusal", RefusalPart),
+    ("messages[].tool_calls[]", chat_tools.ToolCall),
+    ("tools[]", chat_tools.Tool),
+    ("tools[].function", chat_tools.FunctionBody),
+    ("tools[].custom", chat_tools.CustomTool),
+    ("response_format", ResponseFormat),
+    ("response_format.json_schema", JsonSchemaFormat),
+    ("structured_outputs", StructuredOutputs),
+    ("documents[]", ChatDocument),
+    ("reasoning, in chats", ReasoningOptions),
     ("/v1/completions", CompletionBody),
     ("/v1/responses", ResponsesBody),
     ("reasoning", ReasoningBody),
@@ -51,8 +73,10 @@ SECTIONS: tuple[tuple[str, type[Body]], ...] = (
     ("output_config", OutputConfig),
     ("stream_options", StreamOptions),
     ("/v1/embeddings", EmbeddingBody),
+    ("/v2/embed", CohereEmbedBody),
     ("/v1/score", ScoreBody),
     ("/v1/rerank", RerankBody),
+    ("documents[], in ranks", RankedDocument),
     ("/v1/load_lora_adapter", LoadAdapterBody),
     ("/v1/unload_lora_adapter", UnloadAdapterBody),
     ("/tokenize", TokenizeBody),
@@ -76,7 +100,7 @@ def field_tables() -> str:
 
 
 def _table(title: str, body: type[Body]) -> str:
-    rows = dict.fromkeys(body.model_fields, "supported")
+    rows = dict.fromkeys(field_names(body), "supported")
     for name, policy in policies(body).items():
         rows[name] = "ignored"
         if isinstance(policy, Refused):

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
-from headstart.engine.errors import RequestError
 from headstart.engine.process.messages import ModelInfo
 from headstart.engine.sampling.params import MAX_LOGPROBS, SamplingParams
 from headstart.server.api.choices.shown import Shown
 from headstart.server.generation.structure import (
     AnyField,
-    ObjectField,
+    ResponseFormat,
     Structure,
-    asked_structures,
+    StructuredOutputs,
     guided_structure,
-    response_structure,
 )
 from headstart.server.http.access_log import REQUEST_ID_PATTERN
-from headstart.server.http.errors import bad_request
+from headstart.server.http.errors import ContextLengthError, bad_request
 from headstart.server.http.policy import Advisory, Body, Refused
 from headstart.server.http.runtime import Runtime
 from headstart.server.settings import ServerSettings
@@ -77,6 +75,18 @@ StringsField = Annotated[
 ]
 
 
+ContentField = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+        mode="validation",
+    ),
+]
+
+
+NO_LIMIT = -1
+"""As ``max_tokens``: as many as there is room for."""
+MaxTokens = Annotated[int, Field(ge=NO_LIMIT)]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Truncation = Annotated[int, Field(ge=-1, le=INT32_MAX)]
 
@@ -102,7 +112,7 @@ class GenerationBody(Described):
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Truncation | None = None
     prompt_logprobs: LogprobCount | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: MaxTokens | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
@@ -112,8 +122,8 @@ class GenerationBody(Described):
     frequency_penalty: float | None = None
     seed: Annotated[int, Field(ge=-SEED_RANGE, lt=SEED_RANGE)] | None = None
     logit_bias: LogitBiasField = None
-    response_format: ObjectField = None
-    structured_outputs: ObjectField = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     guided_json: AnyField = None
     guided_regex: str | None = None
     guided_choice: StringsField = None
@@ -206,14 +216,18 @@ class GenerationBody(Described):
                 "truncate_prompt_tokens and segment_mask cannot be combined",
                 "truncate_prompt_tokens",
             )
-        room = max(model.max_model_len - (max_tokens or 1), 1)
+        fits = max_tokens is not None and 0 < max_tokens < model.max_model_len
+        room = model.max_model_len - (max_tokens if max_tokens and fits else 1)
         return truncated(token_ids, self.truncate_prompt_tokens, room)
 
     def structure(self, settings: ServerSettings) -> Structure | None:
         """What the answer has to follow; raises APIError."""
-        found = asked_structures(self.structured_outputs, settings)
-        if asked := response_structure(self.response_format, settings):
-            found.append(asked)
+        found: list[Structure] = []
+        if self.structured_outputs is not None:
+            found += self.structured_outputs.structures("structured_outputs", settings)
+        if self.response_format is not None:
+            asked = self.response_format.structure("response_format", settings)
+            found += [asked] if asked else []
         for kind in ("json", "regex", "choice", "grammar"):
             field = f"guided_{kind}"
             if (value := getattr(self, field)) is not None:
@@ -378,24 +392,14 @@ def fit_max_tokens(
     prompt_param: str,
     default: int | None = None,
 ) -> int:
-    """``max_tokens``; if that is None, all the room left, but at most ``default``. Raises
-    RequestError when the context is too small."""
-    limit = model.max_model_len
-    if num_prompt >= limit:
-        raise RequestError(
-            f"the prompt has {num_prompt} tokens; the model's context holds {limit}, "
-            "the answer included",
-            prompt_param,
+    """``max_tokens``, or all the room that is left when that is less. None and -1 are ``default``.
+    Raises APIError when there is no room at all, and for no tokens."""
+    if max_tokens is not None and max_tokens < 1 and max_tokens != NO_LIMIT:
+        raise bad_request(
+            f"{param} must be at least 1, or -1 for as many as there is room for", param
         )
-    if max_tokens is None:
-        return min(limit - num_prompt, default or limit)
-    if num_prompt + max_tokens > limit:
-        raise RequestError(
-            f"the prompt has {num_prompt} tokens and {param} asks for {max_tokens} more, "
-            f"together {num_prompt + max_tokens}; the model's context holds {limit}",
-            param,
-        )
-    return max_tokens
-
-
-Role = Literal["system", "developer", "user", "assistant", "tool"]
+    room = model.max_model_len - num_prompt
+    if room < 1:
+        raise ContextLengthError(num_prompt, model.max_model_len, prompt_param)
+    wanted = default if max_tokens in (None, NO_LIMIT) else max_tokens
+    return room if wanted is None else min(room, wanted)

@@ -17,10 +17,11 @@ from pydantic import FailFast, Field
 
 from headstart.engine.process.messages import ModelInfo
 from headstart.server.api.fields import Ignored, TokenIdsField
+from headstart.server.api.openai_chat.messages import ChatMessage, MessageList, plain_messages
 from headstart.server.api.openai_chat.rendering import ChatRendering
-from headstart.server.api.openai_chat.routes import ChatMessage, plain_messages
+from headstart.server.api.openai_chat.tools import Tool, ToolList, functions_of
 from headstart.server.api.openai_completions.prompts import check_token_ids, check_vocabulary
-from headstart.server.api.tools import ToolsField, as_tools, checked_functions
+from headstart.server.api.tools import as_tools
 from headstart.server.generation.chat import chat_size
 from headstart.server.http.errors import bad_request
 from headstart.server.http.policy import Body, Refused
@@ -42,13 +43,13 @@ class TokenizeBody(ChatRendering):
     prompt: str | None = None
     add_special_tokens: bool | None = None
     messages: Annotated[list[ChatMessage] | None, FailFast(), Field(min_length=1)] = None
-    tools: ToolsField = None
+    tools: ToolList = None
     return_token_strs: bool | None = None
     chat_template: ChatTemplateField = None
     mm_processor_kwargs: Ignored = None
 
     def check(self) -> None:
-        """Raise APIError for unknown fields, and for those that do not go together."""
+        """Raise APIError for fields that do not go together."""
         if self.prompt is not None and self.messages is not None:
             raise bad_request("prompt and messages exclude each other", "messages")
         if self.prompt is None and self.messages is None:
@@ -89,8 +90,8 @@ class DetokenizeBody(Body):
 
 class ApplyTemplateBody(ChatRendering):
     model: str | None = None
-    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
-    tools: ToolsField = None
+    messages: MessageList
+    tools: ToolList = None
     chat_template: ChatTemplateField = None
     mm_processor_kwargs: Ignored = None
 
@@ -122,14 +123,18 @@ class Chat:
 
 
 def _checked_chat(
-    runtime: Runtime, messages: list[ChatMessage], tools: Any, rendering: ChatRendering
+    runtime: Runtime,
+    messages: list[ChatMessage],
+    tools: list[Tool] | None,
+    rendering: ChatRendering,
 ) -> Chat:
     """Raises APIError for what a chat completion would refuse in its messages, and for tools that
     are none."""
     plain = plain_messages(messages, runtime.settings)
-    checked = as_tools(checked_functions(tools, runtime.settings))
+    checked = as_tools(functions_of(tools, runtime.settings))
     template = runtime.require_chat_template()
     variables = rendering.variables(template, runtime.settings)
+    rendering.notes.check()
     return Chat(template, plain, checked, rendering.ending(plain), variables)
 
 

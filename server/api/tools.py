@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
 from pydantic import WithJsonSchema
 
-from headstart.server.http.errors import APIError, bad_request, invalid, refuse_extras, string_at
+from headstart.server.http.errors import APIError, bad_request, invalid
+from headstart.server.http.policy import Notes
 from headstart.server.settings import ServerSettings
 from headstart.server.text.answer_format import AnswerFormat
 from headstart.server.text.templates import Tools
 from headstart.server.text.tool_formats.format import Function
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 ToolsField = Annotated[
     Any,
@@ -28,13 +29,16 @@ ToolChoiceField = Annotated[
         {
             "anyOf": [
                 {"type": "string", "enum": ["none", "auto", "required"]},
-                {
-                    "type": "object",
-                    "properties": {
-                        "type": {"const": "function"},
-                        "function": {"type": "object", "properties": {"name": {"type": "string"}}},
-                    },
-                },
+                *(
+                    {
+                        "type": "object",
+                        "properties": {
+                            "type": {"const": kind},
+                            kind: {"type": "object", "properties": {"name": {"type": "string"}}},
+                        },
+                    }
+                    for kind in ("function", "custom")
+                ),
                 {
                     "type": "object",
                     "properties": {
@@ -53,7 +57,6 @@ ToolChoiceField = Annotated[
         mode="validation",
     ),
 ]
-ToolCallsField = ToolsField
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +87,6 @@ class ToolUse:
     @property
     def names(self) -> list[str]:
         return [function["name"] for function in self.functions]
-
-
-def checked_functions(tools: Any, settings: ServerSettings) -> list[Function]:
-    """The functions of a request's tools, without fields that are null; raises APIError."""
-    found: list[tuple[Any, str]] = []
-    for path, tool in checked_tools(tools, settings):
-        if tool.get("type") != "function":
-            raise invalid(path, 'must be an object of type "function"')
-        found.append((tool.get("function"), f"{path}.function"))
-    return named_functions(found)
 
 
 def checked_tools(tools: Any, settings: ServerSettings) -> list[tuple[str, dict[str, Any]]]:
@@ -134,7 +127,7 @@ def _checked_function(function: Any, path: str) -> Function:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise invalid(path, "must be an object with a name")
     if not NAME.fullmatch(function["name"]):
-        raise invalid(f"{path}.name", "must have 1 to 64 characters of a-z, A-Z, 0-9, _ and -")
+        raise invalid(f"{path}.name", "must have 1 to 128 characters of a-z, A-Z, 0-9, _ and -")
     given = {key: value for key, value in function.items() if value is not None}
     for key, kind, words in (
         ("description", str, "a string"),
@@ -143,7 +136,7 @@ def _checked_function(function: Any, path: str) -> Function:
     ):
         if key in given and not isinstance(given[key], kind):
             raise invalid(f"{path}.{key}", f"must be {words}")
-    if given.get("parameters", {}).get("type", "object") != "object":
+    if (given.get("parameters", {}).get("type") or "object") != "object":
         raise invalid(f"{path}.parameters", 'must be a schema of type "object"')
     return given
 
@@ -157,14 +150,6 @@ def as_tools(functions: Sequence[Function]) -> Tools | None:
         }
         for function in functions
     ] or None
-
-
-def tool_use(
-    tools: Any, choice: Any, parallel: bool | None, answers: AnswerFormat, settings: ServerSettings
-) -> ToolUse:
-    """What ``tools``, ``tool_choice`` and ``parallel_tool_calls`` ask for; raises APIError."""
-    checked = checked_choice(choice, nested=True)
-    return use_of(checked_functions(tools, settings), checked, parallel, answers)
 
 
 def use_of(
@@ -205,9 +190,11 @@ def use_of(
     )
 
 
-def checked_choice(choice: Any, *, nested: bool) -> ToolChoice:
-    """What ``tool_choice`` says; raises APIError. ``nested``: names stand in ``function``, and what
-    is allowed in ``allowed_tools``, as in chats."""
+def checked_choice(choice: Any, *, nested: bool, notes: Notes | None = None) -> ToolChoice:
+    """What ``tool_choice`` says; raises APIError. ``nested``: names stand in ``function`` or
+    ``custom``, and what is allowed in ``allowed_tools``, as in chats. ``notes`` are told of fields
+    that are not known."""
+    notes = notes or Notes()
     if choice is None:
         return ToolChoice()
     if isinstance(choice, str):
@@ -215,71 +202,48 @@ def checked_choice(choice: Any, *, nested: bool) -> ToolChoice:
             raise invalid("tool_choice", 'must be "none", "auto", "required" or name a function')
         return ToolChoice(choice)
     kind = choice.get("type") if isinstance(choice, dict) else None
-    if kind == "function":
-        return ToolChoice("required", [_chosen(choice, "tool_choice", nested)], once=True)
+    if kind in ("function", "custom"):
+        return ToolChoice("required", [_chosen(choice, "tool_choice", nested, notes)], once=True)
     if kind != "allowed_tools":
         raise invalid(
-            "tool_choice", 'must be a string or an object of type "function" or "allowed_tools"'
+            "tool_choice",
+            'must be a string or an object of type "function", "custom" or "allowed_tools"',
         )
     path, allowed = "tool_choice", choice
     if nested:
-        refuse_extras(choice, {}, f"{path}.", known=("type", "allowed_tools"))
+        _note_others(choice, ("type", "allowed_tools"), path, notes)
         path, allowed = f"{path}.allowed_tools", choice.get("allowed_tools")
         if not isinstance(allowed, dict):
             raise invalid(path, "must be an object")
     known = ("mode", "tools") if nested else ("type", "mode", "tools")
-    refuse_extras(allowed, {}, f"{path}.", known=known)
+    _note_others(allowed, known, path, notes)
     mode, tools = allowed.get("mode"), allowed.get("tools")
     if mode not in ("auto", "required"):
         raise invalid(f"{path}.mode", 'must be "auto" or "required"')
     if not isinstance(tools, list) or not tools:
         raise invalid(f"{path}.tools", "must be a list of tools")
-    names = [_chosen(tool, f"{path}.tools[{i}]", nested) for i, tool in enumerate(tools)]
+    names = [_chosen(tool, f"{path}.tools[{i}]", nested, notes) for i, tool in enumerate(tools)]
     return ToolChoice(mode, names)
 
 
-def _chosen(tool: Any, path: str, nested: bool) -> str:
+def _chosen(tool: Any, path: str, nested: bool, notes: Notes) -> str:
     """The name of a tool in a choice."""
+    kind = tool.get("type") if isinstance(tool, dict) else None
     named, key = tool, "name"
-    if nested:
-        named, key = tool.get("function") if isinstance(tool, dict) else None, "function"
+    if nested and kind in ("function", "custom"):
+        named, key = tool.get(kind), kind
     name = named.get("name") if isinstance(named, dict) else None
-    if not isinstance(name, str) or tool.get("type") != "function":
+    if not isinstance(name, str) or kind not in ("function", "custom"):
         shown = '"function": {"name": ...}' if nested else '"name": ...'
         raise invalid(path, f'must be {{"type": "function", {shown}}}')
-    refuse_extras(tool, {}, f"{path}.", known=("type", key))
+    _note_others(tool, ("type", key), path, notes)
     return name
 
 
-def checked_calls(calls: Any, path: str) -> list[dict[str, Any]]:
-    """The calls of an assistant's message as templates take them, arguments parsed; raises
-    APIError."""
-    if calls is None:
-        return []
-    if not isinstance(calls, list):
-        raise invalid(path, "must be a list of calls")
-    return [_checked_call(call, f"{path}[{i}]") for i, call in enumerate(calls)]
-
-
-def _checked_call(call: Any, path: str) -> dict[str, Any]:
-    if not isinstance(call, dict) or call.get("type", "function") != "function":
-        raise invalid(path, 'must be an object of type "function"')
-    # Those who put streamed calls together keep their index.
-    refuse_extras(call, {}, f"{path}.", known=("id", "type", "function", "index"))
-    call_id = string_at(call, "id", path)
-    function, path = call.get("function"), f"{path}.function"
-    if not isinstance(function, dict):
-        raise invalid(path, "must be an object")
-    refuse_extras(function, {}, f"{path}.", known=("name", "arguments"))
-    name, arguments = (string_at(function, key, path) for key in ("name", "arguments"))
-    return {
-        "id": call_id,
-        "type": "function",
-        "function": {
-            "name": name,
-            "arguments": parsed_arguments(arguments, f"{path}.arguments"),
-        },
-    }
+def _note_others(given: dict[str, Any], known: Collection[str], path: str, notes: Notes) -> None:
+    for name, value in given.items():
+        if name not in known and value is not None:
+            notes.unknown(f"{path}.{name[:80]}")
 
 
 def written_arguments(text: str) -> dict[str, Any] | str:

@@ -55,10 +55,13 @@ class GenerationDefaults:
         return defaults
 
     def over(self, **given: Any) -> Self:
-        """With what is given in place of it; None is not given, and a ``top_k`` below 1 none."""
+        """With what is given in place of it; None is not given, a ``top_k`` below 1 none, and
+        a ``top_p`` of 0 greedy."""
         changed = {name: value for name, value in given.items() if value is not None}
         if changed.get("top_k", 1) < 1:
             changed["top_k"] = None
+        if changed.get("top_p") == 0:  # nothing but the likeliest token
+            changed |= {"temperature": 0.0, "top_p": None}
         return replace(self, **changed)
 
     def params(self, *, max_tokens: int, **others: Any) -> SamplingParams:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from llguidance import LLMatcher, grammar_from
-from pydantic import WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
-from headstart.server.http.errors import bad_request, refuse_extras
+from headstart.server.http.errors import bad_request
+from headstart.server.http.policy import Advisory, Body, Refused
 from headstart.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -30,17 +31,6 @@ would go on for ever."""
 
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
 """In the library's error; where the schema is a part of a grammar there is more around it."""
-
-_ASKED = (
-    "json",
-    "json_object",
-    "regex",
-    "choice",
-    "grammar",
-    "disable_any_whitespace",
-    "whitespace_pattern",
-)
-_FORMATS = ("text", "json_object", "json_schema", "regex", "grammar")
 
 ObjectField = Annotated[Any, WithJsonSchema({"type": "object"}, mode="validation")]
 AnyField = Annotated[Any, WithJsonSchema({}, mode="validation")]
@@ -69,70 +59,75 @@ class Structure:
         return f"{self.path}: {error}"
 
 
-def response_structure(value: Any, settings: ServerSettings) -> Structure | None:
-    """What ``response_format`` asks for; raises APIError."""
-    if value is None:
-        return None
-    path = "response_format"
-    kind = _object(value, path).get("type")
-    match kind:
-        case "text":
-            refuse_extras(value, {}, f"{path}.", known=("type",))
-            return None
-        case "json_object":
-            refuse_extras(value, {}, f"{path}.", known=("type",))
-            return json_structure({"type": "object"}, path, settings)
-        case "json_schema":
-            refuse_extras(value, {}, f"{path}.", known=("type", "json_schema"))
-            path = f"{path}.json_schema"
-            inner = _object(value.get("json_schema"), path)
-            refuse_extras(inner, {}, f"{path}.", known=("name", "description", "schema", "strict"))
-            if not isinstance(inner.get("name"), str) or not 1 <= len(inner["name"]) <= 64:
-                raise bad_request(f"{path}.name must have 1 to 64 characters", f"{path}.name")
-            if inner.get("strict") not in (None, True, False):
-                raise bad_request(f"{path}.strict must be true or false", f"{path}.strict")
-            if "schema" not in inner:
-                raise bad_request(f"{path}.schema is missing", f"{path}.schema")
-            return json_structure(inner["schema"], f"{path}.schema", settings)
-        case "regex":
-            refuse_extras(value, {}, f"{path}.", known=("type", "pattern"))
-            return _regex(value.get("pattern"), f"{path}.pattern", settings)
-        case "grammar":
-            refuse_extras(value, {}, f"{path}.", known=("type", "grammar"))
-            return _grammar(value.get("grammar"), f"{path}.grammar", settings)
-    named = ", ".join(_FORMATS)
-    raise bad_request(
-        f"{path}.type must be one of {named}",
-        f"{path}.type",
-        "unsupported_parameter" if kind == "structural_tag" else "invalid_value",
-    )
+class JsonSchemaFormat(Body):
+    """``strict``: schemas are followed exactly anyway."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str | None = None
+    schema_: AnyField = Field(alias="schema")
+    strict: bool | None = None
 
 
-def asked_structures(value: Any, settings: ServerSettings) -> list[Structure]:
-    """What ``structured_outputs`` asks for, one thing or nothing; raises APIError."""
-    if value is None:
-        return []
-    path = "structured_outputs"
-    _object(value, path)
-    refuse_extras(value, {}, f"{path}.", known=_ASKED)
-    compact = value.get("disable_any_whitespace")
-    if compact not in (None, True, False):
-        raise bad_request(f"{path}.disable_any_whitespace must be true or false", path)
-    whitespace = value.get("whitespace_pattern")
-    if whitespace is not None:
-        _text(whitespace, f"{path}.whitespace_pattern", settings)
-    if compact:
-        whitespace = ""
-    any_object = {"type": "object"} if value.get("json_object") else None
-    return [
-        json_structure(schema, f"{path}.{name}", settings, whitespace=whitespace)
-        for name, schema in (("json", value.get("json")), ("json_object", any_object))
-        if schema is not None
-    ] + [
-        guided_structure(name, value[name], f"{path}.{name}", settings)
-        for name in ("regex", "choice", "grammar")
-        if value.get(name) is not None
-    ]
+class ResponseFormat(Body):
+    """``schema``: of ``json_object``, as llama.cpp has it. A field of another type is ignored."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchemaFormat | None = None
+    schema_: AnyField = Field(None, alias="schema")
+    pattern: str | None = None
+    grammar: str | None = None
+
+    def structure(self, path: str, settings: ServerSettings) -> Structure | None:
+        """What it asks for; raises APIError."""
+        match self.type:
+            case "text":
+                return None
+            case "json_object":
+                schema = {"type": "object"} if self.schema_ is None else self.schema_
+                return json_structure(schema, path, settings)
+            case "json_schema":
+                path = f"{path}.json_schema"
+                if self.json_schema is None:
+                    raise bad_request(f"{path} is required", path, "missing_required_parameter")
+                return json_structure(self.json_schema.schema_, f"{path}.schema", settings)
+            case "regex":
+                return _regex(self.pattern, f"{path}.pattern", settings)
+        return _grammar(self.grammar, f"{path}.grammar", settings)
+
+
+class StructuredOutputs(Body):
+    """One of the first five, or none of them."""
+
+    json_: AnyField = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: AnyField = None
+    grammar: str | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
+    disable_fallback: Annotated[Any, Advisory()] = None
+    disable_additional_properties: Annotated[
+        Any, Refused('say "additionalProperties": false in the schema', harmless=(False,))
+    ] = None
+    structural_tag: Annotated[Any, Refused("use tools, or a grammar")] = None
+
+    def structures(self, path: str, settings: ServerSettings) -> list[Structure]:
+        """What it asks for; raises APIError."""
+        whitespace = self.whitespace_pattern
+        if whitespace is not None:
+            _text(whitespace, f"{path}.whitespace_pattern", settings)
+        if self.disable_any_whitespace:
+            whitespace = ""
+        any_object = {"type": "object"} if self.json_object else None
+        return [
+            json_structure(schema, f"{path}.{name}", settings, whitespace=whitespace)
+            for name, schema in (("json", self.json_), ("json_object", any_object))
+            if schema is not None
+        ] + [
+            guided_structure(name, value, f"{path}.{name}", settings)
+            for name in ("regex", "choice", "grammar")
+            if (value := getattr(self, name)) is not None
+        ]
 
 
 def guided_structure(kind: str, value: Any, path: str, settings: ServerSettings) -> Structure:
@@ -221,12 +216,6 @@ def _text(value: Any, path: str, settings: ServerSettings) -> str:
     most = settings.max_schema_chars
     if not isinstance(value, str) or not 1 <= len(value) <= most:
         raise bad_request(f"{path} must be a string of 1 to {most} characters", path)
-    return value
-
-
-def _object(value: Any, path: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise bad_request(f"{path} must be an object", path)
     return value
 
 

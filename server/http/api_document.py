@@ -62,6 +62,7 @@ GET_STATUSES = (401, 403, 404, 500, 503)
 _TEXT: Schema = {"type": "string"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _LIST: Schema = {"type": "array", "items": {"type": "object"}}
+_TEXTS: Schema = {"type": "array", "items": _TEXT}
 
 
 def _object(**properties: Schema) -> Schema:
@@ -80,6 +81,7 @@ ANSWERS: dict[str, Schema] = {
     "/v1/chat/completions": _GENERATED,
     "/v1/completions": _GENERATED,
     "/v1/embeddings": _POOLED,
+    "/v2/embed": _object(id=_TEXT, embeddings={"type": "object"}, texts=_TEXTS),
     "/v1/score": _POOLED,
     "/v1/rerank": _object(id=_TEXT, model=_TEXT, usage=_USAGE, results=_LIST),
     "/v1/models": _object(object=_TEXT, data=_LIST),

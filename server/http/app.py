@@ -30,7 +30,7 @@ from headstart.server.api.openai_responses.conversations import (
     ItemsBody,
     MetadataBody,
 )
-from headstart.server.api.pooling import embeddings, score
+from headstart.server.api.pooling import cohere_embed, embeddings, score
 from headstart.server.generation.defaults import OPENAI, GenerationDefaults
 from headstart.server.generation.engine_client import EngineClient
 from headstart.server.http.access_log import (
@@ -66,6 +66,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/messages": messages.MessagesBody,
     "/v1/messages/count_tokens": messages.CountTokensBody,
     "/v1/embeddings": embeddings.EmbeddingBody,
+    "/v2/embed": cohere_embed.CohereEmbedBody,
     "/v1/score": score.ScoreBody,
     "/v1/rerank": score.RerankBody,
     "/v1/load_lora_adapter": adapters.LoadAdapterBody,
@@ -151,6 +152,7 @@ def create_app(
         chat,
         completions,
         embeddings,
+        cohere_embed,
         score,
         adapters,
         tokens,

@@ -7,7 +7,7 @@ body are chosen in one place.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -87,6 +87,25 @@ def is_anthropic(path: str) -> bool:
     return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
 
 
+class ContextLengthError(APIError):
+    """A 400 for a prompt that leaves no room for an answer. Clients that compact their chats, or
+    cut them, know it by its code and these words."""
+
+    def __init__(self, num_tokens: int, limit: int, param: str, remedy: str = "") -> None:
+        super().__init__(
+            400,
+            f"{param}: the prompt has {num_tokens} tokens; this model's maximum context length is "
+            f"{limit} tokens, the answer included{remedy}",
+            param=param,
+            code="context_length_exceeded",
+        )
+        self._told = f"prompt is too long: {num_tokens} tokens > {limit} maximum"
+
+    def anthropic_body(self) -> bytes:
+        error = {"type": "invalid_request_error", "message": f"{self._told}; {self.message}"}
+        return msgspec.json.encode({"type": "error", "error": error})
+
+
 def error_response(error: APIError, path: str) -> Response:
     """The error as a response that has not started yet, in the words of the API at ``path``."""
     body = error.anthropic_body() if is_anthropic(path) else error.body()
@@ -109,30 +128,6 @@ def string_at(value: Mapping[str, Any], key: str, path: str) -> str:
     if not isinstance(found, str):
         raise invalid(f"{path}.{key}", "must be a string")
     return found
-
-
-def refuse_extras(
-    given: Mapping[str, Any] | None,
-    refused: Mapping[str, tuple[Any, ...]],
-    prefix: str = "",
-    *,
-    known: Container[str] = (),
-) -> None:
-    """Raise APIError for the first field that is not ``known`` and asks for something.
-
-    ``refused``: fields that are not supported, and the values, beside null, that ask for nothing.
-    ``prefix``: what stands before their names.
-    """
-    for name, value in (given or {}).items():
-        if name in known:
-            continue
-        path = prefix + name[:80]
-        if name not in refused:
-            raise bad_request(f"{path} is not a known field", path, "unknown_parameter")
-        # By type too: 1 == True, but n: true is not n: 1.
-        harmless = (None, *refused[name])
-        if not any(type(value) is type(other) and value == other for other in harmless):
-            raise bad_request(f"{path} is not supported", path, "unsupported_parameter")
 
 
 def unavailable(message: str) -> APIError:
@@ -161,6 +156,8 @@ def from_validation(error: ValidationError, at: str = "") -> APIError:
         return bad_request("the body must be a JSON object", code="invalid_type")
     if first["type"] == "missing":
         return bad_request(f"{path} is required", path, "missing_required_parameter")
+    if first["type"] == "model_type":  # pydantic's words name a Python class
+        return bad_request(f"{path} must be an object", path, "invalid_value")
     return bad_request(f"{path}: {first['msg']}", path, "invalid_value")
 
 

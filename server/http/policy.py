@@ -31,7 +31,10 @@ from pydantic_core import CoreSchema
 from headstart.server.http.errors import APIError, bad_request, from_validation
 
 MAX_NAMED = 32
-"""Fields that a header or an error names; the others are counted."""
+"""Fields that a header or an error names."""
+MAX_NAME_CHARS = 120
+MAX_BODIES = 65536
+"""Objects in one request whose fields are looked at one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,15 @@ class Notes:
     ignored: dict[str, None] = field(default_factory=dict)
     _refused: dict[str, str] = field(default_factory=dict)
     _unknown: dict[str, None] = field(default_factory=dict)
+    _objects: int = 0
+
+    def count(self, path: str) -> None:
+        """One more object is looked at; raises a 400 when they are too many."""
+        self._objects += 1
+        if self._objects > MAX_BODIES:
+            raise bad_request(
+                f"{path}: the request has more than {MAX_BODIES} objects", path, "invalid_value"
+            )
 
     def ignore(self, path: str) -> None:
         """The field has no effect."""
@@ -102,7 +114,7 @@ class Notes:
 
     def header(self) -> str:
         """``x-headstart-ignored``; empty when nothing was."""
-        names = [re.sub(r"[^!-~]|,", "?", path) for path in self.ignored]
+        names = [re.sub(r"[^!-~]|,", "?", path[:MAX_NAME_CHARS]) for path in self.ignored]
         return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
 
 
@@ -123,20 +135,27 @@ class Body(BaseModel):
         """Tell ``notes`` of the fields that are ignored or refused. ``prefix``: before their names,
         as ``messages[0].``."""
         self._notes = notes
-        for name, policy in policies(type(self)).items():
-            value = getattr(self, name)
-            if value is None or any(_same(value, other) for other in policy.harmless):
+        notes.count(prefix[:-1])
+        names, special = _names(type(self)), policies(type(self))
+        inner: list[tuple[str, Body]] = []
+        for attribute, value in self.__dict__.items():
+            if value is None:
                 continue
-            if isinstance(policy, Refused):
+            name = names[attribute]
+            policy = special.get(name)
+            if policy is None:
+                inner += _bodies(value, prefix + name)
+            elif any(_same(value, other) for other in policy.harmless):
+                continue
+            elif isinstance(policy, Refused):
                 notes.refuse(prefix + name, policy.remedy)
             else:
                 notes.ignore(prefix + name)
         for name, value in (self.model_extra or {}).items():
             if value is not None:
                 notes.unknown(prefix + name[:80])
-        for name in type(self).model_fields:
-            for path, part in _bodies(getattr(self, name), prefix + name):
-                part.settle(notes, f"{path}.")
+        for path, part in inner:
+            part.settle(notes, f"{path}.")
 
 
 B = TypeVar("B", bound=Body)
@@ -149,7 +168,7 @@ def _bodies(value: Any, path: str) -> Iterator[tuple[str, Body]]:
         for i, item in enumerate(value):
             if isinstance(item, Body):
                 yield f"{path}[{i}]", item
-            elif not isinstance(item, list):
+            else:
                 return  # a list of other things: there may be a million of them
 
 
@@ -159,10 +178,21 @@ def _same(value: Any, other: Any) -> bool:
 
 
 @cache
+def _names(body: type[Body]) -> dict[str, str]:
+    """Attributes to the names that JSON has for them."""
+    return {name: info.alias or name for name, info in body.model_fields.items()}
+
+
+def field_names(body: type[Body]) -> list[str]:
+    """The names of a body's fields, as JSON has them."""
+    return list(_names(body).values())
+
+
+@cache
 def policies(body: type[Body]) -> dict[str, Advisory | Refused]:
     """The fields of a body that are not simply supported."""
     return {
-        name: policy
+        _names(body)[name]: policy
         for name, info in body.model_fields.items()
         for policy in info.metadata
         if isinstance(policy, Advisory | Refused)

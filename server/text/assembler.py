@@ -47,6 +47,11 @@ class StopStrings:
         self.hit, self.found = True, text[start:end]
         return text[: end if self._include else start]
 
+    def end(self, stop: str) -> str:
+        """A stop string has come that is no text, being a special token: the text that is left."""
+        self.hit, self.found = True, stop
+        return self.flush() + (stop if self._include else "")
+
     def flush(self) -> str:
         """What was held back, when no more text comes."""
         held, self._held = self._held, ""
@@ -116,6 +121,7 @@ class TextAssembler:
         "_logprobs",
         "_offsets",
         "_options",
+        "_special_stops",
         "_stop_token",
         "_stops",
         "_waiting",
@@ -139,6 +145,7 @@ class TextAssembler:
             shown=options.shown,
         )
         self._stops = StopStrings(options.stops, options.include_stop)
+        self._special_stops = _special_stops(tokenizer, options)
         self._logprobs = logprobs
         self._length = 0  # characters detokenised, stop string included
         self._given = 0  # characters given out
@@ -173,9 +180,13 @@ class TextAssembler:
             if self._logprobs and output.logprobs is not None:
                 self._waiting.append(output.logprobs[i])
                 self._offsets.append(self._length)
-            piece = self._detokenizer.push(token_ids[i])
-            self._length += len(piece)
-            text += piece if i < unstoppable else stops.push(piece)
+            if i >= unstoppable and (special := self._special_stops.get(token_ids[i])):
+                text += stops.push(self._detokenizer.flush())
+                text += "" if stops.hit else stops.end(special)
+            else:
+                piece = self._detokenizer.push(token_ids[i])
+                self._length += len(piece)
+                text += piece if i < unstoppable else stops.push(piece)
             if stops.hit:
                 self.num_tokens -= len(token_ids) - i - 1
                 return self._delta(text, "stop", token_ids[: i + 1])
@@ -198,3 +209,11 @@ class TextAssembler:
         logprobs, offsets = self._waiting[:count], self._offsets[:count]
         del self._waiting[:count], self._offsets[:count]
         return Delta(text, reason, logprobs, offsets, token_ids)
+
+
+def _special_stops(tokenizer: Tokenizer, options: TextOptions) -> dict[int, str]:
+    """Stop strings that are special tokens which the text leaves out, by id."""
+    if not options.skip_special_tokens:
+        return {}
+    found = tokenizer.added_tokens(tokenizer.special_among(options.stops))
+    return {token_id: text for text, token_id in found.items() if token_id not in options.shown}

@@ -412,20 +412,21 @@ def function(**fields):
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"tools": LOOK}, "tools", "a list of tools"),
+        ({"tools": LOOK}, "tools", "a valid array"),
         ({"tools": [LOOK, 3]}, "tools[1]", "an object"),
         ({"tools": [LOOK, LOOK]}, "tools[1].function.name", "given twice"),
-        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function", "a name"),
-        ({"tools": function(name="a b")}, "tools[0].function.name", "1 to 64 characters"),
-        ({"tools": function(name="a" * 65)}, "tools[0].function.name", "1 to 64 characters"),
-        ({"tools": function(parameters=[])}, "tools[0].function.parameters", "a JSON schema"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "required"),
+        ({"tools": [{"type": "x"}]}, "tools[0].type", "'function' or 'custom'"),
+        ({"tools": function(name="a b")}, "tools[0].function.name", "1 to 128 characters"),
+        ({"tools": function(name="a" * 129)}, "tools[0].function.name", "1 to 128 characters"),
+        ({"tools": function(parameters=[])}, "tools[0].function.parameters", "an object"),
         (
             {"tools": function(parameters={"type": "string"})},
             "tools[0].function.parameters",
             'type "object"',
         ),
-        ({"tools": function(strict=1)}, "tools[0].function.strict", "true or false"),
-        ({"tools": function(description=1)}, "tools[0].function.description", "a string"),
+        ({"tools": function(strict=1)}, "tools[0].function.strict", "boolean"),
+        ({"tools": function(description=1)}, "tools[0].function.description", "a valid string"),
         ({"tools": function(description="x" * 65536)}, "tools[0]", "larger than 65536 bytes"),
         ({"tools": [LOOK] * 129}, "tools", "at most 128"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
@@ -451,8 +452,8 @@ def function(**fields):
         ),
         (
             {"tools": [LOOK], "tool_choice": {"type": "allowed_tools", "mode": "auto"}},
-            "tool_choice.mode",
-            "not a known",
+            "tool_choice.allowed_tools",
+            "must be an object",
         ),
         (
             {
@@ -501,28 +502,15 @@ def function(**fields):
         ),
         ({"messages": [USER | {"tool_call_id": "a"}]}, "messages[0].tool_call_id", "role 'tool'"),
         ({"messages": [USER | {"reasoning": "a"}]}, "messages[0].reasoning_content", "'assistant'"),
-        ({"messages": calling(id=None)}, "messages[0].tool_calls[0].id", "a string"),
-        ({"messages": calling(type="x")}, "messages[0].tool_calls[0]", 'type "function"'),
-        ({"messages": calling(x=1)}, "messages[0].tool_calls[0].x", "not a known field"),
-        (
-            {"messages": calling(function={"name": "f", "arguments": "{}", "x": 1})},
-            "messages[0].tool_calls[0].function.x",
-            "not a known field",
-        ),
+        ({"messages": calling(id=None)}, "messages[0].tool_calls[0].id", "valid string"),
+        ({"messages": calling(type="x")}, "messages[0].tool_calls[0].type", "'function'"),
+        ({"messages": calling(type="custom")}, "messages[0].tool_calls[0].custom", "required"),
+        ({"messages": calling(function=None)}, "messages[0].tool_calls[0].function", "required"),
         ({"messages": calling(function=1)}, "messages[0].tool_calls[0].function", "an object"),
-        *(
-            (
-                {"messages": calling(function={"name": "f", "arguments": arguments})},
-                "messages[0].tool_calls[0].function.arguments",
-                words,
-            )
-            for arguments, words in (
-                ({}, "a string"),
-                ("[1]", "the JSON text of an object"),
-                ("{", "the JSON text of an object"),
-                ('{"a": "\\ud800"}', "the JSON text of an object"),
-                ('{"a": ' * 9000, "the JSON text of an object"),
-            )
+        (
+            {"messages": calling(function={"name": "f", "arguments": {}})},
+            "messages[0].tool_calls[0].function.arguments",
+            "a valid string",
         ),
     ],
 )
@@ -629,3 +617,134 @@ async def test_what_is_continued_is_echoed_before_calls(ask, build):
     [found] = response.json()["choices"]
     assert found["message"]["content"].startswith("I look:")
     assert found["message"]["tool_calls"][0]["function"]["name"] == "look"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ('{"city": "Ro', '{"city": "Ro'),
+        ("[1]", "[1]"),
+        ('{"a": "\\ud800"}', '{"a": "\\ud800"}'),
+        ('{"a": ' * 300, '{"a": ' * 300),
+        ("no JSON", "no JSON"),
+        ('{"a": [1]}', {"a": [1]}),
+        (" ", {}),
+        (None, {}),
+    ],
+)
+async def test_a_chat_goes_on_from_a_call_that_was_cut(build, choice, engine, arguments, written):
+    engine.model = msgspec.structs.replace(engine.model, max_model_len=100_000)
+    app = build()
+    called = calling(function={"name": "f", "arguments": arguments, "x": 1}, x=1, index=0)
+    await choice(app=app, messages=[USER, *called, TOOL_RESULT], max_tokens=1)
+    call = shown(engine, app)[1][1]["tool_calls"][0]
+    assert call["function"] == {"name": "f", "arguments": written}
+
+
+async def test_long_names_and_fields_that_are_ignored(ask, build, engine):
+    app = build()
+    tool = function(name="a" * 128, x=1)[0] | {"cache_control": {}, "y": 2}
+    picked = {"type": "function", "function": {"name": "a" * 128}, "z": 3}
+    messages = [USER, *calling(x=1), TOOL_RESULT, USER]
+    response = await ask(app=app, tools=[tool], tool_choice=picked, messages=messages)
+    assert response.status_code == 200, response.text
+    assert set(response.headers["x-headstart-ignored"].split(", ")) == {
+        "tools[].cache_control",
+        "tools[].y",
+        "tools[].function.x",
+        "tool_choice.z",
+        "messages[].tool_calls[].x",
+    }
+    assert shown(engine, app)[0] == [{"type": "function", "function": {"name": "a" * 128}}]
+
+
+async def test_unknown_fields_of_nested_objects_may_be_refused(ask, build):
+    app = build(unknown_fields="refuse")
+    tool = function(x=1)[0] | {"y": None}
+    picked = {"type": "function", "function": {"name": "look"}, "z": 3}
+    response = await ask(app=app, tools=[tool], tool_choice=picked)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "tools[0].function.x is not a known field"
+    response = await ask(app=app, tools=[LOOK], tool_choice=picked)
+    assert response.json()["error"]["message"] == "tool_choice.z is not a known field"
+
+
+RUN = {"type": "custom", "custom": {"name": "run", "description": "runs it"}}
+RUN_CALL = '<tool_call>\n{"name": "run", "arguments": {"input": "ls \\"a\\"\\n"}}\n</tool_call>'
+
+
+async def test_custom_tools_take_a_text(build, choice, engine):
+    app = build()
+    found = await choice(f"So {RUN_CALL}{CLOCK_CALL}", app=app, tools=[RUN, CLOCK])
+    [run, clock] = found["message"]["tool_calls"]
+    assert run == {
+        "id": run["id"],
+        "type": "custom",
+        "custom": {"name": "run", "input": 'ls "a"\n'},
+    }
+    assert clock["function"] == {"name": "clock", "arguments": "{}"}
+    assert found["finish_reason"] == "tool_calls"
+    said = {"role": "assistant", "content": None, "tool_calls": [run]}
+    result = {"role": "tool", "tool_call_id": run["id"], "content": "b"}
+    await choice(app=app, tools=[RUN], messages=[USER, said, result])
+    (tool,), messages = shown(engine, app)
+    assert tool["function"]["parameters"]["properties"] == {"input": {"type": "string"}}
+    called = {"name": "run", "arguments": {"input": 'ls "a"\n'}}
+    assert messages[1]["tool_calls"][0]["function"] == called
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_custom_calls_in_a_stream(ask, events, say, cut):
+    text = RUN_CALL[: RUN_CALL.index(" \\")] if cut else RUN_CALL + CLOCK_CALL
+    response = await ask(text, tools=[RUN, CLOCK], stream=True, max_tokens=len(say(text)) + 9)
+    *chunks, _ = events(response.text)
+    calls = [
+        call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())
+    ]
+    begun, given = (call for call in calls if call["index"] == 0)
+    assert (begun["type"], begun["custom"]) == ("custom", {"name": "run", "input": ""})
+    assert given["custom"] == {"input": '{"input": "ls' if cut else 'ls "a"\n'}
+    assert chunks[-1]["choices"][0]["delta"] == {}
+
+
+async def test_forced_custom_calls(build, choice, engine):
+    """Of a tool whose input has to match a regex."""
+    app = build()
+    grammar = {"syntax": "regex", "definition": "[0-9]+|x"}
+    tool = {"type": "custom", "custom": {"name": "run", "format": {"type": "grammar"}}}
+    tool["custom"]["format"]["grammar"] = grammar
+    picked = {"type": "custom", "custom": {"name": "run"}}
+    await choice("", app=app, tools=[tool, CLOCK], tool_choice=picked)
+    params = engine.added[-1].params
+    follows = partial(follows_grammar, app, params.grammar)
+
+    def call(text):
+        return f'<tool_call>\n{{"name": "run", "arguments": {{"input": "{text}"}}}}\n</tool_call>'
+
+    assert follows(call("12"))
+    assert follows(call("x"))
+    assert not follows(call("12a"))
+    assert not follows(CLOCK_CALL)
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "words"),
+    [
+        (
+            {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: x"}},
+            "tools[0].custom.format.grammar.syntax",
+            "use 'regex'",
+        ),
+        ({"type": "grammar"}, "tools[0].custom.format.grammar", "required"),
+        ({"type": "xml"}, "tools[0].custom.format.type", "'grammar'"),
+    ],
+)
+async def test_formats_of_custom_tools(ask, engine, given, param, words):
+    tool = {"type": "custom", "custom": {"name": "run", "format": given}}
+    response = await ask(tools=[tool])
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+    plain = {"type": "custom", "custom": {"name": "run", "format": {"type": "text"}}}
+    assert (await ask(tools=[plain])).status_code == 200

@@ -254,7 +254,7 @@ HUGE: dict[str, dict[str, Any]] = {
     "biases": {"logit_bias": {str(i): 1 for i in range(40_000)}},
     "bad words": {"bad_words": ["word"] * 100_000},
     "logprobs": {"logprobs": 10**6},
-    "tokens": {"max_tokens": 10**12},
+    "tokens": {"min_tokens": 10**12},
     "a number": {"seed": 10**400},
     "stop ids": {"stop_token_ids": list(range(10**5))},
 }

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from headstart.server.api.fields import Ignored
-from headstart.server.api.openai_chat.routes import ContentField
+from headstart.server.api.fields import ContentField, Ignored
 from headstart.server.http.errors import bad_request, invalid, string_at
 from headstart.server.http.policy import Advisory, Body, Notes, body_at
 

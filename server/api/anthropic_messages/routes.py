@@ -14,14 +14,19 @@ from headstart.engine.sampling.params import SamplingParams
 from headstart.server.api.anthropic_messages.conversation import MessageBody, Reader
 from headstart.server.api.anthropic_messages.tools import ToolChoiceBody, tool_use
 from headstart.server.api.anthropic_messages.writer import MessageFormat
-from headstart.server.api.fields import INT32_MAX, Ignored, StringsField, checked_stops
-from headstart.server.api.openai_chat.routes import ContentField
+from headstart.server.api.fields import (
+    INT32_MAX,
+    ContentField,
+    Ignored,
+    StringsField,
+    checked_stops,
+)
 from headstart.server.api.segment_mask import NOT_DECLARED
 from headstart.server.api.tools import ToolsField
 from headstart.server.generation.chat import Chat, encode_chat, start_chat
 from headstart.server.generation.defaults import GenerationDefaults
 from headstart.server.generation.structure import ObjectField, Structure, json_structure
-from headstart.server.http.errors import bad_request
+from headstart.server.http.errors import ContextLengthError, bad_request
 from headstart.server.http.policy import Advisory, Body, Refused
 from headstart.server.http.reply import Reply
 from headstart.server.http.runtime import Runtime, Served
@@ -166,12 +171,8 @@ class MessagesBody(CountTokensBody):
     ) -> SamplingParams:
         """The engine's view of the request; raises APIError and RequestError."""
         room = model.max_model_len - num_prompt
-        if room < 1:  # in Anthropic's words: Claude Code compacts the chat when it reads them
-            raise bad_request(
-                f"prompt is too long: {num_prompt} tokens > {model.max_model_len - 1} maximum",
-                "messages",
-                "context_length_exceeded",
-            )
+        if room < 1:
+            raise ContextLengthError(num_prompt, model.max_model_len, "messages")
         chosen = defaults.over(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
         params = chosen.params(max_tokens=min(self.max_tokens, room), grammar=grammar)
         params.validate(model.vocab_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -10,7 +10,7 @@ import msgspec
 from headstart.server.api.choices.logprobs import chat_logprobs, prompt_logprobs
 from headstart.server.api.choices.shown import Shown
 from headstart.server.api.choices.writer import ChoiceFormat
-from headstart.server.api.openai_chat.parts import message_of, shown_delta
+from headstart.server.api.openai_chat.parts import Deltas, message_of
 from headstart.server.http.reply import Choice, Usage
 from headstart.server.text.answer import Part, Reasoning, Text
 from headstart.server.text.assembler import Delta
@@ -20,7 +20,7 @@ encode = msgspec.json.encode
 
 
 class ChatFormat(ChoiceFormat):
-    """``reasoning``: thoughts are shown."""
+    """``reasoning``: thoughts are shown. ``custom``: tools that take a text."""
 
     kind = "chatcmpl"
     event_object = "chat.completion.chunk"
@@ -36,10 +36,13 @@ class ChatFormat(ChoiceFormat):
         logprobs: bool,
         prompt_logprobs: int | None,
         reasoning: bool,
+        custom: Collection[str] = (),
     ) -> None:
         super().__init__(model, tokenizer, shown, prompt_logprobs=prompt_logprobs)
         self._logprobs = logprobs
         self._reasoning = reasoning
+        self._custom = custom
+        self._deltas: dict[int, Deltas] = {}  # by the index of their choice
 
     def opening(self, choice: Choice) -> bytes:
         start = self._start(choice) + b'{"role":"assistant","content":' + encode(choice.echoed)
@@ -51,29 +54,34 @@ class ChatFormat(ChoiceFormat):
         return start + self._no_end + self._shown.tail_of(choice, ids)
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
-        start = self._start(choice)
+        """The end has an event of its own, with an empty delta."""
         if delta.parts is not None:
-            return b"".join(self._part_events(choice, delta, delta.parts))
-        if delta.finish_reason is None and not self._logprobs and self._shown.plain:
-            return start + b'{"content":' + encode(delta.text) + self._plain_tail
-        shown = {"content": delta.text} if delta.text else {}
-        return self._event(choice, shown, delta, delta.finish_reason)
-
-    def _part_events(self, choice: Choice, delta: Delta, parts: Sequence[Part]) -> Iterator[bytes]:
-        """An event for each part; log-probabilities and token ids come with the first, the end with
-        the last."""
-        shown = [found for part in self._visible(parts) if (found := shown_delta(part))]
+            deltas = self._deltas_of(choice, delta.parts, last=delta.finish_reason is not None)
+        else:
+            if delta.finish_reason is None and not self._logprobs and self._shown.plain:
+                return self._start(choice) + b'{"content":' + encode(delta.text) + self._plain_tail
+            deltas = [{"content": delta.text}] if delta.text else []
         reason = delta.finish_reason
-        if not shown and (reason is not None or delta.logprobs or self.every_token):
-            shown = [{}]
-        for i, part in enumerate(shown):
-            end = reason if i == len(shown) - 1 else None
-            yield self._event(choice, part, delta if i == 0 else None, end)
+        events = [
+            self._event(choice, shown, None if i else delta, None) for i, shown in enumerate(deltas)
+        ]
+        if reason is not None:
+            events.append(self._event(choice, {}, None if deltas else delta, reason))
+        elif not deltas and (delta.parts is None or delta.logprobs or self.every_token):
+            events.append(self._event(choice, {}, delta, None))
+        return b"".join(events)
+
+    def _deltas_of(
+        self, choice: Choice, parts: Sequence[Part], *, last: bool
+    ) -> list[dict[str, Any]]:
+        deltas = self._deltas.setdefault(choice.index, Deltas(self._custom))
+        shown = [found for part in self._visible(parts) if (found := deltas.of(part))]
+        return [*shown, *deltas.cut()] if last else shown
 
     def _event(
         self, choice: Choice, shown: dict[str, Any], delta: Delta | None, reason: str | None
     ) -> bytes:
-        """``delta``: whose log-probabilities and token ids are shown; None for none."""
+        """``delta``: whose log-probabilities and token ids come with it; None for none."""
         tokens = delta.logprobs if delta is not None else None
         logprobs = chat_logprobs(self._names, tokens or ()) if self._logprobs else None
         return b"".join(
@@ -101,7 +109,8 @@ class ChatFormat(ChoiceFormat):
                 "message": message_of(
                     [Text(choice.text)]
                     if choice.parser is None
-                    else [Text(choice.echoed), *self._visible(choice.parts)]
+                    else [Text(choice.echoed), *self._visible(choice.parts)],
+                    self._custom,
                 ),
                 "logprobs": (
                     chat_logprobs(self._names, choice.logprobs) if self._logprobs else None

@@ -14,7 +14,6 @@ from pydantic import WithJsonSchema
 from headstart.engine.process.messages import ModelInfo
 from headstart.server.api.fields import is_token_id
 from headstart.server.http.errors import APIError, bad_request
-from headstart.server.settings import ServerSettings
 
 _IDS = {"type": "array", "items": {"type": "integer"}}
 PromptField = Annotated[
@@ -40,11 +39,9 @@ class GivenPrompt(NamedTuple):
     prompt: str | list[int]
 
 
-def given_prompts(
-    value: Any, field: str, settings: ServerSettings, *, n: int = 1
-) -> list[GivenPrompt]:
-    """The prompts of ``field``, whatever form they came in; raises APIError, for too many of them
-    times ``n``, too. Ids are not checked against the vocabulary."""
+def given_prompts(value: Any, field: str, most: int) -> list[GivenPrompt]:
+    """The prompts of ``field``, whatever form they came in; raises APIError, for more than ``most``
+    of them, too. Ids are not checked against the vocabulary."""
     if isinstance(value, str):
         return [GivenPrompt(field, value)]
     if not isinstance(value, list):
@@ -53,13 +50,8 @@ def given_prompts(
         raise bad_request(f"{field} is an empty list", field)
     if is_token_id(value[0]):
         return [GivenPrompt(field, _checked_ids(value, field))]
-    count = len(value) * n
-    if len(value) > settings.max_prompts or count > settings.max_choices:
-        raise bad_request(
-            f"{len(value)} prompts with n={n} are {count} choices; at most "
-            f"{settings.max_prompts} prompts and {settings.max_choices} choices are allowed",
-            field,
-        )
+    if len(value) > most:
+        raise bad_request(f"{field} has {len(value)} entries; at most {most} are allowed", field)
     texts = isinstance(value[0], str)
     prompts = []
     for i, prompt in enumerate(value):

@@ -26,6 +26,7 @@ from headstart.server.api.fields import (
     LogprobCount,
     fit_max_tokens,
 )
+from headstart.server.api.openai_completions.fill_in import filled_in, layout_of
 from headstart.server.api.openai_completions.prompts import (
     PromptField,
     check_vocabulary,
@@ -54,15 +55,16 @@ DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionBody(GenerationBody):
+    """``suffix``: the answer is what comes between the prompt and this."""
+
     prompt: PromptField
     echo: bool | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
     add_special_tokens: bool | None = None
     logprobs: LogprobCount | None = None
     segment_mask: CompletionMaskField = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     prompt_embeds: Annotated[Any, Refused("give prompt")] = None
-    suffix: Annotated[Any, Refused("this model has no tokens to fill in text", ("",))] = None
+    suffix: str | None = None
 
     @property
     def num_choices(self) -> int:
@@ -78,6 +80,9 @@ class CompletionBody(GenerationBody):
         self.check(settings)
         if self.max_tokens == 0 and not self.echo:
             raise bad_request("max_tokens must be at least 1 without echo: true", "max_tokens")
+        for name in ("echo", "segment_mask", "truncate_prompt_tokens"):
+            if self.suffix and getattr(self, name) not in (None, False):
+                raise bad_request(f"suffix and {name} cannot be combined", "suffix")
         if self.best_of is not None:
             self._check_best_of(self.best_of, settings)
         if self.add_special_tokens is False and self.segment_mask is not None:
@@ -100,6 +105,16 @@ class CompletionBody(GenerationBody):
         if best_of > n and self.stream:
             raise bad_request("best_of above n cannot be streamed", "best_of")
 
+    def check_choices(self, num_prompts: int, settings: ServerSettings) -> None:
+        """Raise APIError for too many choices of so many prompts."""
+        n, most = self.num_choices, settings.max_choices
+        if num_prompts * n > most:
+            raise bad_request(
+                f"{num_prompts} prompts with n={n} are {num_prompts * n} choices; at most {most} "
+                "are allowed",
+                "prompt",
+            )
+
     def params(
         self,
         num_prompt: int,
@@ -108,12 +123,11 @@ class CompletionBody(GenerationBody):
         grammar: str | None,
     ) -> SamplingParams:
         """The engine's view of the request, for a prompt of this length."""
-        max_tokens = self.wanted_tokens
-        if self.max_tokens is None and num_prompt < model.max_model_len:
-            max_tokens = min(max_tokens, model.max_model_len - num_prompt)
+        wanted = self.wanted_tokens
         max_tokens = fit_max_tokens(
-            num_prompt, max_tokens, model, param="max_tokens", prompt_param="prompt"
+            num_prompt, wanted or 1, model, param="max_tokens", prompt_param="prompt"
         )
+        max_tokens = max_tokens if wanted else 0
         logprobs = self.logprobs
         if logprobs is None and self.num_choices > (self.n or 1):
             logprobs = 0  # the best are chosen by them
@@ -254,20 +268,27 @@ async def _checked_prompts(
     """Tokenise and check every prompt before any is started."""
     checked: list[Prompt] = []
     tokenizer = runtime.tokenizer
-    prompts = given_prompts(body.prompt, "prompt", runtime.settings, n=body.num_choices)
+    prompts = given_prompts(body.prompt, "prompt", runtime.settings.max_prompts)
+    body.check_choices(len(prompts), runtime.settings)
     grammar = await runtime.checked(body.structure(runtime.settings))
     if spans is not None:
         spans.check_prompts([prompt for _, prompt in prompts])
+    layout = _layout(tokenizer, body.suffix)
+    special = body.add_special_tokens is not False
     for path, prompt in prompts:
         token_ids: Sequence[int]
         places: Sequence[Place | None] = ()
-        if isinstance(prompt, str):
-            token_ids, places = await runtime.with_text(
-                len(prompt), partial(_encode, tokenizer, prompt, spans, body.add_special_tokens)
-            )
-        else:
+        if not isinstance(prompt, str):
             token_ids = prompt
             check_vocabulary(token_ids, path, model)
+        if layout is not None and body.suffix:
+            size = len(prompt) + len(body.suffix)
+            fill = partial(filled_in, tokenizer, layout, prompt, body.suffix)
+            token_ids = await runtime.with_text(size, partial(fill, add_special_tokens=special))
+        elif isinstance(prompt, str):
+            token_ids, places = await runtime.with_text(
+                len(prompt), partial(_encode, tokenizer, prompt, spans, special)
+            )
         if not token_ids:
             raise bad_request(f"{path} is empty", path)
         kept = body.truncated(token_ids, body.wanted_tokens, model, spans=spans is not None)
@@ -280,8 +301,21 @@ async def _checked_prompts(
         params = body.params(len(token_ids), model, runtime, grammar)
         text = prompt if isinstance(prompt, str) else ""
         segments = spans.of_prompt(len(token_ids), text, places) if spans else ()
-        checked.append(Prompt(token_ids, params, segments, context=token_ids[-8:], echo=echo))
+        context = () if layout else token_ids[-8:]
+        checked.append(Prompt(token_ids, params, segments, context=context, echo=echo))
     return checked
+
+
+def _layout(tokenizer: Tokenizer, suffix: str | None) -> Sequence[str] | None:
+    """How the prompts and the suffix are laid out; None where there is none. Raises APIError."""
+    layout = layout_of(tokenizer) if suffix else None
+    if suffix and layout is None:
+        raise bad_request(
+            "suffix is not supported: this model has no tokens to fill in text between two others",
+            "suffix",
+            "unsupported_parameter",
+        )
+    return layout
 
 
 def _echo(
@@ -293,12 +327,12 @@ def _echo(
 
 
 def _encode(
-    tokenizer: Tokenizer, prompt: str, spans: Spans | None, add_special_tokens: bool | None
+    tokenizer: Tokenizer, prompt: str, spans: Spans | None, add_special_tokens: bool
 ) -> tuple[list[int], Sequence[Place | None]]:
     """Ids, and where each comes from if ``spans`` ask for that, which takes longer."""
     if spans is not None and spans.unit == "characters":
         return tokenizer.encode_placed(prompt)
-    return tokenizer.encode(prompt, add_special_tokens=add_special_tokens is not False), ()
+    return tokenizer.encode(prompt, add_special_tokens=add_special_tokens), ()
 
 
 def routes(runtime: Runtime) -> APIRouter:

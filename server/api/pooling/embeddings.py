@@ -16,6 +16,7 @@ from headstart.server.api.openai_completions.prompts import PromptField, given_p
 from headstart.server.api.pooling.pooling import (
     Floats,
     PooledBody,
+    PooledText,
     normalized,
     vectors_of,
 )
@@ -36,20 +37,22 @@ class EmbeddingBody(PooledBody):
     endianness: Annotated[Any, Refused(harmless=("native", "little"))] = None
     messages: Annotated[Any, Refused("give input")] = None
 
-    def check_dimensions(self, model: ModelInfo) -> None:
-        if self.dimensions is not None and self.dimensions > model.hidden_size:
-            raise bad_request(
-                f"dimensions must be at most {model.hidden_size}, the model's hidden size; got "
-                f"{self.dimensions}",
-                "dimensions",
-            )
-
     def shown(self, vector: Floats) -> list[float] | str:
         """A vector in the encoding that was asked for."""
         if self.encoding_format == "base64":
             return base64.b64encode(vector.astype("<f4").tobytes()).decode()
         values: list[float] = vector.tolist()
         return values
+
+
+def check_dimensions(dimensions: int | None, field: str, model: ModelInfo) -> None:
+    """Raise APIError for more than a vector has."""
+    if dimensions is not None and dimensions > model.hidden_size:
+        raise bad_request(
+            f"{field} must be at most {model.hidden_size}, the model's hidden size; got "
+            f"{dimensions}",
+            field,
+        )
 
 
 def routes(runtime: Runtime) -> APIRouter:
@@ -61,9 +64,10 @@ def routes(runtime: Runtime) -> APIRouter:
         body = await runtime.parse(request, EmbeddingBody)
         served = runtime.served(body.model)
         model = runtime.require_model()
-        body.check_dimensions(model)
-        prompts = given_prompts(body.input, "input", runtime.settings)
-        vectors = await vectors_of(runtime, request, body, served, model, prompts)
+        check_dimensions(body.dimensions, "dimensions", model)
+        given = given_prompts(body.input, "input", runtime.settings.max_texts)
+        texts = [PooledText(*prompt) for prompt in given]
+        vectors = await vectors_of(runtime, request, body, served, model, texts)
         rows = vectors.rows[:, : body.dimensions]
         if body.normalize is not False:
             rows = normalized(rows)

@@ -1,13 +1,13 @@
 """Vectors of prompts, for the endpoints that answer with them or compare them.
 
-All prompts are checked before any is started, and computed together. When the client hangs up, the
-engine's streams are aborted at once.
+All prompts are checked before any is started. They are computed in groups, so that one request does
+not fill the engine's queue. When the client hangs up, the engine's streams are aborted at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
@@ -24,16 +24,21 @@ from headstart.server.api.fields import (
     Truncation,
     truncated,
 )
-from headstart.server.api.openai_completions.prompts import GivenPrompt, check_vocabulary
+from headstart.server.api.openai_completions.prompts import check_vocabulary
 from headstart.server.generation.engine_client import Stream
 from headstart.server.http.access_log import note_usage
-from headstart.server.http.errors import APIError, bad_request, unavailable
+from headstart.server.http.errors import APIError, ContextLengthError, bad_request, unavailable
 from headstart.server.http.metrics import ChoiceTimer
 from headstart.server.http.policy import Refused
 from headstart.server.http.reply import hang_up
 from headstart.server.http.runtime import Runtime, Served
+from headstart.server.settings import ServerSettings
+from headstart.server.text.tokenizer import Tokenizer
 
 Floats = npt.NDArray[np.float32]
+
+GROUP = 64
+"""Prompts of one request that the engine has at a time."""
 
 
 class PooledBody(Described):
@@ -50,6 +55,14 @@ class PooledBody(Described):
     activation: Annotated[Any, Refused("scores are cosines")] = None
     softmax: Annotated[Any, Refused("scores are cosines")] = None
     use_activation: Annotated[Any, Refused("scores are cosines")] = None
+
+
+class PooledText(NamedTuple):
+    """A prompt, and where in the body it is. ``most``: only so many of its first tokens count."""
+
+    path: str
+    prompt: str | list[int]
+    most: int | None = None
 
 
 class Vectors(NamedTuple):
@@ -74,61 +87,106 @@ def normalized(rows: Floats) -> Floats:
     return found
 
 
+def texts_of(value: Any, field: str, settings: ServerSettings) -> list[PooledText]:
+    """The texts of ``field``, one or a list; raises APIError."""
+    if isinstance(value, str):
+        return [PooledText(field, value)]
+    if not isinstance(value, list):
+        raise bad_request(f"{field} must be a string or a list of strings", field, "invalid_value")
+    check_count(value, field, settings)
+    for i, text in enumerate(value):
+        if not isinstance(text, str):
+            path = f"{field}[{i}]"
+            raise bad_request(f"{path} is not a text", path, "invalid_value")
+    return [PooledText(f"{field}[{i}]", text) for i, text in enumerate(value)]
+
+
+def check_count(values: list[Any], field: str, settings: ServerSettings) -> None:
+    """Raise APIError for no texts, and for too many."""
+    if not values:
+        raise bad_request(f"{field} is an empty list", field)
+    if len(values) > settings.max_texts:
+        raise bad_request(
+            f"{field} has {len(values)} entries; at most {settings.max_texts} are allowed", field
+        )
+
+
 async def vectors_of(
     runtime: Runtime,
     request: Request,
     body: PooledBody,
     served: Served,
     model: ModelInfo,
-    prompts: Sequence[GivenPrompt],
+    texts: Sequence[PooledText],
 ) -> Vectors:
-    """The vector of each prompt. Raises APIError, naming the prompt that is at fault."""
+    """The vector of each text. Raises APIError, naming the one that is at fault."""
     pooling = body.pooling or runtime.settings.pooling or model.pooling or "last"
-    checked = [await _token_ids(runtime, body, model, given) for given in prompts]
+    work = partial(_checked_ids, runtime.tokenizer, body, model, texts)
+    checked = await runtime.with_text(sum(len(text.prompt) for text in texts), work)
     num_tokens = sum(map(len, checked))
+    most = runtime.settings.max_text_contexts * model.max_model_len
+    if num_tokens > most:
+        raise bad_request(
+            f"the texts have {num_tokens} tokens; at most {most} are allowed in one request, "
+            f"{runtime.settings.max_text_contexts} times the model's context",
+            texts[-1].path.partition("[")[0],
+        )
     note_usage(request.scope, num_tokens, 0)
     metrics = runtime.metrics.of(served.name)
-    running: list[_Running] = []
-    try:
-        for (path, _), token_ids in zip(prompts, checked, strict=True):
-            stream = runtime.engine.add(
-                token_ids,
-                PoolingParams(pooling),
-                salt=body.cache_salt.encode() if body.cache_salt else b"",
-                adapter=served.adapter,
-            )
-            running.append(_Running(path, len(token_ids), stream, ChoiceTimer(metrics)))
-        rows = await _unless_gone(_collect(running), request)
-    finally:
-        for _, count, stream, timer in running:  # those that have not ended
-            stream.abort()
-            timer.finished("abort", count, 0)
-    return Vectors(np.stack(rows), num_tokens)
 
-
-async def _token_ids(
-    runtime: Runtime, body: PooledBody, model: ModelInfo, given: GivenPrompt
-) -> Sequence[int]:
-    path, prompt = given
-    token_ids: Sequence[int]
-    if isinstance(prompt, str):
-        special = body.add_special_tokens is not False
-        work = partial(runtime.tokenizer.encode, prompt, add_special_tokens=special)
-        token_ids = await runtime.with_text(len(prompt), work)
-    else:
-        token_ids = prompt
-        check_vocabulary(token_ids, path, model)
-    most = model.max_model_len - 1
-    token_ids = truncated(token_ids, body.truncate_prompt_tokens, most)
-    if not token_ids:
-        raise bad_request(f"{path} is empty", path)
-    if len(token_ids) > most:
-        raise bad_request(
-            f"{path} has {len(token_ids)} tokens; at most {most} are allowed, unless "
-            "truncate_prompt_tokens is -1",
-            path,
+    def start(path: str, token_ids: Sequence[int]) -> _Running:
+        stream = runtime.engine.add(
+            token_ids,
+            PoolingParams(pooling),
+            salt=body.cache_salt.encode() if body.cache_salt else b"",
+            adapter=served.adapter,
         )
-    return token_ids
+        return _Running(path, len(token_ids), stream, ChoiceTimer(metrics))
+
+    prompts = [(text.path, token_ids) for text, token_ids in zip(texts, checked, strict=True)]
+    return Vectors(np.stack(await _unless_gone(_computed(prompts, start), request)), num_tokens)
+
+
+async def _computed(
+    prompts: Sequence[tuple[str, Sequence[int]]], start: Callable[[str, Sequence[int]], _Running]
+) -> list[Floats]:
+    """The vector of each prompt, a group after the other."""
+    rows: list[Floats] = []
+    for at in range(0, len(prompts), GROUP):
+        running: list[_Running] = []
+        try:
+            for path, token_ids in prompts[at : at + GROUP]:
+                running.append(start(path, token_ids))
+            rows += await _collect(running)
+        finally:
+            for _, count, stream, timer in running:  # those that have not ended
+                stream.abort()
+                timer.finished("abort", count, 0)
+    return rows
+
+
+def _checked_ids(
+    tokenizer: Tokenizer, body: PooledBody, model: ModelInfo, texts: Sequence[PooledText]
+) -> list[Sequence[int]]:
+    """The ids of each text; raises APIError."""
+    found: list[Sequence[int]] = []
+    room = model.max_model_len - 1
+    for path, prompt, most in texts:
+        if isinstance(prompt, str):
+            special = body.add_special_tokens is not False
+            token_ids = tokenizer.encode(prompt, add_special_tokens=special)
+        else:
+            token_ids = prompt
+            check_vocabulary(token_ids, path, model)
+        token_ids = token_ids[:most]
+        kept = truncated(token_ids, body.truncate_prompt_tokens, room)
+        if not kept:
+            raise bad_request(f"{path} is empty", path)
+        if len(kept) > room:
+            remedy = "; truncate_prompt_tokens: -1 cuts it"
+            raise ContextLengthError(len(kept), model.max_model_len, path, remedy)
+        found.append(kept)
+    return found
 
 
 async def _collect(running: list[_Running]) -> list[Floats]:

@@ -11,19 +11,22 @@ import uuid
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, WithJsonSchema
 
 from headstart.server.api.fields import Ignored
-from headstart.server.api.openai_completions.prompts import GivenPrompt
 from headstart.server.api.pooling.pooling import (
     PooledBody,
+    PooledText,
     Vectors,
+    check_count,
     normalized,
+    texts_of,
     vectors_of,
 )
 from headstart.server.http.errors import bad_request
-from headstart.server.http.policy import Refused
+from headstart.server.http.policy import Body, Refused, body_at
 from headstart.server.http.runtime import Runtime
 from headstart.server.settings import ServerSettings
 
@@ -49,16 +52,22 @@ DocumentsField = Annotated[
 ]
 
 
+class Document(Body):
+    text: str
+    id: Ignored = None
+    title: Ignored = None
+
+
 class ScoreBody(PooledBody):
     """One text against one or many, or as many against as many, pair by pair."""
 
     text_1: TextsField
     text_2: TextsField
 
-    def pairs(self, settings: ServerSettings) -> tuple[list[GivenPrompt], list[GivenPrompt]]:
+    def pairs(self, settings: ServerSettings) -> tuple[list[PooledText], list[PooledText]]:
         """The texts of both sides; raises APIError if they make no pairs."""
-        left = _texts(self.text_1, "text_1", settings)
-        right = _texts(self.text_2, "text_2", settings)
+        left = texts_of(self.text_1, "text_1", settings)
+        right = texts_of(self.text_2, "text_2", settings)
         if len(left) not in (1, len(right)):
             raise bad_request(
                 f"text_1 has {len(left)} texts and text_2 {len(right)}; they must be as many, or "
@@ -69,50 +78,38 @@ class ScoreBody(PooledBody):
 
 
 class RerankBody(PooledBody):
+    """``max_tokens_per_doc``: only so many of a document's first tokens count."""
+
     query: str
     documents: DocumentsField
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool | None = None
+    max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = None
     max_chunks_per_doc: Ignored = None
-    max_tokens_per_doc: Ignored = None
     rank_fields: Annotated[Any, Refused("documents are ranked by their text", (["text"],))] = None
 
-    def texts(self, settings: ServerSettings) -> list[GivenPrompt]:
+    def texts(self, settings: ServerSettings) -> list[PooledText]:
         """The documents; raises APIError."""
-        if not isinstance(self.documents, list):
+        given = self.documents
+        if not isinstance(given, list):
             raise bad_request("documents must be a list", "documents", "invalid_value")
-        plain = []
-        for document in self.documents[: settings.max_prompts]:
-            if isinstance(document, dict):
-                document = document.get("text")
-            plain.append(document)
-        plain += self.documents[settings.max_prompts :]  # too many, which is told below
-        return _texts(plain, "documents", settings)
-
-
-def _texts(value: Any, field: str, settings: ServerSettings) -> list[GivenPrompt]:
-    if isinstance(value, str):
-        return [GivenPrompt(field, value)]
-    if not isinstance(value, list):
-        raise bad_request(f"{field} must be a string or a list of strings", field, "invalid_value")
-    if not value:
-        raise bad_request(f"{field} is an empty list", field)
-    if len(value) > settings.max_prompts:
-        raise bad_request(
-            f"{field} has {len(value)} entries; at most {settings.max_prompts} are allowed", field
-        )
-    for i, text in enumerate(value):
-        if not isinstance(text, str):
-            path = f"{field}[{i}]"
-            raise bad_request(f"{path} is not a text", path, "invalid_value")
-    return [GivenPrompt(f"{field}[{i}]", text) for i, text in enumerate(value)]
+        check_count(given, "documents", settings)
+        texts: list[PooledText] = []
+        for i, document in enumerate(given):
+            path = f"documents[{i}]"
+            if not isinstance(document, str):
+                document = body_at(Document, document, path, self.notes).text
+            texts.append(PooledText(path, document, self.max_tokens_per_doc))
+        self.notes.check()
+        return texts
 
 
 def _cosines(vectors: Vectors, num_left: int) -> list[float]:
     """Of the first ``num_left`` rows, or the only one of them, with the others."""
     rows = normalized(vectors.rows)
-    cosines: list[float] = (rows[:num_left] * rows[num_left:]).sum(-1).tolist()
-    return cosines
+    cosines = (rows[:num_left] * rows[num_left:]).sum(-1)
+    found: list[float] = np.clip(cosines, -1, 1).tolist()  # rounding may lead beyond
+    return found
 
 
 def routes(runtime: Runtime) -> APIRouter:
@@ -149,12 +146,13 @@ def routes(runtime: Runtime) -> APIRouter:
         served = runtime.served(body.model)
         documents = body.texts(runtime.settings)
         model = runtime.require_model()
-        prompts = [GivenPrompt("query", body.query), *documents]
+        prompts = [PooledText("query", body.query), *documents]
         vectors = await vectors_of(runtime, request, body, served, model, prompts)
         ranked = sorted(enumerate(_cosines(vectors, 1)), key=lambda entry: -entry[1])
         results = []
         for i, value in ranked[: body.top_n]:
-            result: dict[str, Any] = {"index": i, "relevance_score": value}
+            # Cohere's and Jina's are from 0 to 1.
+            result: dict[str, Any] = {"index": i, "relevance_score": max(value, 0.0)}
             if body.return_documents is not False:
                 result["document"] = {"text": documents[i].prompt}
             results.append(result)

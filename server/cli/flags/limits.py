@@ -23,7 +23,8 @@ class Limit(NamedTuple):
 LIMITS = (
     Limit("--max-body-size", "max_body_bytes", "request body, as 8MiB", byte_size, "SIZE"),
     Limit("--max-n", "max_n", "n and best_of"),
-    Limit("--max-prompts", "max_prompts", "prompts in one request"),
+    Limit("--max-prompts", "max_prompts", "prompts of one completion"),
+    Limit("--max-texts", "max_texts", "texts to embed, compare or rank in one request"),
     Limit("--max-choices", "max_choices", "choices in one request, prompts times n"),
     Limit("--max-messages", "max_messages", "messages in one chat"),
     Limit("--max-documents", "max_documents", "documents beside one chat"),

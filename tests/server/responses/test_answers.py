@@ -182,7 +182,6 @@ async def test_log_probabilities(ask, build, engine, events_of):
         ({"conversation": {"name": "x"}}, "conversation.id"),
         ({"include": ["message.output_text.logprobs"], "tools": [LOOK]}, "include"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
-        ({"max_output_tokens": 100000}, "max_output_tokens"),
     ],
 )
 async def test_what_is_refused(ask, engine, fields, param):
