@@ -99,7 +99,7 @@ class ContextLengthError(APIError):
             param=param,
             code="context_length_exceeded",
         )
-        self._told = f"prompt is too long: {num_tokens} tokens > {limit} maximum"
+        self._told = f"prompt is too long: {num_tokens} tokens > {limit - 1} maximum"
 
     def anthropic_body(self) -> bytes:
         error = {"type": "invalid_request_error", "message": f"{self._told}; {self.message}"}

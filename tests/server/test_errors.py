@@ -203,7 +203,7 @@ async def test_anthropics_clients_know_it_too(client):
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error"
-    assert re.match(r"prompt is too long: \d+ tokens > 256 maximum", error["message"])
+    assert re.match(r"prompt is too long: \d+ tokens > 255 maximum", error["message"])
 
 
 CHATTING = {"messages": [{"role": "user", "content": "hi"}]}
