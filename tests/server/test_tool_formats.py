@@ -22,6 +22,7 @@ from headstart.server.text.answer import (
     ToolCallStart,
 )
 from headstart.server.text.tool_formats import FORMATS
+from headstart.server.text.tool_formats.schemas import arguments_schema
 
 NAMES = ("look", "clock")
 HERMES = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'.format
@@ -476,3 +477,47 @@ def test_schemas_that_cannot_be_enforced(vocabularies, format):
         )
         matcher = llguidance.LLMatcher(tokenizer, f"start: calls\n{rules}", log_level=0)
         assert matcher.is_error() == strict
+
+
+NESTED = {
+    "properties": {
+        "at": {"properties": {"x": {"type": "integer"}}},
+        "all": {"type": "array", "items": {"properties": {"y": {"type": "integer"}}}},
+        "any": {"type": "object"},
+        "open": {"properties": {"z": {"type": "integer"}}, "additionalProperties": True},
+        "default": {"enum": [{"properties": {}}]},
+    },
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_objects_have_the_properties_that_they_name(vocabularies, strict):
+    backend, tokenizer, ids, end = vocabularies[False]["hermes"]
+    tool = {"name": "f", "parameters": NESTED, "strict": strict}
+    rules = FORMATS["hermes"](ids).grammar([tool], parallel=False)
+    matcher = matcher_of(tokenizer, rules)
+
+    def takes(arguments):
+        written = [*backend.encode(HERMES("f", arguments)).ids, end]
+        return matcher.deep_copy().validate_tokens(written) == len(written)
+
+    for arguments in (
+        "{}",
+        '{"at": {"x": 1}, "all": [{"y": 1}], "any": {"a": 1}, "open": {"z": 1, "a": 1}}',
+        '{"default": {"properties": {}}}',
+    ):
+        assert takes(arguments), arguments
+    for arguments in ('{"a": 1}', '{"at": {"x": 1, "a": 1}}', '{"all": [{"a": 1}]}'):
+        assert not takes(arguments), arguments
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {}}, "allOf": [{"properties": {"b": {}}}]},
+        {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+        {"properties": {"x": {"properties": {"a": {}}, "$ref": "#/$defs/b"}}},
+    ],
+)
+def test_objects_put_together_of_several_are_left_as_they_are(schema):
+    assert arguments_schema({"name": "f", "parameters": schema}) == {"type": "object"} | schema

@@ -14,9 +14,7 @@ from typing import Any, ClassVar
 
 from headstart.server.generation.structure import WHITESPACE
 from headstart.server.text.tool_formats.reader import CallReader, call_id
-
-Function = dict[str, Any]
-"""``name``, maybe ``parameters``, a JSON schema of an object, and ``strict``."""
+from headstart.server.text.tool_formats.schemas import Function, arguments_schema
 
 
 class ToolFormat(ABC):
@@ -90,14 +88,6 @@ def json_rule(schema: Mapping[str, Any], *, strict: bool) -> str:
     """A JSON text by its schema. What llguidance cannot enforce is an error if ``strict``."""
     options = {"whitespace_pattern": WHITESPACE, "lenient": not strict}
     return "%json " + json.dumps({**schema, "x-guidance": options})
-
-
-def arguments_schema(function: Function) -> dict[str, Any]:
-    """The schema of a function's arguments; without one it takes none."""
-    parameters = function.get("parameters")
-    if parameters is None:
-        parameters = {"additionalProperties": False}
-    return {"type": "object"} | parameters
 
 
 def json_calls(functions: Sequence[Function], key: str) -> str:

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from headstart.server.text.tool_formats.format import (
     Function,
     ToolFormat,
-    arguments_schema,
     json_calls,
     json_rule,
     quoted,
 )
 from headstart.server.text.tool_formats.reader import NAME, CallReader, Chars, NoCall
+from headstart.server.text.tool_formats.schemas import arguments_schema
 
 CALLS, ID, ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 

@@ -19,13 +19,13 @@ from typing import Any
 from headstart.server.text.tool_formats.format import (
     Function,
     ToolFormat,
-    arguments_schema,
     json_rule,
     quoted,
     text_unlike,
     text_without,
 )
 from headstart.server.text.tool_formats.reader import NAME, CallReader, Chars, NoCall
+from headstart.server.text.tool_formats.schemas import arguments_schema
 
 OPENS, CLOSES = "<|python_start|>", "<|python_end|>"
 MAX_DEPTH = 64
