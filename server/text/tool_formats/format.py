@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from headstart.server.generation.structure import WHITESPACE
+from headstart.server.text.answer import Reader
 from headstart.server.text.tool_formats.reader import CallReader, call_id
 from headstart.server.text.tool_formats.schemas import Function, arguments_schema
+
+Call = tuple[str, str]
+"""A name, and the JSON text of the arguments."""
 
 
 class ToolFormat(ABC):
@@ -27,13 +31,20 @@ class ToolFormat(ABC):
     def __init__(self, tokens: Mapping[str, int]) -> None:
         self._tokens = tokens
 
-    def reader(self, names: Collection[str]) -> CallReader:
-        """What reads one answer; ``names`` are those of the tools."""
-        return self.reader_type(names, self.new_id)
+    frames_text: ClassVar[bool] = False
+    """Whether what is no call has marks, too, so that every answer has to be read."""
+
+    def reader(self, functions: Sequence[Function]) -> Reader:
+        """What reads one answer; ``functions``: the tools."""
+        return self.reader_type(functions, self.new_id)
 
     def new_id(self) -> str:
         """An id for a call."""
         return call_id()
+
+    @abstractmethod
+    def written(self, calls: Sequence[Call]) -> str:
+        """Calls as the model writes them."""
 
     @abstractmethod
     def grammar(
@@ -44,6 +55,13 @@ class ToolFormat(ABC):
         ``amid_text``: text may come before the calls where a mark ends it, and there is a terminal
         ``TEXT`` of what is no call.
         """
+
+    def _up_to(self, rule: str, terminal: str, mark: str) -> list[str]:
+        """Rules: ``rule`` is any text up to a mark, and that."""
+        if mark not in self._tokens:
+            return [f"{rule}[suffix={quoted(mark)}]: /(.|\\n)*/"]
+        without = f"{terminal}: /(.|\\n)+/ & {text_without(mark)}"
+        return [f"{rule}: {terminal}? {self._mark(mark)}", without]
 
     @property
     def stands_out(self) -> bool:
@@ -58,11 +76,10 @@ class ToolFormat(ABC):
         """Rules: ``opening`` is a mark, and may be text that it ends; ``TEXT`` is text without."""
         if not amid_text:
             return [f"opening: {self._mark(mark)}"]
+        text = f"TEXT: /(.|\\n)+/ & {text_without(mark)}"
         # A text that ends with something else than a token ends where that is there first.
-        opening = f"opening[suffix={quoted(mark)}]: /(.|\\n)*/"
-        if mark in self._tokens:
-            opening = f"opening: TEXT? {self._mark(mark)}"
-        return [opening, f"TEXT: /(.|\\n)+/ & {text_without(mark)}"]
+        first, *_ = self._up_to("opening", "TEXT", mark)
+        return [first, text]
 
 
 def text_without(mark: str) -> str:
@@ -88,6 +105,12 @@ def json_rule(schema: Mapping[str, Any], *, strict: bool) -> str:
     """A JSON text by its schema. What llguidance cannot enforce is an error if ``strict``."""
     options = {"whitespace_pattern": WHITESPACE, "lenient": not strict}
     return "%json " + json.dumps({**schema, "x-guidance": options})
+
+
+def json_call(call: Call, key: str) -> str:
+    """A call as an object, its arguments under ``key``."""
+    name, arguments = call
+    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
 
 
 def json_calls(functions: Sequence[Function], key: str) -> str:

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headstart.server.text.tool_formats.format import (
+    Call,
     Function,
     ToolFormat,
+    json_call,
     json_calls,
     quoted,
     text_unlike,
@@ -50,6 +52,9 @@ class Llama3Json(ToolFormat):
     @property
     def stands_out(self) -> bool:
         return False
+
+    def written(self, calls: Sequence[Call]) -> str:
+        return "; ".join(json_call(call, "parameters") for call in calls)
 
     def grammar(
         self, functions: Sequence[Function], *, parallel: bool, amid_text: bool = False

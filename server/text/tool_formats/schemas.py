@@ -66,3 +66,49 @@ def _closed(schema: Any, depth: int) -> Any:
     if found.get("properties") and "unevaluatedProperties" not in found:
         found.setdefault("additionalProperties", False)
     return found
+
+
+def kinds(schema: Any, root: Schema, depth: int = 0) -> set[str]:
+    """The types that a value may have, by JSON schema's names; empty if that is not said."""
+    if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
+        return set()
+    if isinstance(ref := schema.get("$ref"), str):
+        return kinds(_at(root, ref), root, depth + 1)
+    if "const" in schema:
+        return {kind(schema["const"])}
+    if isinstance(values := schema.get("enum"), list):
+        return set(map(kind, values))
+    said = schema.get("type")
+    if isinstance(said, str | list):
+        return {said} if isinstance(said, str) else set(map(str, said))
+    for key in ("anyOf", "oneOf", "allOf"):
+        if isinstance(listed := schema.get(key), list):
+            found = [kinds(item, root, depth + 1) for item in listed]
+            return set().union(*found) if all(found) else set()
+    return set()
+
+
+def kind(value: Any) -> str:
+    """The type of a value."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case int():
+            return "integer"
+        case float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+    return "object"
+
+
+def _at(root: Schema, ref: str) -> Any:
+    """What a reference within a schema, ``#/$defs/a``, stands for."""
+    found: Any = root
+    for key in ref.removeprefix("#/").split("/"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
