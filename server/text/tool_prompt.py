@@ -96,7 +96,7 @@ def for_calls(messages: Sequence[Message], able: Abilities) -> Sequence[Message]
 
 
 def _is_of_tools(message: Message) -> bool:
-    return message["role"] == "tool" or bool(message.get("tool_calls"))
+    return message.get("role") == "tool" or bool(message.get("tool_calls"))
 
 
 def _plain_turns(messages: Sequence[Message], format: ToolFormat) -> list[Message]:
@@ -104,7 +104,7 @@ def _plain_turns(messages: Sequence[Message], format: ToolFormat) -> list[Messag
     turns: list[Message] = []
     after_result = False
     for message in messages:
-        is_result = message["role"] == "tool"
+        is_result = message.get("role") == "tool"
         if is_result:
             text = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
             if after_result:
@@ -138,11 +138,11 @@ def _opened(messages: Sequence[Message], text: str, able: Abilities) -> list[Mes
     """The messages with a text before everything else."""
     said = [text]
     rest = list(messages)
-    if rest and rest[0]["role"] == "system":
+    if rest and rest[0].get("role") == "system":
         said.append(rest.pop(0)["content"])
     if able.system:
         return [{"role": "system", "content": "\n\n".join(said)}, *rest]
-    if rest and rest[0]["role"] == "user":
+    if rest and rest[0].get("role") == "user":
         said.append(rest.pop(0)["content"])
     return [{"role": "user", "content": "\n\n".join(said)}, *rest]
 
@@ -151,7 +151,7 @@ def _joined(messages: Sequence[Message]) -> list[Message]:
     """The messages, those of the user in a row as one."""
     turns: list[Message] = []
     for message in messages:
-        if turns and message["role"] == turns[-1]["role"] == "user":
+        if turns and message.get("role") == turns[-1].get("role") == "user":
             text = f"{turns[-1]['content']}\n\n{message['content']}"
             turns[-1] = turns[-1] | {"content": text}
         else:

@@ -123,7 +123,7 @@ def test_templates_without_a_system_turn_or_that_insist_on_turns(template, name,
     assert ("Be brief." in rest) == bool(first)
     # Chats with the same tools begin with the same text.
     other = found.render([user("other")], TOOLS)
-    assert text.startswith(other.split(TEXT)[0] + TEXT) == (not found.able.system or bool(first))
+    assert text.startswith(other.split(TEXT)[0] + TEXT)
 
 
 def test_a_chat_without_a_user(template):
@@ -147,12 +147,12 @@ def test_special_tokens_written_by_users_stay_text(template, backend):
 ADDS = (
     "{% for message in messages %}{{ message.role }}: {{ message.content or '' }}"
     "{% for call in message.tool_calls or [] %}"
-    "{{ '<call>' + call.function.name + CALL + '</call>' }}{% endfor %}\n{% endfor %}"
+    "{{ '<call>' + call.function.name + CALL + '</call>' }}{% endfor %}|{% endfor %}"
 )
 ONLY_WITHOUT_TEXT = (
     "{% for message in messages %}{% if message.content is none %}"
     "{% for call in message.tool_calls %}{{ call.function.name + call.function.arguments }}"
-    "{% endfor %}{% else %}{{ message.role }}: {{ message.content }}{% endif %}\n{% endfor %}"
+    "{% endfor %}{% else %}{{ message.role }}: {{ message.content }}{% endif %}|{% endfor %}"
 )
 JSON = '{"city": "Rome"}'
 
@@ -187,8 +187,8 @@ def test_arguments_have_the_form_that_the_template_reads(
 def test_a_template_that_writes_calls_keeps_them(template):
     found = template("", ADDS.replace("CALL", "call.function.arguments"))
     assert found.render(CHAT[:3], [CLOCK]) == (
-        f"system: {tool_text([CLOCK], FORMATS['hermes']({}))}\nuser: hi\n"
-        f"assistant: I look.<call>look{JSON}</call><call>look{{}}</call>\ntool: hot\n"
+        f"system: {tool_text([CLOCK], FORMATS['hermes']({}))}|user: hi|"
+        f"assistant: I look.<call>look{JSON}</call><call>look{{}}</call>|tool: hot|"
     )
 
 
@@ -196,6 +196,4 @@ def test_calls_that_are_written_only_where_there_is_no_text(template):
     found = template("", ONLY_WITHOUT_TEXT)
     assert found.able.calls_without_text
     chat = [user("hi"), calls("I look.", {"city": "Rome"}), result("hot"), calls("", {})]
-    assert found.render(chat) == (
-        f"user: hi\nassistant: I look.\nlook{JSON}\ntool: hot\nlook{{}}\n"
-    )
+    assert found.render(chat) == (f"user: hi|assistant: I look.|look{JSON}|tool: hot|look{{}}|")

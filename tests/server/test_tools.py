@@ -412,7 +412,7 @@ async def test_marks_that_are_special_tokens_are_read(choice, build, format):
         assert call["function"] == {"name": "look", "arguments": ROME}
     # Where no calls are read they are left out, as other special tokens are.
     found = await choice(f"a{FORMATS[format].marks[0]}b", app=app)
-    assert found["message"]["content"] == "ab"
+    assert found["message"]["content"] == ("a" if FORMATS[format].frames_text else "ab")
 
 
 TOOL_RESULT = {"role": "tool", "tool_call_id": "a", "content": ""}
@@ -608,6 +608,7 @@ def test_formats_of_other_templates(backend):
         ("<|tool_call|>[]<|/tool_call|>", "phi4"),
         ("<|tool_call|>", "granite"),
         ("```tool_code", "tool_code"),
+        ("<|channel|>", "harmony"),
     ):
         assert format_of(backend, tools + marks).calls.name == name
     for marks in ("<function=f>", "<|tool_call>call:f", "<minimax:tool_call>"):
