@@ -40,9 +40,8 @@ class DeepSeekReader(CallReader):
             char = yield from self._one(char)
             char = yield from self._spaces(char)
             char = yield from self._mark(char, ONE_END)
+            self._held = [char]
             char = yield from self._spaces(char)
-            if char != "<":
-                return char
             mark, char = yield from self._one_of(char, (ONE, ALL_END))
             if mark == ALL_END:
                 return char

@@ -40,9 +40,7 @@ class Phi4Reader(CallReader):
         else:
             raise NoCall
         char = yield from self._spaces(char)
-        if char == "<":
-            char = yield from self._mark(char, CLOSES)
-        return char
+        return (yield from self._mark(char, CLOSES))  # or what follows is text
 
 
 class Phi4(ToolFormat):

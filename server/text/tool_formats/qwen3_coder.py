@@ -43,8 +43,6 @@ class Qwen3CoderReader(TypedReader):
             char = yield from self._mark(char, ">")
             char = yield from self._typed_call(self._known(name, marked=marked), char)
             char = yield from self._spaces(char)
-            if char != "<":
-                return char
             mark, char = yield from self._one_of(char, (CLOSES, FUNCTION))
             if mark == CLOSES:
                 return char

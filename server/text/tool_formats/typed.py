@@ -38,17 +38,20 @@ class TypedReader(CallReader):
         self._keys = set()
         self._start(name)
         self._argue("{")
+        self._held = [char]
         try:
             char = yield from self._each_argument(char)
         except NoCall:
-            held = self._held if self._last else []  # cut short, it has no end
+            held = self._held.copy()
             if self._last:
                 self._argue("}")
                 self._end()
-            self._held = held[:]
+            # What was cut short has no end, and is no text.
+            self._held = held if self._last else []
             raise
         self._argue("}")
         self._end()
+        self._held = [char]
         return char
 
     def _argument(self, char: str, key: str, closes: str, *, lines: bool) -> Chars[str]:
@@ -66,10 +69,12 @@ class TypedReader(CallReader):
             self._argue(f'{head}"')
             char = yield from self._until(char, closes, self._argue_text, lines=lines)
             self._argue('"')
+            self._held = [char]
             return char
         written: list[str] = []
         char = yield from self._until(char, closes, written.append, lines=lines)
         self._argue(head + json_value("".join(written), allowed))
+        self._held = [char]
         return char
 
     def _argue_text(self, text: str) -> None:
