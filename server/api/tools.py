@@ -14,7 +14,7 @@ from headstart.server.http.errors import APIError, bad_request, invalid, refuse_
 from headstart.server.settings import ServerSettings
 from headstart.server.text.answer_format import AnswerFormat
 from headstart.server.text.templates import Tools
-from headstart.server.text.tool_formats.format import Function
+from headstart.server.text.tool_formats.schemas import Function
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 

@@ -5,7 +5,8 @@
     <function= and <parameter=                     qwen3_coder
     <arg_key>                                      glm
     tool▁call, with ```json or without             deepseek_v3, deepseek_v31
-    <|tool_call|>, with <|/tool_call|> or without  phi4, granite
+    <|/tool_call|> or <|/tool|>                    phi4
+    <|tool_call|>                                  granite
     ```tool_code                                   tool_code
     <|channel|>                                    harmony
     marks of other formats                         none
@@ -43,7 +44,7 @@ _CALLS = (
     (("<arg_key>",), "glm"),
     (("tool▁call", "```json"), "deepseek_v3"),
     (("tool▁call",), "deepseek_v31"),
-    ((r"<\|/tool_call\|>",), "phi4"),
+    ((r"<\|/tool_call\|>|<\|/tool\|>",), "phi4"),
     ((r"<\|tool_call\|>",), "granite"),
     (("```tool_code",), "tool_code"),
     ((r"<\|channel\|>",), "harmony"),
@@ -192,7 +193,7 @@ def find_format(
     able = Abilities() if template is None else template.able
     if calls == "auto":
         calls = "none" if template is None else "hermes"
-        if template is not None and (able.tools or able.calls):
+        if template is not None and (able.tools or able.calls or able.tools_of_system):
             calls = _calls_of(template.tool_text)
     if thoughts == "auto":
         known = set(tokenizer.added_tokens((THINK.opens, THINK.closes)))

@@ -36,8 +36,10 @@ def find_abilities(render: Render) -> Abilities:
     calls, without_text, as_text = _calls(render, tools if writes_tools else None)
     if writes_tools:
         return Abilities(calls_without_text=without_text, arguments_as_text=as_text)
+    with_tools = _says("system", "x") | {"tools": TOOL}
     return Abilities(
         tools=False,
+        tools_of_system=TOOL in (render([with_tools, USER], None) or ""),
         calls=calls,
         calls_without_text=without_text,
         arguments_as_text=as_text,

@@ -60,7 +60,8 @@ class ChatTemplate:
                 self._for_tools = LimitedTemplate(self.tool_text, limits)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the model's chat template is broken: {error}") from error
-        self.able = find_abilities(self._tried)
+        with self._for_tools.running():
+            self.able = find_abilities(self._tried)
         self.call_format: ToolFormat = Hermes({})
         """How calls are written where the template has none."""
 
@@ -84,10 +85,9 @@ class ChatTemplate:
 
     def _tried(self, messages: Sequence[Message], tools: Tools | None) -> str | None:
         """A small chat rendered; None when the template refuses it."""
+        special = self._tokenizer.special_tokens
         try:
-            with self._for_tools.running():
-                special = self._tokenizer.special_tokens
-                return self._run(self._for_tools, messages, tools, special, answer=True)
+            return self._run(self._for_tools, messages, tools, special, answer=True)
         except Exception:  # whatever a template may do with a chat it does not expect
             return None
 

@@ -25,6 +25,7 @@ class Abilities:
     """What a chat template can do; what it cannot is done for it.
 
     tools: it writes them.
+    tools_of_system: it writes those that the system message has, as text (Phi-4-mini).
     calls: it writes calls, and with them the results.
     calls_without_text: it writes calls only where the message's content is None (DeepSeek R1).
     arguments_as_text: it wants the arguments of calls as JSON text.
@@ -33,6 +34,7 @@ class Abilities:
     """
 
     tools: bool = True
+    tools_of_system: bool = False
     calls: bool = True
     calls_without_text: bool = False
     arguments_as_text: bool = False
@@ -50,17 +52,16 @@ def written_by_us(
         messages = _plain_turns(messages, format)
     elif not tools:
         return messages, tools
-    if tools:
+    if tools and able.tools_of_system:
+        messages = _with_tools(messages, tools)
+    elif tools:
         messages = _opened(messages, tool_text(tools, format), able)
     return (messages if able.users_in_a_row else _joined(messages)), None
 
 
 def tool_text(tools: Tools, format: ToolFormat) -> str:
     """What the model is told of its tools."""
-    lines = [
-        json.dumps(tool.get("function", tool), ensure_ascii=False, separators=(", ", ": "))
-        for tool in tools
-    ]
+    lines = (json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
     return "\n".join(
         (
             "You can call functions. Each line describes one, its parameters as a JSON schema:",
@@ -145,6 +146,15 @@ def _opened(messages: Sequence[Message], text: str, able: Abilities) -> list[Mes
     if rest and rest[0].get("role") == "user":
         said.append(rest.pop(0)["content"])
     return [{"role": "user", "content": "\n\n".join(said)}, *rest]
+
+
+def _with_tools(messages: Sequence[Message], tools: Tools) -> list[Message]:
+    """The messages with the tools as a field of the system message."""
+    rest = list(messages)
+    first = rest and rest[0].get("role") == "system"
+    system = rest.pop(0) if first else {"role": "system", "content": ""}
+    functions = [tool.get("function", tool) for tool in tools]
+    return [system | {"tools": json.dumps(functions, ensure_ascii=False)}, *rest]
 
 
 def _joined(messages: Sequence[Message]) -> list[Message]:

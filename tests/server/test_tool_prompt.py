@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from headstart.server.text.answer_format import find_format
 from headstart.server.text.templates import ChatTemplate
 from headstart.server.text.tokenizer import Tokenizer
 from headstart.server.text.tool_formats import FORMATS
@@ -197,3 +198,26 @@ def test_calls_that_are_written_only_where_there_is_no_text(template):
     assert found.able.calls_without_text
     chat = [user("hi"), calls("I look.", {"city": "Rome"}), result("hot"), calls("", {})]
     assert found.render(chat) == (f"user: hi|assistant: I look.|look{JSON}|tool: hot|look{{}}|")
+
+
+OF_SYSTEM = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% if message.role == 'system' and message.tools %}<|tool|>{{ message.tools }}<|/tool|>"
+    "{% endif %}<|end|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("first", [[], [system("Be brief.")]])
+def test_tools_that_are_the_system_message_s(template, first):
+    found = template("", OF_SYSTEM)
+    text = found.render([*first, user("hi")], TOOLS)
+    functions = json.dumps([tool["function"] for tool in TOOLS])
+    said = "Be brief." if first else ""
+    assert text == f"<|system|>{said}<|tool|>{functions}<|/tool|><|end|><|user|>hi<|end|>"
+
+
+def test_the_format_of_such_a_template(backend):
+    tokenizer = Tokenizer(backend, chat_template=OF_SYSTEM)
+    found = find_format(tokenizer, ChatTemplate(tokenizer), calls="auto", thoughts="auto")
+    assert found.calls is not None
+    assert found.calls.name == "phi4"

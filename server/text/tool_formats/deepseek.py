@@ -14,13 +14,12 @@ from collections.abc import Sequence
 
 from headstart.server.text.tool_formats.format import (
     Call,
-    Function,
     ToolFormat,
     json_rule,
     quoted,
 )
 from headstart.server.text.tool_formats.reader import NAME, CallReader, Chars, NoCall
-from headstart.server.text.tool_formats.schemas import arguments_schema
+from headstart.server.text.tool_formats.schemas import Function, arguments_schema
 
 ALL, ALL_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 ONE, ONE_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"

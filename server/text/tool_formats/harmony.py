@@ -23,13 +23,12 @@ from headstart.server.text.answer import (
 )
 from headstart.server.text.tool_formats.format import (
     Call,
-    Function,
     ToolFormat,
     json_rule,
     quoted,
 )
 from headstart.server.text.tool_formats.reader import NoCall, object_text
-from headstart.server.text.tool_formats.schemas import arguments_schema
+from headstart.server.text.tool_formats.schemas import Function, arguments_schema
 
 START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
 CONSTRAIN, CALL, RETURN = "<|constrain|>", "<|call|>", "<|return|>"

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 from headstart.server.text.tool_formats.format import (
     Call,
-    Function,
     ToolFormat,
     json_call,
     json_calls,
     quoted,
 )
 from headstart.server.text.tool_formats.reader import CallReader, Chars, NoCall
+from headstart.server.text.tool_formats.schemas import Function
 
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from headstart.server.text.tool_formats.format import (
     Call,
-    Function,
     ToolFormat,
     json_call,
     json_calls,
@@ -21,6 +20,7 @@ from headstart.server.text.tool_formats.format import (
     text_without,
 )
 from headstart.server.text.tool_formats.reader import CallReader, Chars
+from headstart.server.text.tool_formats.schemas import Function
 
 TAG = "<|python_tag|>"
 

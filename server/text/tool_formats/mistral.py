@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 from headstart.server.text.tool_formats.format import (
     Call,
-    Function,
     ToolFormat,
     json_call,
     json_calls,
@@ -22,7 +21,7 @@ from headstart.server.text.tool_formats.format import (
     quoted,
 )
 from headstart.server.text.tool_formats.reader import NAME, CallReader, Chars, NoCall
-from headstart.server.text.tool_formats.schemas import arguments_schema
+from headstart.server.text.tool_formats.schemas import Function, arguments_schema
 
 CALLS, ID, ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 

@@ -9,16 +9,17 @@ text of their JSON.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from headstart.server.text.tool_formats.format import (
     Call,
-    Function,
     ToolFormat,
     json_call,
     json_calls,
     quoted,
 )
 from headstart.server.text.tool_formats.reader import CallReader, Chars, NoCall
+from headstart.server.text.tool_formats.schemas import Function
 
 OPENS, CLOSES, BARE = "<|tool_call|>", "<|/tool_call|>", "functools"
 
@@ -45,7 +46,7 @@ class Phi4Reader(CallReader):
 
 class Phi4(ToolFormat):
     name = "phi4"
-    marks: tuple[str, ...] = (OPENS, CLOSES)
+    marks: ClassVar[tuple[str, ...]] = (OPENS, CLOSES)
     reader_type = Phi4Reader
 
     def written(self, calls: Sequence[Call]) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 
 from headstart.server.text.tool_formats.format import (
     Call,
-    Function,
     ToolFormat,
     json_rule,
     quoted,
@@ -26,7 +25,7 @@ from headstart.server.text.tool_formats.format import (
     text_without,
 )
 from headstart.server.text.tool_formats.reader import NAME, CallReader, Chars, NoCall
-from headstart.server.text.tool_formats.schemas import arguments_schema
+from headstart.server.text.tool_formats.schemas import Function, arguments_schema
 
 OPENS, CLOSES = "<|python_start|>", "<|python_end|>"
 MAX_DEPTH = 64

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headstart.server.text.tool_formats.format import Call, Function, ToolFormat, quoted
+from headstart.server.text.tool_formats.format import Call, ToolFormat, quoted
 from headstart.server.text.tool_formats.pythonic import PythonicReader, call_rules, python_call
 from headstart.server.text.tool_formats.reader import Chars, NoCall
+from headstart.server.text.tool_formats.schemas import Function
 
 OPENS, CLOSES = "```tool_code", "```"
 
