@@ -304,7 +304,9 @@ async def test_calls_are_right_where_the_template_knows_none(choice, build, engi
     follows = partial(follows_grammar, app, engine.added[0].params.grammar)
     for text in ("", "Rome is hot.", CALL, f"I look.\n{CALL}\n{CLOCK_CALL}"):
         assert follows(text), text
-    for text in (CALL.replace("city", "town"), CALL.replace("look", "other"), "<tool_call>hm"):
+    made_up = "<tool_response>\nhot\n</tool_response>"
+    wrong = CALL.replace("city", "town"), CALL.replace("look", "other"), "<tool_call>hm", made_up
+    for text in (*wrong, f"{made_up}\n{CALL}"):
         assert not follows(text), text
     await choice("hi", app=app)
     await choice("hi", app=app, tools=[LOOK], tool_choice="none")

@@ -31,6 +31,9 @@ class ToolFormat(ABC):
     def __init__(self, tokens: Mapping[str, int]) -> None:
         self._tokens = tokens
 
+    never: ClassVar[tuple[str, ...]] = ()
+    """What the text beside calls that follow a grammar has not."""
+
     frames_text: ClassVar[bool] = False
     """Whether what is no call has marks, too, so that every answer has to be read."""
 
@@ -76,15 +79,17 @@ class ToolFormat(ABC):
         """Rules: ``opening`` is a mark, and may be text that it ends; ``TEXT`` is text without."""
         if not amid_text:
             return [f"opening: {self._mark(mark)}"]
-        text = f"TEXT: /(.|\\n)+/ & {text_without(mark)}"
+        text = f"TEXT: /(.|\\n)+/ & {text_without(mark, *self.never)}"
+        if mark in self._tokens:
+            return [f"opening: TEXT? {self._mark(mark)}", text]
         # A text that ends with something else than a token ends where that is there first.
-        first, *_ = self._up_to("opening", "TEXT", mark)
-        return [first, text]
+        said = f" & {text_without(*self.never)}" if self.never else ""
+        return [f"opening[suffix={quoted(mark)}]: SAID", f"SAID: /(.|\\n)*/{said}", text]
 
 
-def text_without(mark: str) -> str:
-    """A regex of texts without a mark; spelled out in other tokens, it would be read as one."""
-    return f"~/(.|\\n)*{_escaped(mark)}(.|\\n)*/"
+def text_without(*marks: str) -> str:
+    """A regex of texts without these; a mark spelled out in other tokens would be read as one."""
+    return f"~/(.|\\n)*({'|'.join(map(_escaped, marks))})(.|\\n)*/"
 
 
 def text_unlike(first: str) -> str:

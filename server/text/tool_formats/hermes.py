@@ -43,6 +43,7 @@ class Hermes(ToolFormat):
     name = "hermes"
     marks = (OPENS, CLOSES)
     reader_type = HermesReader
+    never = ("<tool_r",)  # small models make up <tool_response> in place of a call
 
     def written(self, calls: Sequence[Call]) -> str:
         return "\n".join(f"{OPENS}\n{json_call(call, 'arguments')}\n{CLOSES}" for call in calls)

@@ -85,18 +85,39 @@ def test_a_loop_of_two_turns(ask):
         assert usage.prompt_tokens_details.cached_tokens > 150
 
 
-def test_calls_of_its_own_are_right(ask):
-    """Small models call at times, and never in a form that is not a call."""
+def called_for(*cities):
+    """A chat in which the tool was called for each of these."""
+    for i, city in enumerate(cities):
+        yield {"role": "user", "content": f"What is the weather in {city}?"}
+        arguments = json.dumps({"city": city, "unit": "celsius"})
+        call = {"id": f"call_{i}", "type": "function"}
+        call["function"] = {"name": "get_weather", "arguments": arguments}
+        yield {"role": "assistant", "content": None, "tool_calls": [call]}
+        yield {"role": "tool", "tool_call_id": call["id"], "content": "12 degrees"}
+        yield {"role": "assistant", "content": f"It is 12 degrees in {city}."}
+
+
+def test_calls_of_its_own_are_right(server):
+    """So small a model calls where it has seen calls, and never in a form that is not a call."""
+    question = {"role": "user", "content": "What is the weather in Rome?"}
+    with server.client() as client:
+        answer = client.chat.completions.create(
+            model="smollm2-135m",
+            messages=[*called_for("Paris", "Oslo", "Lima"), question],
+            tools=[WEATHER],
+            temperature=1,
+            max_tokens=100,
+            seed=1,
+            n=8,
+        )
     calls = 0
-    for city in ("Rome", "Paris", "Oslo", "Lima"):
-        question = {"role": "user", "content": f"Call get_weather for {city}."}
-        found, _ = ask([question], tools=[WEATHER])
-        calls += len(found.message.tool_calls or ())
+    for found in answer.choices:
+        assert "<tool_" not in (found.message.content or "")
         for call in found.message.tool_calls or ():
-            if found.finish_reason == "tool_calls":
+            calls += 1
+            if found.finish_reason != "length":
                 check(call)
-        assert "<tool_call>" not in (found.message.content or "")
-    assert calls
+    assert calls > 1
 
 
 def test_chats_with_the_same_tools_share_their_beginning(ask):
