@@ -23,7 +23,7 @@ from headstart.server.text.answer import (
     ToolCallStart,
 )
 from headstart.server.text.tool_formats import FORMATS
-from headstart.server.text.tool_formats.schemas import arguments_schema
+from headstart.server.text.tool_formats.schemas import arguments_schema, kinds
 
 AMID_TEXT = [name for name, format in FORMATS.items() if not format.frames_text]
 HERMES = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'.format
@@ -741,3 +741,29 @@ def test_objects_have_the_properties_that_they_name(vocabularies, strict):
 )
 def test_objects_put_together_of_several_are_left_as_they_are(schema):
     assert arguments_schema({"name": "f", "parameters": schema}) == {"type": "object"} | schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"type": "integer"}, {"integer"}),
+        ({"type": ["string", "null"]}, {"string", "null"}),
+        ({"enum": [1, "a", None]}, {"integer", "string", "null"}),
+        ({"const": 1.5}, {"number"}),
+        ({"anyOf": [{"type": "array"}, {"$ref": "#/$defs/b"}]}, {"array", "boolean"}),
+        ({"anyOf": [{"type": "array"}, {}]}, set()),
+        ({"$ref": "#/$defs/none"}, set()),
+        ({"$ref": "#/$defs/loop"}, {"object"}),
+        ({}, set()),
+        (True, set()),
+    ],
+)
+def test_types_of_values(schema, expected):
+    loop = {"anyOf": [{"$ref": "#/$defs/loop"}, {"type": "object"}, {"$ref": "#/$defs/loop"}]}
+    assert kinds(schema, {"$defs": {"b": {"type": "boolean"}, "loop": loop}}) == expected
+
+
+def test_types_take_time_in_proportion():
+    defs = {f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(60)}
+    defs["a60"] = {"type": "null"}
+    assert kinds({"$ref": "#/$defs/a0"}, {"$defs": defs}) == {"null"}

@@ -11,7 +11,7 @@ from headstart.server.text.answer_format import find_format
 from headstart.server.text.templates import ChatTemplate
 from headstart.server.text.tokenizer import Tokenizer
 from headstart.server.text.tool_formats import FORMATS
-from headstart.server.text.tool_prompt import Abilities, tool_text
+from headstart.server.text.tool_prompt import EXAMPLE, Abilities, tool_text
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 LOOK = {
@@ -221,3 +221,24 @@ def test_the_format_of_such_a_template(backend):
     found = find_format(tokenizer, ChatTemplate(tokenizer), calls="auto", thoughts="auto")
     assert found.calls is not None
     assert found.calls.name == "phi4"
+
+
+def test_a_template_that_has_calls_and_no_tools_tells_of_its_own_calls(backend):
+    """As DeepSeek's V3 and R1: what it writes of earlier calls is what the model is told to."""
+    source = ADDS.replace(
+        "'<call>' + call.function.name + CALL + '</call>'",
+        "'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>' + call.function.name"
+        " + '\n```json\n' + call.function.arguments"
+        " + '\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'",
+    )
+    tokenizer = Tokenizer(backend, chat_template=source)
+    found = ChatTemplate(tokenizer)
+    answers = find_format(tokenizer, found, calls="auto", thoughts="auto")
+    assert answers.told_by_us
+    assert answers.calls is not None
+    assert answers.calls.name == "deepseek_v3"
+    found.call_format = answers.calls
+    call = answers.calls.written([("look", JSON)])
+    text = found.render([user("hi"), calls("", {"city": "Rome"}), result("hot")], TOOLS)
+    assert text.count(call) == 1
+    assert text.count(answers.calls.written([EXAMPLE])) == 1

@@ -68,24 +68,33 @@ def _closed(schema: Any, depth: int) -> Any:
     return found
 
 
-def kinds(schema: Any, root: Schema, depth: int = 0) -> set[str]:
+def kinds(schema: Any, root: Schema) -> set[str]:
     """The types that a value may have, by JSON schema's names; empty if that is not said."""
-    if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
-        return set()
-    if isinstance(ref := schema.get("$ref"), str):
-        return kinds(_at(root, ref), root, depth + 1)
-    if "const" in schema:
-        return {kind(schema["const"])}
-    if isinstance(values := schema.get("enum"), list):
-        return set(map(kind, values))
-    said = schema.get("type")
-    if isinstance(said, str | list):
-        return {said} if isinstance(said, str) else set(map(str, said))
-    for key in ("anyOf", "oneOf", "allOf"):
-        if isinstance(listed := schema.get(key), list):
-            found = [kinds(item, root, depth + 1) for item in listed]
-            return set().union(*found) if all(found) else set()
-    return set()
+    found: set[str] = set()
+    waiting, followed = [schema], set[str]()
+    while waiting:
+        item = waiting.pop()
+        if not isinstance(item, Mapping):
+            return set()
+        listed = next((item[key] for key in _LISTED[:3] if isinstance(item.get(key), list)), None)
+        match item:
+            case {"$ref": str(ref)}:
+                if ref not in followed:
+                    followed.add(ref)
+                    waiting.append(_at(root, ref))
+            case {"const": value}:
+                found.add(kind(value))
+            case {"enum": list(values)}:
+                found.update(map(kind, values))
+            case {"type": str(name)}:
+                found.add(name)
+            case {"type": list(names)}:
+                found.update(map(str, names))
+            case _ if listed:
+                waiting += listed
+            case _:
+                return set()
+    return found
 
 
 def kind(value: Any) -> str:
