@@ -8,7 +8,10 @@ from headstart.server.http.keys import Keys
 
 MIB = 1024 * 1024
 
-TOOL_CALL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral", "pythonic")
+TOOL_CALL_PARSERS = (
+    *("auto", "none", "hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder", "glm"),
+    *("deepseek_v3", "deepseek_v31", "phi4", "granite", "tool_code", "harmony"),
+)
 REASONING_PARSERS = ("auto", "none", "think")
 
 

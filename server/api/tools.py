@@ -15,7 +15,7 @@ from headstart.server.http.policy import Notes
 from headstart.server.settings import ServerSettings
 from headstart.server.text.answer_format import AnswerFormat
 from headstart.server.text.templates import Tools
-from headstart.server.text.tool_formats.format import Function
+from headstart.server.text.tool_formats.schemas import Function
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
@@ -164,15 +164,15 @@ def use_of(
         if choice.mode == "required" or choice.only is not None:
             raise bad_request("tool_choice needs tools", "tool_choice")
         return ToolUse()
-    if not answers.writes_tools:
-        raise _unsupported("the chat template of this model has no tools")
     shown = as_tools(functions)
     if choice.mode == "none":
         return ToolUse(shown)
     if answers.calls is None:
-        raise _unsupported(
+        raise bad_request(
             "this server does not read tool calls, or does not know how this model writes them: "
-            "see --tool-call-parser"
+            "see --tool-call-parser",
+            "tools",
+            "unsupported_parameter",
         )
     if choice.only is not None:
         by_name = {function["name"]: function for function in functions}
@@ -185,7 +185,7 @@ def use_of(
         tools=shown,
         functions=functions,
         forced=choice.mode == "required",
-        followed=strict or choice.only is not None,
+        followed=strict or choice.only is not None or answers.told_by_us,
         parallel=parallel is not False and not choice.once,
     )
 
@@ -272,7 +272,3 @@ def parsed_arguments(arguments: str, path: str) -> dict[str, Any]:
     except (msgspec.MsgspecError, RecursionError) as error:
         reason = str(error).split(" - ")[0]
         raise invalid(path, f"must be the JSON text of an object: {reason}") from error
-
-
-def _unsupported(message: str) -> APIError:
-    return bad_request(message, "tools", "unsupported_parameter")

@@ -88,7 +88,7 @@ async def read_answer(runtime: Runtime, chat: Chat, token_ids: Sequence[int]) ->
     """How the answer to a prompt is read; raises APIError for what cannot be followed."""
     answers, use = runtime.answers, chat.use
     inside = answers.inside(runtime.tokenizer.decode_all(token_ids[-CONTEXT_IDS:]))
-    reading = answers.reading(use.names, inside=inside, only_first=not use.parallel)
+    reading = answers.reading(use.functions, inside=inside, only_first=not use.parallel)
     structure = await _structure(runtime, chat)
     if structure is not None:
         structure = structure.replaced(answers.after_thoughts(structure.grammar, inside=inside))

@@ -97,6 +97,11 @@ def create_app(
     """
     settings = settings or ServerSettings()
     template = _chat_template(tokenizer, settings)
+    answers = find_format(
+        tokenizer, template, calls=settings.tool_call_parser, thoughts=settings.reasoning_parser
+    )
+    if template is not None and answers.calls is not None:
+        template.call_format = answers.calls
     runtime = Runtime(
         engine=engine,
         tokenizer=tokenizer,
@@ -104,12 +109,7 @@ def create_app(
         settings=settings,
         metrics=Metrics(engine, model_names[0]),
         model_names=tuple(model_names),
-        answers=find_format(
-            tokenizer,
-            template,
-            calls=settings.tool_call_parser,
-            thoughts=settings.reasoning_parser,
-        ),
+        answers=answers,
         defaults=defaults,
     )
 

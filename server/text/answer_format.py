@@ -2,13 +2,21 @@
 
 ``auto`` goes by what the chat template says, since it shows the model its earlier calls:
 
+    <function= and <parameter=                     qwen3_coder
+    <arg_key>                                      glm
+    tool▁call, with ```json or without             deepseek_v3, deepseek_v31
+    <|/tool_call|> or <|/tool|>                    phi4
+    <|tool_call|>                                  granite
+    ```tool_code                                   tool_code
+    <|channel|>                                    harmony
+    marks of other formats                         none
     <tool_call> with JSON                          hermes
     [TOOL_CALLS]                                   mistral
     <|python_start|>, or an example [f(x=...)]     pythonic
     <|python_tag|>, or the role ipython            llama3_json
-    tools, but none of these                       hermes
-    marks of other formats, or no tools            none
+    none of these                                  hermes
 
+Where the template knows neither tools nor calls, headstart writes them (tool_prompt.py).
 Thoughts are looked for where the template knows <think>, or the vocabulary has it.
 """
 
@@ -26,15 +34,26 @@ from headstart.server.text.reasoning import THINK, ThoughtMarks, ThoughtReader
 from headstart.server.text.templates import ChatTemplate
 from headstart.server.text.tokenizer import Tokenizer
 from headstart.server.text.tool_formats import FORMATS, ToolFormat
-from headstart.server.text.tool_formats.format import Function, quoted
+from headstart.server.text.tool_formats.format import quoted
+from headstart.server.text.tool_formats.schemas import Function
+from headstart.server.text.tool_prompt import Abilities
 
-# Qwen3-Coder, GLM, DeepSeek, Phi-4-mini: read as another format, their calls would be text.
-_UNKNOWN_CALLS = re.compile(r"<function=|<arg_key>|tool▁call|<\|tool_call")
+# Patterns that are all there, and the format.
 _CALLS = (
-    (re.compile(r"<tool_call>"), "hermes"),
-    (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
-    (re.compile(r"<\|python_start\|>|\[\w+\(\w+ ?="), "pythonic"),
-    (re.compile(r"<\|python_tag\|>|ipython"), "llama3_json"),
+    (("<function=", "<parameter="), "qwen3_coder"),
+    (("<arg_key>",), "glm"),
+    (("tool▁call", "```json"), "deepseek_v3"),
+    (("tool▁call",), "deepseek_v31"),
+    ((r"<\|/tool_call\|>|<\|/tool\|>",), "phi4"),
+    ((r"<\|tool_call\|>",), "granite"),
+    (("```tool_code",), "tool_code"),
+    ((r"<\|channel\|>",), "harmony"),
+    # Read as another format, their calls would be text: Functionary, Gemma 4, Kimi, MiniMax.
+    ((r"<function=|<\|tool_call|<start_function_call>|:tool_call>",), "none"),
+    (("<tool_call>",), "hermes"),
+    ((r"\[TOOL_CALLS\]",), "mistral"),
+    ((r"<\|python_start\|>|\[\w+\(\w+ ?=",), "pythonic"),
+    ((r"<\|python_tag\|>|ipython",), "llama3_json"),
 )
 
 
@@ -50,13 +69,15 @@ class Reading:
 class AnswerFormat:
     """``thoughts``, ``calls``: None where there are none to be read.
 
-    ``writes_tools``: the template shows tools to the model. ``tokens``: the marks that are added
-    tokens of the vocabulary, and their ids; ``special``: those left out of texts otherwise.
+    ``told_by_us``: tools and calls are written by headstart, the template knowing none, so the
+    model was perhaps never taught to call, and calls follow a grammar. ``tokens``: the marks that
+    are added tokens of the vocabulary, and their ids; ``special``: those left out of texts
+    otherwise.
     """
 
     thoughts: ThoughtMarks | None = None
     calls: ToolFormat | None = None
-    writes_tools: bool = False
+    told_by_us: bool = False
     tokens: Mapping[str, int] = field(default_factory=dict)
     special: Collection[str] = ()
 
@@ -72,13 +93,15 @@ class AnswerFormat:
         return self.thoughts is not None and prompt_end.rstrip().endswith(self.thoughts.opens)
 
     def reading(
-        self, names: Collection[str], *, inside: bool, only_first: bool = False
+        self, functions: Sequence[Function], *, inside: bool, only_first: bool = False
     ) -> Reading | None:
         """How answers are read; None when they are text and nothing else.
 
-        ``names``: of the tools whose calls are to be read. ``only_first``: the first call ends it.
+        ``functions``: those whose calls are to be read. ``only_first``: the first call ends it.
         """
-        calls = self.calls if names else None
+        calls = self.calls
+        if not functions and calls is not None and not calls.frames_text:
+            calls = None
         if self.thoughts is None and calls is None:
             return None
         marks = [*(calls.marks if calls else ())]
@@ -88,7 +111,7 @@ class AnswerFormat:
         def new_parser() -> AnswerParser:
             return AnswerParser(
                 ThoughtReader(self.thoughts, inside=inside) if self.thoughts else None,
-                calls.reader(names) if calls else None,
+                calls.reader(functions) if calls else None,
                 only_first=only_first,
             )
 
@@ -167,9 +190,11 @@ def find_format(
 ) -> AnswerFormat:
     """The format of a model's answers. ``calls``: "auto", "none", or a format's name;
     ``thoughts``: "auto", "none" or "think"."""
-    writes_tools = template is not None and template.writes_tools()
+    able = Abilities() if template is None else template.able
     if calls == "auto":
-        calls = _calls_of(template.tool_text) if template is not None and writes_tools else "none"
+        calls = "none" if template is None else "hermes"
+        if template is not None and (able.tools or able.calls or able.tools_of_system):
+            calls = _calls_of(template.tool_text)
     if thoughts == "auto":
         known = set(tokenizer.added_tokens((THINK.opens, THINK.closes)))
         texts = () if template is None else (template.text, template.tool_text)
@@ -180,13 +205,14 @@ def find_format(
     return AnswerFormat(
         thoughts=THINK if thoughts == "think" else None,
         calls=FORMATS[calls](tokens) if calls in FORMATS else None,
-        writes_tools=writes_tools,
+        told_by_us=not able.tools,
         tokens=tokens,
         special=tokenizer.special_among(marks),
     )
 
 
 def _calls_of(template: str) -> str:
-    if _UNKNOWN_CALLS.search(template):
-        return "none"
-    return next((name for sign, name in _CALLS if sign.search(template)), "hermes")
+    for patterns, name in _CALLS:
+        if all(re.search(pattern, template) for pattern in patterns):
+            return name
+    return "hermes"

@@ -19,7 +19,11 @@ from headstart.server.text.template_sandbox import (
     TemplateLimitError,
     TemplateLimits,
 )
+from headstart.server.text.template_trial import find_abilities
 from headstart.server.text.tokenizer import Tokenizer, private_characters
+from headstart.server.text.tool_formats import ToolFormat
+from headstart.server.text.tool_formats.hermes import Hermes
+from headstart.server.text.tool_prompt import for_calls, written_by_us
 from headstart.server.text.turn_marks import NUM_SIGNS, Message, Signs, Tools
 from headstart.server.text.turns import TextTurn, find_turns, refusal
 
@@ -58,6 +62,10 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the model's chat template is broken: {error}") from error
         self._later_system: dict[LimitedTemplate, bool] = {}
+        with self._for_tools.running():
+            self.able = find_abilities(self._tried)
+        self.call_format: ToolFormat = Hermes({})
+        """How calls are written where the template has none."""
 
     @property
     def _read(self) -> frozenset[str]:
@@ -77,22 +85,13 @@ class ChatTemplate:
         """The one for a chat with these tools."""
         return self._for_tools if tools else self._plain
 
-    def writes_tools(self) -> bool:
-        """Whether tools are written into chats; True, too, for a template that refuses to say."""
-        name = "headstart_probe"
-        schema = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}}
-        function = {"name": name, "description": name, "parameters": schema}
-        user = {"role": "user", "content": "x"}
-        for messages in ([user], [{"role": "system", "content": "x"}, user]):
-            try:
-                with self._for_tools.running():
-                    tools = [{"type": "function", "function": function}]
-                    special = self._tokenizer.special_tokens
-                    rendered = self._render(self._for_tools, messages, tools, special, answer=True)
-            except Exception:  # whatever a template may do with a chat it does not expect
-                continue
-            return name in rendered
-        return True
+    def _tried(self, messages: Sequence[Message], tools: Tools | None) -> str | None:
+        """A small chat rendered; None when the template refuses it."""
+        special = self._tokenizer.special_tokens
+        try:
+            return self._run(self._for_tools, messages, tools, special, answer=True)
+        except Exception:  # whatever a template may do with a chat it does not expect
+            return None
 
     def takes_later_system(self, tools: Tools | None) -> bool:
         """Whether system messages behind others are written in their places, in chats with tools or
@@ -109,7 +108,7 @@ class ChatTemplate:
         special = self._tokenizer.special_tokens
         try:
             with template.running():
-                rendered = self._render(template, chat, None, special, answer=True)
+                rendered = self._run(template, chat, None, special, answer=True)
         except Exception:  # whatever a template may do with a chat it does not expect
             return False
         return re.findall(r"headstart_probe_\d", rendered) == texts
@@ -280,6 +279,18 @@ class ChatTemplate:
         raise RequestError(f"the model's chat template refuses the messages: {reason}", "messages")
 
     def _render(
+        self,
+        template: LimitedTemplate,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        variables: Mapping[str, Any],
+        *,
+        answer: bool,
+    ) -> str:
+        messages, tools = written_by_us(messages, tools, self.able, self.call_format)
+        return self._run(template, for_calls(messages, self.able), tools, variables, answer=answer)
+
+    def _run(
         self,
         template: LimitedTemplate,
         messages: Sequence[Message],

@@ -124,7 +124,7 @@ def test_the_summary(engine, tokenizer):
         "  KV cache  1,024 tokens in 0.00 GiB",
         "  context   256 tokens",
         "  relay     off",
-        "  answers   tool calls not read, thoughts not read",
+        "  answers   tool calls hermes, thoughts not read",
         "  defaults  temperature 0.2",
         "  keys      2 for the API, 0 for admins",
         "  URL       http://a:1",

@@ -104,7 +104,7 @@ def test_what_the_template_for_tools_says_of_answers(backend, mark):
         tool_template=f"{WITH_TOOLS}{mark}[TOOL_CALLS]".replace("<tool_call>", ""),
     )
     found = find_format(tokenizer, ChatTemplate(tokenizer), calls="auto", thoughts="auto")
-    assert found.writes_tools
+    assert not found.told_by_us
     assert found.calls is not None
     assert found.calls.name == "mistral"
     assert (found.thoughts is not None) is bool(mark)

@@ -295,6 +295,26 @@ async def test_other_structured_output_that_looks_like_calls_stands_alone(choice
     assert not follows(f'{{"name": "look", "parameters": {ROME}}}')
 
 
+async def test_calls_are_right_where_the_template_knows_none(choice, build, engine):
+    """Text is free; what opens a call has to become one. Without tools nothing is followed."""
+    app = build((TEMPLATES / "smollm2.jinja").read_text())
+    found = await choice(f"I look.\n{CALL}", app=app, tools=[LOOK, CLOCK])
+    assert found["message"]["content"] == "I look."
+    assert found["message"]["tool_calls"][0]["function"] == {"name": "look", "arguments": ROME}
+    follows = partial(follows_grammar, app, engine.added[0].params.grammar)
+    for text in ("", "Rome is hot.", CALL, f"I look.\n{CALL}\n{CLOCK_CALL}"):
+        assert follows(text), text
+    made_up = "<tool_response>\nhot\n</tool_response>"
+    wrong = CALL.replace("city", "town"), CALL.replace("look", "other"), "<tool_call>hm", made_up
+    for text in (*wrong, f"{made_up}\n{CALL}"):
+        assert not follows(text), text
+    await choice("hi", app=app)
+    await choice("hi", app=app, tools=[LOOK], tool_choice="none")
+    assert [added.params.grammar for added in engine.added[1:]] == [None, None]
+    await choice(CALL, app=app, tools=[LOOK, CLOCK], tool_choice="required")
+    assert not follows_grammar(app, engine.added[-1].params.grammar, "Rome is hot.")
+
+
 @pytest.mark.parametrize(
     ("fields", "passes", "fails"),
     [
@@ -386,7 +406,7 @@ async def test_marks_that_are_special_tokens_are_read(choice, build, format):
         "pythonic": '<|python_start|>[look(city="Rome")]<|python_end|>',
     }
     app = build(tokens=FORMATS[format].marks, tool_call_parser=format)
-    text = texts[format]
+    text = texts.get(format) or FORMATS[format]({}).written([("look", ROME)])
     for skip in (True, False):
         found = await choice(text, app=app, tools=[LOOK], skip_special_tokens=skip)
         assert found["message"]["content"] is None
@@ -394,7 +414,7 @@ async def test_marks_that_are_special_tokens_are_read(choice, build, format):
         assert call["function"] == {"name": "look", "arguments": ROME}
     # Where no calls are read they are left out, as other special tokens are.
     found = await choice(f"a{FORMATS[format].marks[0]}b", app=app)
-    assert found["message"]["content"] == "ab"
+    assert found["message"]["content"] == ("a" if FORMATS[format].frames_text else "ab")
 
 
 TOOL_RESULT = {"role": "tool", "tool_call_id": "a", "content": ""}
@@ -526,7 +546,7 @@ async def test_what_is_refused(ask, engine, fields, param, words):
 @pytest.mark.parametrize(
     ("template", "settings", "words"),
     [
-        ("{{ messages[0].content }}", {}, "has no tools"),
+        ("{{ messages[0].content }}", {"tool_call_parser": "none"}, "--tool-call-parser"),
         (SHOWS_ALL, {"tool_call_parser": "none"}, "--tool-call-parser"),
         (SHOWS_ALL.replace("<tool_call>", "<function=x>"), {}, "--tool-call-parser"),
     ],
@@ -554,15 +574,15 @@ def format_of(backend, template, calls="auto", thoughts="auto", tokens=()) -> An
         ("llama3_1", "llama3_json", False),
         ("llama3_2", "llama3_json", False),
         ("mistral_tools", "mistral", False),
-        ("mistral", None, False),
-        ("gemma3", None, False),
-        ("smollm2", None, False),
+        ("mistral", "hermes", False),
+        ("gemma3", "hermes", False),
+        ("smollm2", "hermes", False),
     ],
 )
 def test_formats_are_found_in_templates(backend, name, calls, thinks):
     found = format_of(backend, (TEMPLATES / f"{name}.jinja").read_text())
-    assert (found.calls.name if found.calls else None) == calls
-    assert found.writes_tools == (calls is not None)
+    assert found.calls.name == calls
+    assert found.told_by_us == (name in ("mistral", "gemma3", "smollm2"))
     assert (found.thoughts is THINK) == thinks
 
 
@@ -570,7 +590,19 @@ def test_formats_of_other_templates(backend):
     tools = "{{ tools | tojson }}{{ messages[0].content }}"
     assert format_of(backend, tools).calls.name == "hermes"
     assert format_of(backend, f"{tools}[f(a=1, b=2)]").calls.name == "pythonic"
-    assert format_of(backend, tools + "<function=f>").calls is None
+    for marks, name in (
+        ("<function=f> <parameter=a>", "qwen3_coder"),
+        ("<tool_call>f <arg_key>a</arg_key>", "glm"),
+        ("<｜tool▁calls▁begin｜> ```json", "deepseek_v3"),
+        ("<｜tool▁calls▁begin｜>", "deepseek_v31"),
+        ("<|tool_call|>[]<|/tool_call|>", "phi4"),
+        ("<|tool_call|>", "granite"),
+        ("```tool_code", "tool_code"),
+        ("<|channel|>", "harmony"),
+    ):
+        assert format_of(backend, tools + marks).calls.name == name
+    for marks in ("<function=f>", "<|tool_call>call:f", "<minimax:tool_call>"):
+        assert format_of(backend, tools + marks).calls is None
     assert format_of(backend, tools, calls="mistral").calls.name == "mistral"
     assert format_of(backend, tools, calls="none").calls is None
     assert format_of(backend, "x", tokens=("<think>", "</think>")).thoughts is THINK
@@ -579,9 +611,10 @@ def test_formats_of_other_templates(backend):
     assert format_of(backend, "x", thoughts="think").thoughts is THINK
 
 
-async def test_turns_with_tools(choice, build, engine):
+@pytest.mark.parametrize("name", ["qwen2_5", "smollm2"])
+async def test_turns_with_tools(choice, build, engine, name):
     """Segments of chats with tools and results are those of the system and user turns."""
-    app = build((TEMPLATES / "qwen2_5.jinja").read_text())
+    app = build((TEMPLATES / f"{name}.jinja").read_text())
     messages = [USER, *calling(), TOOL_RESULT | {"content": "hot"}, USER]
     await choice(app=app, messages=messages, tools=[LOOK], segment_mask="turns")
     decode = app.state.runtime.tokenizer.decode_all

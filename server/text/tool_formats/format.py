@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from headstart.server.generation.structure import WHITESPACE
+from headstart.server.text.answer import Reader
 from headstart.server.text.tool_formats.reader import CallReader, call_id
+from headstart.server.text.tool_formats.schemas import Function, arguments_schema
 
-Function = dict[str, Any]
-"""``name``, maybe ``parameters``, a JSON schema of an object, and ``strict``."""
+Call = tuple[str, str]
+"""A name, and the JSON text of the arguments."""
 
 
 class ToolFormat(ABC):
@@ -29,13 +31,23 @@ class ToolFormat(ABC):
     def __init__(self, tokens: Mapping[str, int]) -> None:
         self._tokens = tokens
 
-    def reader(self, names: Collection[str]) -> CallReader:
-        """What reads one answer; ``names`` are those of the tools."""
-        return self.reader_type(names, self.new_id)
+    never: ClassVar[tuple[str, ...]] = ()
+    """What the text beside calls that follow a grammar has not."""
+
+    frames_text: ClassVar[bool] = False
+    """Whether what is no call has marks, too, so that every answer has to be read."""
+
+    def reader(self, functions: Sequence[Function]) -> Reader:
+        """What reads one answer; ``functions``: the tools."""
+        return self.reader_type(functions, self.new_id)
 
     def new_id(self) -> str:
         """An id for a call."""
         return call_id()
+
+    @abstractmethod
+    def written(self, calls: Sequence[Call]) -> str:
+        """Calls as the model writes them."""
 
     @abstractmethod
     def grammar(
@@ -46,6 +58,13 @@ class ToolFormat(ABC):
         ``amid_text``: text may come before the calls where a mark ends it, and there is a terminal
         ``TEXT`` of what is no call.
         """
+
+    def _up_to(self, rule: str, terminal: str, mark: str) -> list[str]:
+        """Rules: ``rule`` is any text up to a mark, and that."""
+        if mark not in self._tokens:
+            return [f"{rule}[suffix={quoted(mark)}]: /(.|\\n)*/"]
+        without = f"{terminal}: /(.|\\n)+/ & {text_without(mark)}"
+        return [f"{rule}: {terminal}? {self._mark(mark)}", without]
 
     @property
     def stands_out(self) -> bool:
@@ -60,16 +79,17 @@ class ToolFormat(ABC):
         """Rules: ``opening`` is a mark, and may be text that it ends; ``TEXT`` is text without."""
         if not amid_text:
             return [f"opening: {self._mark(mark)}"]
-        # A text that ends with something else than a token ends where that is there first.
-        opening = f"opening[suffix={quoted(mark)}]: /(.|\\n)*/"
+        text = f"TEXT: /(.|\\n)+/ & {text_without(mark, *self.never)}"
         if mark in self._tokens:
-            opening = f"opening: TEXT? {self._mark(mark)}"
-        return [opening, f"TEXT: /(.|\\n)+/ & {text_without(mark)}"]
+            return [f"opening: TEXT? {self._mark(mark)}", text]
+        # A text that ends with something else than a token ends where that is there first.
+        said = f" & {text_without(*self.never)}" if self.never else ""
+        return [f"opening[suffix={quoted(mark)}]: SAID", f"SAID: /(.|\\n)*/{said}", text]
 
 
-def text_without(mark: str) -> str:
-    """A regex of texts without a mark; spelled out in other tokens, it would be read as one."""
-    return f"~/(.|\\n)*{_escaped(mark)}(.|\\n)*/"
+def text_without(*marks: str) -> str:
+    """A regex of texts without these; a mark spelled out in other tokens would be read as one."""
+    return f"~/(.|\\n)*({'|'.join(map(_escaped, marks))})(.|\\n)*/"
 
 
 def text_unlike(first: str) -> str:
@@ -92,12 +112,10 @@ def json_rule(schema: Mapping[str, Any], *, strict: bool) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
-def arguments_schema(function: Function) -> dict[str, Any]:
-    """The schema of a function's arguments; without one it takes none."""
-    parameters = function.get("parameters")
-    if parameters is None:
-        parameters = {"additionalProperties": False}
-    return {"type": "object"} | parameters
+def json_call(call: Call, key: str) -> str:
+    """A call as an object, its arguments under ``key``."""
+    name, arguments = call
+    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
 
 
 def json_calls(functions: Sequence[Function], key: str) -> str:

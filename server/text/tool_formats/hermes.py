@@ -9,8 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headstart.server.text.tool_formats.format import Function, ToolFormat, json_calls, quoted
+from headstart.server.text.tool_formats.format import (
+    Call,
+    ToolFormat,
+    json_call,
+    json_calls,
+    quoted,
+)
 from headstart.server.text.tool_formats.reader import CallReader, Chars, NoCall
+from headstart.server.text.tool_formats.schemas import Function
 
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
 
@@ -36,6 +43,10 @@ class Hermes(ToolFormat):
     name = "hermes"
     marks = (OPENS, CLOSES)
     reader_type = HermesReader
+    never = ("<tool_r",)  # small models make up <tool_response> in place of a call
+
+    def written(self, calls: Sequence[Call]) -> str:
+        return "\n".join(f"{OPENS}\n{json_call(call, 'arguments')}\n{CLOSES}" for call in calls)
 
     def grammar(
         self, functions: Sequence[Function], *, parallel: bool, amid_text: bool = False

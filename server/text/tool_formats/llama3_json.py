@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headstart.server.text.tool_formats.format import (
-    Function,
+    Call,
     ToolFormat,
+    json_call,
     json_calls,
     quoted,
     text_unlike,
     text_without,
 )
 from headstart.server.text.tool_formats.reader import CallReader, Chars
+from headstart.server.text.tool_formats.schemas import Function
 
 TAG = "<|python_tag|>"
 
@@ -50,6 +52,9 @@ class Llama3Json(ToolFormat):
     @property
     def stands_out(self) -> bool:
         return False
+
+    def written(self, calls: Sequence[Call]) -> str:
+        return "; ".join(json_call(call, "parameters") for call in calls)
 
     def grammar(
         self, functions: Sequence[Function], *, parallel: bool, amid_text: bool = False

@@ -13,14 +13,15 @@ import string
 from collections.abc import Sequence
 
 from headstart.server.text.tool_formats.format import (
-    Function,
+    Call,
     ToolFormat,
-    arguments_schema,
+    json_call,
     json_calls,
     json_rule,
     quoted,
 )
 from headstart.server.text.tool_formats.reader import NAME, CallReader, Chars, NoCall
+from headstart.server.text.tool_formats.schemas import Function, arguments_schema
 
 CALLS, ID, ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 
@@ -37,20 +38,10 @@ class MistralReader(CallReader):
         char = yield from self._mark(char, CALLS)
         char = yield from self._spaces(char)
         if char == "[":
-            return (yield from self._list())
+            return (yield from self._json_list())
         if char == "{":
             return (yield from self._json_call(char, marked=True))
         return (yield from self._named(char))
-
-    def _list(self) -> Chars[str]:
-        while True:
-            char = yield from self._spaces((yield))
-            char = yield from self._json_call(char, marked=True)
-            char = yield from self._spaces(char)
-            if char == "]":
-                return (yield)
-            if char != ",":
-                raise NoCall
 
     def _named(self, char: str) -> Chars[str]:
         name = ""
@@ -83,6 +74,11 @@ class Mistral(ToolFormat):
 
     def new_id(self) -> str:
         return short_id()
+
+    def written(self, calls: Sequence[Call]) -> str:
+        if ARGUMENTS in self._tokens:
+            return "".join(f"{CALLS}{name}{ARGUMENTS}{arguments}" for name, arguments in calls)
+        return f"{CALLS} [{', '.join(json_call(call, 'arguments') for call in calls)}]"
 
     def grammar(
         self, functions: Sequence[Function], *, parallel: bool, amid_text: bool = False

@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from headstart.server.text.tool_formats.format import (
-    Function,
+    Call,
     ToolFormat,
-    arguments_schema,
     json_rule,
     quoted,
     text_unlike,
     text_without,
 )
 from headstart.server.text.tool_formats.reader import NAME, CallReader, Chars, NoCall
+from headstart.server.text.tool_formats.schemas import Function, arguments_schema
 
 OPENS, CLOSES = "<|python_start|>", "<|python_end|>"
 MAX_DEPTH = 64
@@ -118,6 +118,13 @@ def json_arguments(pieces: Sequence[str]) -> str:
     return "{" + ", ".join(pairs) + "}"
 
 
+def python_call(call: Call) -> str:
+    """A call as Python's."""
+    name, arguments = call
+    pairs = json.loads(arguments).items()
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in pairs)})"
+
+
 def _json_of(source: str) -> str:
     try:
         with warnings.catch_warnings():
@@ -169,19 +176,25 @@ class Pythonic(ToolFormat):
     marks = (OPENS, CLOSES)
     reader_type = PythonicReader
 
+    def written(self, calls: Sequence[Call]) -> str:
+        return f"[{', '.join(map(python_call, calls))}]"
+
     def grammar(
         self, functions: Sequence[Function], *, parallel: bool, amid_text: bool = False
     ) -> str:
         more = f" ({quoted(', ')} call)*" if parallel else ""
-        lines = [
-            f"calls: {quoted('[')} call{more} {quoted(']')}",
-            "call: " + " | ".join(f"call{i}" for i in range(len(functions))),
-        ]
-        for i, function in enumerate(functions):
-            lines += _call_rules(i, function)
+        lines = [f"calls: {quoted('[')} call{more} {quoted(']')}", *call_rules(functions)]
         if amid_text:
             lines.append(f"TEXT: {text_unlike('[')} & {text_without(OPENS)}")
         return "\n".join(lines)
+
+
+def call_rules(functions: Sequence[Function]) -> list[str]:
+    """Rules: ``call`` is the call of one of the functions, in Python."""
+    lines = ["call: " + " | ".join(f"call{i}" for i in range(len(functions)))]
+    for i, function in enumerate(functions):
+        lines += _call_rules(i, function)
+    return lines
 
 
 def _call_rules(i: int, function: Function) -> list[str]:

@@ -11,10 +11,13 @@ import json
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
 
 from headstart.server.text.answer import Part, Text, ToolCallArguments, ToolCallEnd, ToolCallStart
+from headstart.server.text.tool_formats.schemas import Function
 
 T = TypeVar("T")
 Chars = Generator[None, str, T]
@@ -33,20 +36,29 @@ def call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
+def object_text(text: str) -> str:
+    """The text of a JSON object, or nothing for none; raises NoCall for another."""
+    try:
+        msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError):
+        raise NoCall from None
+    return text.strip() or "{}"
+
+
 class CallReader(ABC):
     """Tells calls from text.
 
     A call begins once its name is known and is not taken back: what follows is its arguments, as
     written, up to the bracket that closes them. Everything else that is no call is text, as
-    written, but for space: around calls it is text only if text follows. ``names``: the tools; a
-    call that no mark announces has to be of one of them. ``new_id`` makes ids of calls.
+    written, but for space: around calls it is text only if text follows. ``functions``: the tools;
+    a call that no mark announces has to be of one of them. ``new_id`` makes ids of calls.
     """
 
     first: ClassVar[str]
     """Characters that a call may begin with."""
 
-    def __init__(self, names: Collection[str], new_id: Callable[[], str] = call_id) -> None:
-        self._names = names
+    def __init__(self, functions: Sequence[Function], new_id: Callable[[], str] = call_id) -> None:
+        self._functions = {function["name"]: function for function in functions}
         self._new_id = new_id
         self._parts: list[Part] = []
         self._arguments: list[str] = []  # of the call that is being read, not yet a part
@@ -159,7 +171,7 @@ class CallReader(ABC):
 
     def _known(self, name: str, *, marked: bool) -> str:
         """The name, if it may be one."""
-        if not NAME.fullmatch(name) or not (marked or name in self._names):
+        if not NAME.fullmatch(name) or not (marked or name in self._functions):
             raise NoCall
         return name
 
@@ -177,10 +189,33 @@ class CallReader(ABC):
             char = yield
         return char
 
+    def _one_of(self, char: str, marks: Sequence[str]) -> Chars[tuple[str, str]]:
+        """Read one of ``marks``, of which none begins another; returns it, and the character
+        after it."""
+        read = ""
+        while read not in marks:
+            read += char
+            if not char or not any(mark.startswith(read) for mark in marks):
+                raise NoCall
+            char = yield
+        return read, char
+
+    def _json_list(self) -> Chars[str]:
+        """Read the calls of a list whose bracket has been read; returns the character after it."""
+        while True:
+            char = yield from self._spaces((yield))
+            char = yield from self._json_call(char, marked=True)
+            char = yield from self._spaces(char)
+            if char == "]":
+                return (yield)
+            if char != ",":
+                raise NoCall
+
     def _json_call(self, char: str, *, marked: bool) -> Chars[str]:
         """Read an object with a name and arguments; returns the character after it.
 
-        ``marked``: a mark says that it is a call, so that arguments may be missing.
+        ``marked``: a mark says that it is a call, so that arguments may be missing. They may be
+        the text of an object (Granite).
         """
         if char != "{":
             raise NoCall
@@ -210,6 +245,12 @@ class CallReader(ABC):
                     yield from self._nested(char, self._argue)
                     self._end()
                 char = yield
+            elif key in ARGUMENT_KEYS and char == '"' and not started and not early:
+                value, char = yield from self._json_string(char)
+                early.append(object_text(value))
+                if name is not None:
+                    self._whole(name, early[0])
+                    started = True
             else:
                 char = yield from self._skip_json(char)
             char = yield from self._spaces(char)
