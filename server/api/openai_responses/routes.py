@@ -314,7 +314,6 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_response(request: Request) -> Reply:
         """Answer a conversation; streamed with ``stream: true``."""
         body = await runtime.parse(request, ResponsesBody)
-        deadline = runtime.deadline(request, None)
         served = runtime.served(body.model)
         body.check()
         use = body.tool_use(runtime)
@@ -350,7 +349,7 @@ def routes(runtime: Runtime) -> APIRouter:
             ),
         )
         warning = NOT_DECLARED if chat.mask == "turns" and not served.for_segments else None
-        return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)
+        return Reply(choices, format, stream=bool(body.stream), warning=warning)
 
     @router.get("/v1/responses/{response_id}", response_class=Response)
     async def get_response(request: Request, response_id: str) -> Response:

@@ -6,7 +6,6 @@ engine's streams are aborted at once.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -27,10 +26,10 @@ from headstart.server.api.fields import (
 from headstart.server.api.openai_completions.prompts import GivenPrompt, check_vocabulary
 from headstart.server.generation.engine_client import Stream
 from headstart.server.http.access_log import note_usage
+from headstart.server.http.deadline import begun
 from headstart.server.http.errors import APIError, bad_request, unavailable
 from headstart.server.http.metrics import ChoiceTimer
 from headstart.server.http.policy import Refused
-from headstart.server.http.reply import hang_up
 from headstart.server.http.runtime import Runtime, Served
 
 Floats = npt.NDArray[np.float32]
@@ -97,8 +96,10 @@ async def vectors_of(
                 salt=body.cache_salt.encode() if body.cache_salt else b"",
                 adapter=served.adapter,
             )
-            running.append(_Running(path, len(token_ids), stream, ChoiceTimer(metrics)))
-        rows = await _unless_gone(_collect(running), request)
+            timer = ChoiceTimer(metrics)
+            timer.begin(begun(request.scope))
+            running.append(_Running(path, len(token_ids), stream, timer))
+        rows = await _collect(running)
     finally:
         for _, count, stream, timer in running:  # those that have not ended
             stream.abort()
@@ -139,6 +140,7 @@ async def _collect(running: list[_Running]) -> list[Floats]:
         vector: bytes | None = None
         reason: str | None = None
         async for output in stream:
+            timer.scheduled(output)
             vector, reason = output.pooled, output.finish_reason
         if reason == "abort":
             raise unavailable("the engine gave the request up")
@@ -148,20 +150,3 @@ async def _collect(running: list[_Running]) -> list[Floats]:
         timer.finished("stop", count, 0)
         rows.append(np.frombuffer(vector, dtype="<f4"))
     return rows
-
-
-async def _unless_gone(collect: Any, request: Request) -> list[Floats]:
-    """What ``collect`` returns; an APIError, for nobody, when the client hangs up before."""
-    work = asyncio.create_task(collect)
-    gone = asyncio.create_task(hang_up(request.receive))
-    try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise APIError(400, "the client hung up before the answer was complete")
-        found: list[Floats] = work.result()
-        return found
-    except asyncio.CancelledError:  # the time to drain is over
-        raise unavailable("the server is shutting down") from None
-    finally:
-        work.cancel()
-        gone.cancel()
