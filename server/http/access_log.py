@@ -136,7 +136,7 @@ class AccessLog:
     def _path(self, scope: Scope) -> str:
         """That of the request's route, of which there are few; "other" where there is none. Before
         it is found, which an error may be, the path alone has to tell."""
-        path: str = getattr(scope.get("route"), "path", scope["path"])
+        path = str(getattr(scope.get("route"), "path", scope["path"]))
         return path if path in self._paths else "other"
 
     def _log(self, scope: Scope, status: int, seconds: float, error: APIError | None) -> None:

@@ -64,7 +64,7 @@ class HeadLimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope[BEGUN] = time.monotonic()  # type: ignore[typeddict-unknown-key]
+        self.scope[BEGUN] = time.monotonic()  # type: ignore[literal-required]
 
     def on_headers_complete(self) -> None:
         self._forget_head()
