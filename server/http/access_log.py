@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headstart.server.http.deadline import begun
+from headstart.server.http.deadline import STARTED, begun
 from headstart.server.http.errors import INTERNAL_MESSAGE, APIError, note_error, noted_error
 from headstart.server.http.metrics import HttpMetrics
 from headstart.server.http.policy import Notes
@@ -112,6 +112,7 @@ class AccessLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                scope[STARTED] = True
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID] = request_id(scope)
                 if _IGNORED in scope and (names := scope[_IGNORED].header()):

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +24,9 @@ BEGUN = "headstart.begun"
 """Where a scope says when its request's first byte came, by ``time.monotonic``."""
 
 TIMEOUT_HEADER = "x-request-timeout"
+STARTED = "headstart.started"
+"""Where a scope says that the head of its answer is sent: the access log sees it anyway."""
+
 _WATCH = "headstart.watch"
 
 
@@ -30,6 +34,14 @@ def begun(scope: Scope) -> float:
     """When the request's first byte came; now, if nobody has noted it before."""
     moment: float = scope.setdefault(BEGUN, time.monotonic())
     return moment
+
+
+class Timer(Protocol):
+    def cancel(self) -> None: ...
+
+
+def _call_later(seconds: float, callback: Callable[[], None]) -> Timer:
+    return asyncio.get_running_loop().call_later(seconds, callback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +56,20 @@ class Pings:
     interval: float = 10.0
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    call_later: Callable[[float, Callable[[], None]], Timer] = _call_later
 
 
 class Watch:
     """Over one request. ``begun``: when its first byte came. ``gone``: its client has."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, pings: Pings) -> None:
+    def __init__(self, scope: Scope, receive: Receive, pings: Pings) -> None:
         self.begun = begun(scope)
         self.pings = pings
         self.gone = False
         self._scope = scope
         self._receive = receive
-        self._send = send
         self._seconds = math.inf
         self._timeout = asyncio.timeout(None)
-        self._started = False
-        self._complete = False
         self._work: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
@@ -85,30 +95,30 @@ class Watch:
             return APIError(504, words, code="timeout")
         return unavailable("the server is shutting down")
 
-    async def run(self, app: ASGIApp, seconds: float | None) -> None:
+    async def run(self, app: ASGIApp, send: Send, seconds: float | None) -> None:
         """Let ``app`` answer, within ``seconds`` if there is a limit."""
         self._work = asyncio.current_task()
         try:
             async with self._timeout:
                 self.limit(seconds)
-                await app(self._scope, self._take, self._give)
+                await app(self._scope, self._take, send)
         except TimeoutError:
             if not self._timeout.expired():
                 raise
-            await self._fail()
+            await self._fail(send)
         except asyncio.CancelledError:
             if not self.gone:  # who else cancelled it may want to know that
-                await self._fail()
+                await self._fail(send)
             elif self._work is not None:
                 self._work.uncancel()
         finally:
             if self._watcher is not None:
                 self._watcher.cancel()
 
-    async def _fail(self) -> None:
+    async def _fail(self, send: Send) -> None:
         error = self.error()
-        if error is not None and not self._started:
-            await error_response(error, self._scope)(self._scope, self._take, self._give)
+        if error is not None and STARTED not in self._scope:
+            await error_response(error, self._scope)(self._scope, self._take, send)
 
     async def _take(self) -> Message:
         """ASGI's receive. Behind the body there is nothing but the client's end, which is waited
@@ -118,7 +128,8 @@ class Watch:
             return {"type": "http.disconnect"}
         message = await self._receive()
         if message["type"] == "http.disconnect":
-            self.gone = True
+            self._hang_up()
+            await asyncio.sleep(0)  # which ends here
         elif not message.get("more_body"):
             self._watcher = asyncio.create_task(self._await_end())
         return message
@@ -126,20 +137,13 @@ class Watch:
     async def _await_end(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if not self._complete:  # else it is told the end of its own answer
-            self.gone = True
-            assert self._work is not None
-            self._work.cancel()
+        # It may also be told the end of its own answer; then the work has ended, or does now.
+        self._hang_up()
 
-    async def _give(self, message: Message) -> None:
-        """ASGI's send."""
-        if self.gone:
-            return
-        if message["type"] == "http.response.start":
-            self._started = True
-        elif not message.get("more_body"):
-            self._complete = True
-        await self._send(message)
+    def _hang_up(self) -> None:
+        self.gone = True
+        assert self._work is not None
+        self._work.cancel()
 
 
 class Attendance:
@@ -159,8 +163,8 @@ class Attendance:
         except APIError as error:
             await error_response(error, scope)(scope, receive, send)
             return
-        watch = scope[_WATCH] = Watch(scope, receive, send, self._pings)
-        await watch.run(self._app, seconds)
+        watch = scope[_WATCH] = Watch(scope, receive, self._pings)
+        await watch.run(self._app, send, seconds)
 
 
 def _asked(scope: Scope) -> float | None:

@@ -336,16 +336,16 @@ class ChoiceTimer:
             self._prefill = output.times.prefill
 
     def take(self, output: Output) -> None:
-        now, last = self._clock(), self._last
-        self._last = now
+        now = self._clock()
         if self._first is None:
             self._first = now
             self._metrics.first_token.observe(now - self._begun)
             self.scheduled(output)
         elif count := len(output.token_ids):
-            gap = (now - last) / count
+            gap = (now - self._last) / count
             for _ in range(count):
                 self._metrics.inter_token.observe(gap)
+        self._last = now
 
     def finished(self, reason: str, num_prompt: int, num_generated: int) -> None:
         metrics = self._metrics

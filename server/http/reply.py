@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 from headstart.engine.process.messages import Output, ScoredToken, TokenLogprobs
 from headstart.server.generation.engine_client import Stream
 from headstart.server.http.access_log import note_usage
-from headstart.server.http.deadline import Watch
+from headstart.server.http.deadline import Pings, Timer, Watch
 from headstart.server.http.errors import (
     APIError,
     error_response,
@@ -239,17 +239,17 @@ class Reply(Response):
         self._spoke = 0.0
         self._computed: dict[int, tuple[int, int]] = {}  # of each prompt, and from the cache
         self._told = -PROGRESS_SECONDS
+        self._pinging: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = Watch.of(scope)
         for choice in self._choices:
             choice.timer.begin(watch.begun)
-        pings: asyncio.Task[None] | None = None
+        timer: Timer | None = None
         error: BaseException | None = None
         try:
             if self._stream:
-                self._clock = watch.pings.clock
-                pings = asyncio.create_task(self._ping(watch, send))
+                timer = self._watch_silence(watch, send)
                 await self._stream_all(send)
             else:
                 await self._whole(send)
@@ -261,11 +261,13 @@ class Reply(Response):
             error = raised
         finally:
             self._release(scope)
-            if pings is not None:
-                pings.cancel()
+            if timer is not None:
+                timer.cancel()
+            if self._pinging is not None:
+                self._pinging.cancel()
         if error is not None:
-            if pings is not None:
-                await asyncio.wait((pings,))  # nothing may be sent behind the error
+            if self._pinging is not None:
+                await asyncio.wait((self._pinging,))  # nothing may be sent behind the error
             with contextlib.suppress(OSError):  # the client may be gone too
                 await self._fail(error, scope, receive, send)
 
@@ -302,10 +304,19 @@ class Reply(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def _ping(self, watch: Watch, send: Send) -> None:
-        """See that the client is never long without a byte."""
+    def _watch_silence(self, watch: Watch, send: Send) -> Timer:
+        """A task only where it takes long: most streams have begun when the timer is due."""
         pings = watch.pings
-        await pings.sleep(max(watch.begun + pings.head_after - self._clock(), 0))
+        self._clock = pings.clock
+
+        def due() -> None:
+            self._pinging = asyncio.create_task(self._ping(pings, send))
+
+        seconds = watch.begun + pings.head_after - self._clock()
+        return pings.call_later(max(seconds, 0), due)
+
+    async def _ping(self, pings: Pings, send: Send) -> None:
+        """See that the client is never long without a byte."""
         if not self._started:
             await self._send_head(send)
         while pings.interval:
@@ -352,7 +363,7 @@ class Reply(Response):
         raise APIError(500, "the engine ended the answer early")
 
     async def _stream_one(self, choice: Choice, send: Send) -> None:
-        format = self._format
+        format, clock = self._format, self._clock
         async for output in choice.stream:
             if output.computed is not None:
                 await self._tell_progress(choice, output, send)
@@ -370,7 +381,10 @@ class Reply(Response):
                 if shown:
                     body += format.event(choice, delta)
                 if body:
-                    await self._say(body, send)
+                    if not self._started:
+                        await self._send_head(send)
+                    self._spoke = clock()
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
             if reason is not None:
                 return
         raise APIError(500, "the engine ended the answer early")

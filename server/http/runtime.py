@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from headstart.engine.errors import RequestError
 from headstart.engine.process.messages import ModelInfo
@@ -206,7 +206,4 @@ class Runtime:
                 code="request_timeout",
                 headers={"connection": "close"},  # the rest of the body is not waited for
             ) from None
-        except ClientDisconnect:
-            # Nobody reads this; it keeps the fault out of the server's log.
-            raise APIError(400, "the client hung up before the body was complete") from None
         return b"".join(chunks)

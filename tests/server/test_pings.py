@@ -51,6 +51,12 @@ class Hands:
         self._sleepers.append((self.now + seconds, woken))
         await woken
 
+    def call_later(self, seconds: float, callback) -> asyncio.Future[None]:
+        due = asyncio.get_running_loop().create_future()
+        due.add_done_callback(lambda due: due.cancelled() or callback())
+        self._sleepers.append((self.now + seconds, due))
+        return due
+
     async def move(self, seconds: float) -> None:
         end = self.now + seconds
         await settle()
@@ -135,7 +141,9 @@ async def ask(engine, tokenizer, hands):
     async def begin(
         path: str, fields: dict[str, Any], *, interval: float = 10.0, age: float = 0.0
     ) -> Asked:
-        pings = Pings(interval=interval, clock=hands, sleep=hands.sleep)
+        pings = Pings(
+            interval=interval, clock=hands, sleep=hands.sleep, call_later=hands.call_later
+        )
         app = create_app(engine, tokenizer, model_names=["tiny"], pings=pings)
         body = [{"type": "http.request", "body": json.dumps({"model": "tiny"} | fields).encode()}]
         sent: list[dict[str, Any]] = []
