@@ -56,6 +56,7 @@ class ServerSettings:
     reasoning_parser:   how thoughts are, one of REASONING_PARSERS
     body_timeout:       until a body is complete, seconds (408)
     request_timeout:    until an answer is complete, seconds (504); None: as long as it takes
+    ping_interval:      the longest silence within a stream, seconds; 0: any
     keys:               who may ask what; none: everybody may everything
     allowed_origins:    web pages that may ask from a browser (CORS); "*" is all
     access_log_format:  "text" or "json"
@@ -98,6 +99,7 @@ class ServerSettings:
     reasoning_parser: str = "auto"
     body_timeout: float = 60.0
     request_timeout: float | None = None
+    ping_interval: float = 10.0
     keys: Keys = field(default_factory=Keys)
     allowed_origins: tuple[str, ...] = ()
     access_log_format: str = "text"

@@ -51,6 +51,7 @@ class Described(Body):
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_progress: bool | None = None
     include_obfuscation: Ignored = None
 
 
@@ -262,6 +263,7 @@ class GenerationBody(Described):
             seed=None if self.seed is None else choice_seed(self.seed, 0),
             logprobs=logprobs,
             prompt_logprobs=self.scored,
+            prompt_progress=bool(self.stream_options and self.stream_options.include_progress),
             stop_token_ids=self._stop_token_ids(settings),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,

@@ -38,6 +38,11 @@ def seconds(text: str) -> float:
     return value
 
 
+def seconds_or_never(text: str) -> float:
+    """A time, or 0 for never."""
+    return 0.0 if text == "0" else seconds(text)
+
+
 def count(text: str) -> int:
     """A whole number, 0 included."""
     return 0 if text == "0" else positive(text)

@@ -50,8 +50,9 @@ def start_choices(
         for i, prompt in enumerate(prompts):
             for j in range(n):
                 params = prompt.params
-                if j and params.seed is not None:
-                    params = msgspec.structs.replace(params, seed=choice_seed(params.seed, j))
+                if j:  # the first one tells of the prompt's progress
+                    seed = None if params.seed is None else choice_seed(params.seed, j)
+                    params = msgspec.structs.replace(params, seed=seed, prompt_progress=False)
                 assembler = TextAssembler(
                     runtime.tokenizer,
                     options,

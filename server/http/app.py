@@ -43,10 +43,12 @@ from headstart.server.http.access_log import (
 )
 from headstart.server.http.api_document import describe
 from headstart.server.http.auth import Authorisation
+from headstart.server.http.deadline import Attendance, Pings
 from headstart.server.http.errors import APIError, error_response, to_api_error
 from headstart.server.http.metrics import Metrics
 from headstart.server.http.reply import WARNING_HEADER
 from headstart.server.http.runtime import Runtime
+from headstart.server.http.trailing_slash import TrailingSlash
 from headstart.server.settings import ServerSettings
 from headstart.server.text.answer_format import find_format
 from headstart.server.text.template_sandbox import TemplateLimits
@@ -84,12 +86,14 @@ def create_app(
     model_names: Sequence[str],
     settings: ServerSettings | None = None,
     defaults: GenerationDefaults = OPENAI,
+    pings: Pings | None = None,
     on_ready: Callable[[ModelInfo], None] | None = None,
     on_start_failure: Callable[[HeadstartError], None] | None = None,
 ) -> FastAPI:
     """An ASGI app that starts the engine when it starts, and stops it when it stops.
 
-    ``defaults``: how tokens are chosen where a request does not say.
+    ``defaults``: how tokens are chosen where a request does not say. ``pings``: as the settings
+    say, unless given.
 
     The app answers at once; /health is 503 until the engine is ready. ``on_ready`` is told when it
     is, ``on_start_failure`` when it never will be. ``app.state.runtime`` is the app's Runtime,
@@ -136,17 +140,6 @@ def create_app(
         redirect_slashes=False,  # the redirect would be made of the client's Host header
     )
     app.state.runtime = runtime
-    # The last one added is the first to see a request.
-    app.add_middleware(Authorisation, keys=settings.keys)
-    if settings.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.allowed_origins,
-            allow_methods=("DELETE", "GET", "POST"),
-            allow_headers=("*",),
-            expose_headers=(REQUEST_ID, ANTHROPIC_ID, IGNORED, WARNING_HEADER.decode()),
-        )
-    app.add_middleware(AccessLog, line_format=settings.access_log_format)
     modules = (
         models,
         chat,
@@ -163,10 +156,35 @@ def create_app(
     for router in groups:
         app.include_router(router)
     routes = [r for router in groups for r in router.routes if isinstance(r, APIRoute)]
+    routes += _add_heads(app, routes)
+    paths = frozenset(route.path for route in routes)
+    _add_middleware(app, runtime, pings or Pings(interval=settings.ping_interval), paths)
     _add_error_handlers(app, routes)
     app.state.post_paths = frozenset(r.path for r in routes if "POST" in (r.methods or ()))
     describe(app, BODIES)
     return app
+
+
+def _add_middleware(app: FastAPI, runtime: Runtime, pings: Pings, paths: frozenset[str]) -> None:
+    """The last one added is the first to see a request."""
+    settings = runtime.settings
+    app.add_middleware(Attendance, seconds=settings.request_timeout, pings=pings)
+    app.add_middleware(Authorisation, keys=settings.keys)
+    app.add_middleware(TrailingSlash)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=("DELETE", "GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, ANTHROPIC_ID, IGNORED, WARNING_HEADER.decode()),
+        )
+    app.add_middleware(
+        AccessLog,
+        metrics=runtime.metrics.http,
+        paths=paths,
+        line_format=settings.access_log_format,
+    )
 
 
 def _chat_template(tokenizer: Tokenizer, settings: ServerSettings) -> ChatTemplate | None:
@@ -248,12 +266,28 @@ def _operations(runtime: Runtime) -> APIRouter:
     return router
 
 
+def _add_heads(app: FastAPI, routes: Sequence[APIRoute]) -> list[APIRoute]:
+    """HEAD wherever GET is: the same answer, of which the server sends no body."""
+    heads = APIRouter()
+    for route in routes:
+        if "GET" in (route.methods or ()):
+            heads.add_api_route(
+                route.path,
+                route.endpoint,
+                methods=["HEAD"],
+                include_in_schema=False,
+                response_class=route.response_class,
+            )
+    app.include_router(heads)
+    return [route for route in heads.routes if isinstance(route, APIRoute)]
+
+
 def _add_error_handlers(app: FastAPI, routes: Sequence[APIRoute]) -> None:
     async def known(request: Request, error: Exception) -> Response:
-        return error_response(to_api_error(error), request.scope["path"])
+        return error_response(to_api_error(error), request.scope)
 
     async def unknown(request: Request, error: Exception) -> Response:
-        response = error_response(to_api_error(error), request.scope["path"])
+        response = error_response(to_api_error(error), request.scope)
         for name in id_headers(request.scope):  # made outside the middleware
             response.headers[name] = request_id(request.scope)
         return response
@@ -270,7 +304,7 @@ def _add_error_handlers(app: FastAPI, routes: Sequence[APIRoute]) -> None:
             if methods := {m for route in here for m in route.methods or ()}:
                 headers = {"Allow": ", ".join(sorted(methods))}
         shown = APIError(error.status_code, message, headers=headers)
-        return error_response(shown, request.scope["path"])
+        return error_response(shown, request.scope)
 
     for kind in (APIError, HeadstartError, ValidationError):
         app.add_exception_handler(kind, known)

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from pydantic import ValidationError
 from starlette.responses import Response
+from starlette.types import Scope
 
 from headstart.engine.errors import EngineDeadError, HeadstartError, RequestError
 
@@ -29,10 +30,12 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
 }
 INTERNAL_MESSAGE = "internal error; the server's log says more"
+_ERROR = "headstart.error"
 
 
 class APIError(Exception):
-    """An error with its HTTP status. ``param`` is the path of the body field at fault."""
+    """An error with its HTTP status. ``param`` is the path of the body field at fault. ``logged``:
+    the message without what it may repeat of the request's text."""
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class APIError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: dict[str, str] | None = None,
+        logged: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -49,6 +53,7 @@ class APIError(Exception):
         self.param = param
         self.code = code
         self.headers = headers
+        self.logged = self.message if logged is None else logged
 
     @property
     def type(self) -> str:
@@ -58,6 +63,11 @@ class APIError(Exception):
         if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
             return "service_unavailable_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
+
+    @property
+    def name(self) -> str:
+        """What logs and metrics call it: one of few names."""
+        return self.code or self.type
 
     def body(self) -> bytes:
         """The error as JSON."""
@@ -106,9 +116,20 @@ class ContextLengthError(APIError):
         return msgspec.json.encode({"type": "error", "error": error})
 
 
-def error_response(error: APIError, path: str) -> Response:
-    """The error as a response that has not started yet, in the words of the API at ``path``."""
-    body = error.anthropic_body() if is_anthropic(path) else error.body()
+def note_error(scope: Scope, error: APIError) -> None:
+    """Leave what went wrong with a request for its log line and the metrics."""
+    scope[_ERROR] = error
+
+
+def noted_error(scope: Scope) -> APIError | None:
+    error: APIError | None = scope.get(_ERROR)
+    return error
+
+
+def error_response(error: APIError, scope: Scope) -> Response:
+    """The error as a response that has not started yet, in the words of the request's API."""
+    note_error(scope, error)
+    body = error.anthropic_body() if is_anthropic(scope["path"]) else error.body()
     return Response(body, error.status, error.headers, media_type="application/json")
 
 
@@ -169,7 +190,7 @@ def to_api_error(error: BaseException) -> APIError:
         case ValidationError():
             return from_validation(error)
         case RequestError():
-            return bad_request(str(error), error.param)
+            return APIError(400, str(error), param=error.param, logged=error.message)
         case EngineDeadError():
             return unavailable(str(error))
         case HeadstartError():

@@ -7,14 +7,17 @@ here. Request metrics are observed as tokens pass. Each app has a registry of it
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from headstart.engine.process.messages import Output
 from headstart.server.generation.engine_client import EngineClient
+from headstart.server.http.errors import APIError
+from headstart.server.http.policy import OTHER
 
 FIRST_TOKEN_BUCKETS = tuple(
     0.01 * factor
@@ -25,8 +28,12 @@ INTER_TOKEN_BUCKETS = tuple(
     for factor in (1, 2, 4, 6, 8, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2500)
 )
 LATENCY_BUCKETS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+STAGE_BUCKETS = (0.001, 0.005, 0.02, 0.05, *LATENCY_BUCKETS)
 TOKEN_BUCKETS = tuple(float(4**i) for i in range(10))
 FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error")
+
+MAX_FIELDS = 256
+"""Ignored fields that are counted apart from others."""
 
 
 class EngineCollector(Collector):
@@ -147,15 +154,68 @@ class EngineCollector(Collector):
             yield counter
 
 
+class HttpMetrics:
+    """What was answered, by the routes' paths."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "headstart:http_requests", "Requests", ["path", "status"], registry=registry
+        )
+        self._errors = Counter(
+            "headstart:http_errors",
+            "Requests that went wrong; those whose answers had begun, too",
+            ["path", "status", "code"],
+            registry=registry,
+        )
+        self._ignored = Counter(
+            "headstart:ignored_fields",
+            "Fields of bodies that had no effect",
+            ["field"],
+            registry=registry,
+        )
+        self._fields: set[str] = set()
+
+    def answered(self, path: str, status: int, error: APIError | None) -> None:
+        self._requests.labels(path, status).inc()
+        if error is not None:
+            self._errors.labels(path, error.status, error.name).inc()
+
+    def ignored(self, field: str) -> None:
+        if len(self._fields) < MAX_FIELDS:
+            self._fields.add(field)
+        self._ignored.labels(field if field in self._fields else OTHER).inc()
+
+
+class FormerName(Collector):
+    """A histogram by the name that it had before: dashboards ask for it still."""
+
+    def __init__(self, histogram: Histogram, name: str) -> None:
+        self._histogram = histogram
+        self._name = f"headstart:{name}"
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._histogram.collect():
+            former = Metric(self._name, metric.documentation, metric.type)
+            for sample in metric.samples:
+                suffix = sample.name.removeprefix(metric.name)
+                former.samples.append(sample._replace(name=self._name + suffix))
+            yield former
+
+
 class RequestMetrics:
     """Of the requests for one model, or adapter; ``success`` by the reason they finished for."""
 
     __slots__ = (
+        "decode",
         "first_token",
         "generation_tokens",
+        "inference",
         "inter_token",
         "latency",
+        "per_output_token",
+        "prefill",
         "prompt_tokens",
+        "queue",
         "success",
     )
 
@@ -164,6 +224,11 @@ class RequestMetrics:
             self.first_token,
             self.inter_token,
             self.latency,
+            self.queue,
+            self.prefill,
+            self.decode,
+            self.inference,
+            self.per_output_token,
             self.prompt_tokens,
             self.generation_tokens,
         ) = (histogram.labels(name) for histogram in histograms)
@@ -186,10 +251,34 @@ class Metrics:
             )
 
         self._registry = registry
+        self.http = HttpMetrics(registry)
+        inter_token = histogram(
+            "inter_token_latency_seconds", "Between two tokens", INTER_TOKEN_BUCKETS
+        )
+        registry.register(FormerName(inter_token, "time_per_output_token_seconds"))
         self._histograms = (
-            histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_BUCKETS),
-            histogram("inter_token_latency_seconds", "Between two tokens", INTER_TOKEN_BUCKETS),
-            histogram("e2e_request_latency_seconds", "Arrival to last token", LATENCY_BUCKETS),
+            histogram(
+                "time_to_first_token_seconds",
+                "First byte of the request to first token",
+                FIRST_TOKEN_BUCKETS,
+            ),
+            inter_token,
+            histogram(
+                "e2e_request_latency_seconds",
+                "First byte of the request to last token",
+                LATENCY_BUCKETS,
+            ),
+            histogram(
+                "request_queue_time_seconds", "In the engine before it is scheduled", STAGE_BUCKETS
+            ),
+            histogram("request_prefill_time_seconds", "Scheduled to first token", STAGE_BUCKETS),
+            histogram("request_decode_time_seconds", "First to last token", STAGE_BUCKETS),
+            histogram("request_inference_time_seconds", "Scheduled to last token", STAGE_BUCKETS),
+            histogram(
+                "request_time_per_output_token_seconds",
+                "Between two tokens, the mean of a request",
+                INTER_TOKEN_BUCKETS,
+            ),
             histogram("request_prompt_tokens", "Prompt tokens of a request", TOKEN_BUCKETS),
             histogram("request_generation_tokens", "Tokens generated for a request", TOKEN_BUCKETS),
         )
@@ -221,29 +310,53 @@ class Metrics:
 
 
 class ChoiceTimer:
-    """Observes the tokens of one choice, from the arrival of its request on."""
+    """Observes the tokens of one choice, from the first byte of its request on."""
 
-    __slots__ = ("_last", "_metrics", "_start")
+    __slots__ = ("_begun", "_clock", "_first", "_last", "_metrics", "_prefill")
 
-    def __init__(self, metrics: RequestMetrics) -> None:
+    def __init__(
+        self, metrics: RequestMetrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._metrics = metrics
-        self._start = time.perf_counter()
-        self._last: float | None = None
+        self._clock = clock
+        self._begun = clock()
+        self._first: float | None = None
+        self._last = 0.0
+        self._prefill = 0.0
 
-    def tokens(self, count: int) -> None:
-        now = time.perf_counter()
-        last = self._last
+    def begin(self, moment: float) -> None:
+        """The request began earlier than this timer."""
+        self._begun = moment
+
+    def scheduled(self, output: Output) -> None:
+        """Observe what the engine says of the time before its first output."""
+        if output.times is not None:
+            self._metrics.queue.observe(output.times.queue)
+            self._metrics.prefill.observe(output.times.prefill)
+            self._prefill = output.times.prefill
+
+    def take(self, output: Output) -> None:
+        now = self._clock()
+        if self._first is None:
+            self._first = now
+            self._metrics.first_token.observe(now - self._begun)
+            self.scheduled(output)
+        elif count := len(output.token_ids):
+            gap = (now - self._last) / count
+            for _ in range(count):
+                self._metrics.inter_token.observe(gap)
         self._last = now
-        if last is None:
-            self._metrics.first_token.observe(now - self._start)
-            return
-        gap = (now - last) / count
-        for _ in range(count):
-            self._metrics.inter_token.observe(gap)
 
     def finished(self, reason: str, num_prompt: int, num_generated: int) -> None:
         metrics = self._metrics
         metrics.success[reason].inc()
-        metrics.latency.observe(time.perf_counter() - self._start)
+        metrics.latency.observe(self._clock() - self._begun)
         metrics.prompt_tokens.observe(num_prompt)
         metrics.generation_tokens.observe(num_generated)
+        if self._first is None:
+            return
+        seconds = self._last - self._first
+        metrics.decode.observe(seconds)
+        metrics.inference.observe(self._prefill + seconds)
+        if num_generated > 1:
+            metrics.per_output_token.observe(seconds / (num_generated - 1))

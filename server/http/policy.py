@@ -36,6 +36,9 @@ MAX_NAME_CHARS = 120
 MAX_BODIES = 65536
 """Objects in one request whose fields are looked at one by one."""
 
+OTHER = "other"
+"""What metrics call a field that no body knows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Advisory:
@@ -61,11 +64,12 @@ class Refused:
 class Notes:
     """What the fields of one request gave. ``strict``: unknown ones are refused.
 
-    ``ignored``: paths without indices, ``messages[].cache_control``, in the order found.
+    ``ignored``: paths without indices, ``messages[].cache_control``, in the order found; and what
+    the metrics call them, the same but for fields that no body knows.
     """
 
     strict: bool = False
-    ignored: dict[str, None] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
     _refused: dict[str, str] = field(default_factory=dict)
     _unknown: dict[str, None] = field(default_factory=dict)
     _objects: int = 0
@@ -81,7 +85,8 @@ class Notes:
     def ignore(self, path: str) -> None:
         """The field has no effect."""
         if len(self.ignored) <= MAX_NAMED:
-            self.ignored[re.sub(r"\[\d+\]", "[]", path)] = None
+            name = _without_indices(path)
+            self.ignored[name] = name
 
     def refuse(self, path: str, remedy: str = "") -> None:
         """The field asks for what there is not."""
@@ -91,7 +96,8 @@ class Notes:
     def unknown(self, path: str) -> None:
         """No body has such a field."""
         if not self.strict:
-            self.ignore(path)
+            if len(self.ignored) <= MAX_NAMED:
+                self.ignored[_without_indices(path)] = OTHER
         elif len(self._unknown) <= MAX_NAMED:
             self._unknown[path] = None
 
@@ -112,9 +118,13 @@ class Notes:
         code = "unsupported_parameter" if self._refused else "unknown_parameter"
         return bad_request("; ".join(said), first, code)
 
+    def names(self) -> dict[str, str]:
+        """The names of what is ignored, in printable ASCII without commas, and in the metrics."""
+        return {_printable(path): _printable(name) for path, name in self.ignored.items()}
+
     def header(self) -> str:
         """``x-headstart-ignored``; empty when nothing was."""
-        names = [re.sub(r"[^!-~]|,", "?", path[:MAX_NAME_CHARS]) for path in self.ignored]
+        names = list(self.names())
         return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
 
 
@@ -159,6 +169,14 @@ class Body(BaseModel):
 
 
 B = TypeVar("B", bound=Body)
+
+
+def _without_indices(path: str) -> str:
+    return re.sub(r"\[\d+\]", "[]", path)
+
+
+def _printable(path: str) -> str:
+    return re.sub(r"[^!-~]|,", "?", path[:MAX_NAME_CHARS])
 
 
 def _bodies(value: Any, path: str) -> Iterator[tuple[str, Body]]:

@@ -1,8 +1,9 @@
 """Reply: the answer to a generation request, streamed (SSE) or whole.
 
 The response starts with the first token, so that whatever goes wrong before it still gets an
-honest status. Later errors become an ``{"error": ...}`` event. When the client hangs up, the
-engine's streams are aborted at once.
+honest status; that of a stream after two seconds at the latest, and from then on pings fill every
+long silence. Later errors become an ``{"error": ...}`` event. When the client hangs up, the
+engine's streams are aborted at once (deadline.py).
 
 The path of a token, once for each of about a thousand tokens a second:
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,8 +28,14 @@ from starlette.types import Receive, Scope, Send
 from headstart.engine.process.messages import Output, ScoredToken, TokenLogprobs
 from headstart.server.generation.engine_client import Stream
 from headstart.server.http.access_log import note_usage
-from headstart.server.http.deadline import Deadline
-from headstart.server.http.errors import APIError, error_response, to_api_error, unavailable
+from headstart.server.http.deadline import Pings, Timer, Watch
+from headstart.server.http.errors import (
+    APIError,
+    error_response,
+    note_error,
+    to_api_error,
+    unavailable,
+)
 from headstart.server.http.metrics import ChoiceTimer
 from headstart.server.text.answer import AnswerParser, Part, Reasoning
 from headstart.server.text.assembler import Delta, TextAssembler
@@ -35,6 +43,12 @@ from headstart.server.text.assembler import Delta, TextAssembler
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+"""A comment, which clients pass over."""
+
+PROGRESS_SECONDS = 0.5
+"""The least between two events that tell of a prompt's progress."""
+
 WARNING_HEADER = b"x-headstart-warning"
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -97,7 +111,7 @@ class Choice:
     def take(self, output: Output) -> Delta:
         """What an output adds to the answer; the scores of the prompt, which come with the first,
         are kept."""
-        self.timer.tokens(len(output.token_ids))
+        self.timer.take(output)
         if output.prompt_logprobs is not None:
             self.scores = output.prompt_logprobs
         delta = self.assembler.push(output)
@@ -162,6 +176,14 @@ class Usage(msgspec.Struct, frozen=True):
         }
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """Tokens of an answer's prompts: with KV by now, those of them from the cache, and all."""
+
+    computed: int
+    cached: int
+    total: int
+
+
 class Format(Protocol):
     """How an endpoint writes its answers down. ``every_token``: also those without text of their
     own have an event."""
@@ -181,6 +203,14 @@ class Format(Protocol):
         """The events that end a stream in which something went wrong."""
         return b"data: " + error.body() + b"\n\n" + DONE
 
+    def ping(self) -> bytes:
+        """What says nothing, amid a stream or before all of it."""
+        return PING
+
+    def progress(self, progress: Progress) -> bytes:
+        """The event of a prompt on its way, before any token; empty where nobody can ask for it."""
+        return b""
+
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """The whole answer as JSON."""
 
@@ -188,8 +218,7 @@ class Format(Protocol):
 class Reply(Response):
     """Answers with ``choices``, whose streams it owns from now on.
 
-    ``warning``: ASCII, for a header of an answer that may not be what was hoped for. ``deadline``:
-    when it has to be complete; then it ends with a 504, or with an error event.
+    ``warning``: ASCII, for a header of an answer that may not be what was hoped for.
     """
 
     def __init__(
@@ -199,37 +228,46 @@ class Reply(Response):
         *,
         stream: bool,
         warning: str | None = None,
-        deadline: Deadline | None = None,
     ) -> None:
         super().__init__()
         self._more_headers = [(WARNING_HEADER, warning.encode("ascii"))] if warning else []
         self._choices = choices
         self._format = format
         self._stream = stream
-        self._deadline = deadline
         self._started = False
+        self._clock = time.monotonic
+        self._spoke = 0.0
+        self._computed: dict[int, tuple[int, int]] = {}  # of each prompt, and from the cache
+        self._told = -PROGRESS_SECONDS
+        self._pinging: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = asyncio.create_task(self._stream_all(send) if self._stream else self._whole(send))
-        gone = asyncio.create_task(hang_up(receive))
+        watch = Watch.of(scope)
+        for choice in self._choices:
+            choice.timer.begin(watch.begun)
+        timer: Timer | None = None
         error: BaseException | None = None
         try:
-            patience = None if self._deadline is None else self._deadline.left()
-            done, _ = await asyncio.wait(
-                (answer, gone), timeout=patience, return_when=asyncio.FIRST_COMPLETED
-            )
-            if answer.done():
-                error = answer.exception()
-            elif not done and self._deadline is not None:
-                error = self._deadline.error()
-        except asyncio.CancelledError:  # the time to drain is over
-            error = unavailable("the server is shutting down")
+            if self._stream:
+                timer = self._watch_silence(watch, send)
+                await self._stream_all(send)
+            else:
+                await self._whole(send)
+        except asyncio.CancelledError:
+            error = watch.error()
+            if error is None:
+                raise
+        except Exception as raised:
+            error = raised
         finally:
             self._release(scope)
-            for task in (answer, gone):
-                task.cancel()
+            if timer is not None:
+                timer.cancel()
+            if self._pinging is not None:
+                self._pinging.cancel()
         if error is not None:
-            await asyncio.wait((answer, gone))  # nothing may be sent behind the error
+            if self._pinging is not None:
+                await asyncio.wait((self._pinging,))  # nothing may be sent behind the error
             with contextlib.suppress(OSError):  # the client may be gone too
                 await self._fail(error, scope, receive, send)
 
@@ -248,8 +286,9 @@ class Reply(Response):
         if shown.status == 500:
             logger.error("request failed", exc_info=error)
         if not self._started:
-            await error_response(shown, scope["path"])(scope, receive, send)
+            await error_response(shown, scope)(scope, receive, send)
         elif self._stream:
+            note_error(scope, shown)
             event = self._format.failure(shown)
             await send({"type": "http.response.body", "body": event, "more_body": False})
 
@@ -264,6 +303,39 @@ class Reply(Response):
         self._started = True
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _watch_silence(self, watch: Watch, send: Send) -> Timer:
+        """A task only where it takes long: most streams have begun when the timer is due."""
+        pings = watch.pings
+        self._clock = pings.clock
+
+        def due() -> None:
+            self._pinging = asyncio.create_task(self._ping(pings, send))
+
+        seconds = watch.begun + pings.head_after - self._clock()
+        return pings.call_later(max(seconds, 0), due)
+
+    async def _ping(self, pings: Pings, send: Send) -> None:
+        """See that the client is never long without a byte."""
+        if not self._started:
+            await self._send_head(send)
+        while pings.interval:
+            left = self._spoke + pings.interval - self._clock()
+            if left > 0:
+                await pings.sleep(left)
+            else:
+                await self._say(self._format.ping(), send)
+
+    async def _send_head(self, send: Send) -> None:
+        self._started = True
+        start = {"type": "http.response.start", "status": 200}
+        await send(start | {"headers": [*SSE_HEADERS, *self._more_headers]})
+
+    async def _say(self, body: bytes, send: Send) -> None:
+        if not self._started:
+            await self._send_head(send)
+        self._spoke = self._clock()
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def _stream_all(self, send: Send) -> None:
         await self._each_choice(self._stream_one, send)
@@ -291,8 +363,11 @@ class Reply(Response):
         raise APIError(500, "the engine ended the answer early")
 
     async def _stream_one(self, choice: Choice, send: Send) -> None:
-        format = self._format
+        format, clock = self._format, self._clock
         async for output in choice.stream:
+            if output.computed is not None:
+                await self._tell_progress(choice, output, send)
+                continue
             delta = choice.take(output)
             reason = delta.finish_reason
             if reason is not None:
@@ -307,13 +382,28 @@ class Reply(Response):
                     body += format.event(choice, delta)
                 if body:
                     if not self._started:
-                        self._started = True
-                        start = {"type": "http.response.start", "status": 200}
-                        await send(start | {"headers": [*SSE_HEADERS, *self._more_headers]})
+                        await self._send_head(send)
+                    self._spoke = clock()
                     await send({"type": "http.response.body", "body": body, "more_body": True})
             if reason is not None:
                 return
         raise APIError(500, "the engine ended the answer early")
+
+    async def _tell_progress(self, choice: Choice, output: Output, send: Send) -> None:
+        self._computed[choice.prompt] = output.computed or 0, output.cached_tokens
+        now = self._clock()
+        if now < self._told + PROGRESS_SECONDS:
+            return
+        self._told = now
+        counts = self._computed.values()
+        prompts = {choice.prompt: choice.num_prompt_tokens for choice in self._choices}
+        progress = Progress(
+            computed=sum(computed for computed, _ in counts),
+            cached=sum(cached for _, cached in counts),
+            total=sum(prompts.values()),
+        )
+        if event := self._format.progress(progress):
+            await self._say(event, send)
 
     def _finish(self, choice: Choice, reason: str, engine_reason: str | None) -> None:
         if engine_reason is None:  # a stop string or a call, which the engine knows nothing of
@@ -324,9 +414,3 @@ class Reply(Response):
         choice.timer.finished(reason, choice.num_prompt_tokens, choice.assembler.num_tokens)
         if reason == "error":
             raise APIError(500, "the model's logits are not numbers")
-
-
-async def hang_up(receive: Receive) -> None:
-    """Return when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

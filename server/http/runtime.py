@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from headstart.engine.errors import RequestError
 from headstart.engine.process.messages import ModelInfo
@@ -19,7 +18,6 @@ from headstart.server.generation.engine_client import EngineClient
 from headstart.server.generation.grammar_check import GrammarChecker
 from headstart.server.generation.structure import Structure
 from headstart.server.http.access_log import note_ignored
-from headstart.server.http.deadline import Deadline
 from headstart.server.http.errors import APIError, bad_request, unavailable
 from headstart.server.http.metrics import Metrics
 from headstart.server.http.policy import Body, Notes
@@ -28,8 +26,6 @@ from headstart.server.text.answer_format import AnswerFormat
 from headstart.server.text.templates import ChatTemplate
 from headstart.server.text.tokenizer import Tokenizer
 
-TIMEOUT_HEADER = "x-request-timeout"
-
 T = TypeVar("T")
 B = TypeVar("B", bound=Body)
 
@@ -37,19 +33,6 @@ B = TypeVar("B", bound=Body)
 def _text_threads() -> ThreadPoolExecutor:
     # Two, so that one huge prompt does not hold up the other long ones; the engine needs the cores.
     return ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
-
-
-def _seconds(header: str) -> float:
-    """The time in a header; raises a 400."""
-    try:
-        seconds = float(header)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise bad_request(
-            f"{TIMEOUT_HEADER}: {header[:40]!r} is not a number of seconds above 0", TIMEOUT_HEADER
-        )
-    return seconds
 
 
 def _chat_threads() -> ThreadPoolExecutor:
@@ -162,15 +145,6 @@ class Runtime:
             )
         return self.chat_template
 
-    def deadline(self, request: Request, timeout: float | None) -> Deadline | None:
-        """When the answer has to be complete: the shortest time that the body's ``timeout``, the
-        header or the server's limit allow; None without any of them."""
-        given = [timeout, self.settings.request_timeout]
-        if (header := request.headers.get(TIMEOUT_HEADER)) is not None:
-            given.append(_seconds(header))
-        seconds = min((time for time in given if time is not None), default=None)
-        return None if seconds is None else Deadline(seconds)
-
     async def checked(self, structure: Structure | None) -> str | None:
         """The grammar of what an answer has to follow, once it is known that it can be followed;
         a 400 that says why not."""
@@ -204,7 +178,7 @@ class Runtime:
         notes = Notes(strict=self.settings.unknown_fields == "refuse")
         body.settle(notes)
         notes.check()
-        note_ignored(request.scope, notes.header)
+        note_ignored(request.scope, notes)
         return body
 
     async def _read(self, request: Request) -> bytes:
@@ -232,7 +206,4 @@ class Runtime:
                 code="request_timeout",
                 headers={"connection": "close"},  # the rest of the body is not waited for
             ) from None
-        except ClientDisconnect:
-            # Nobody reads this; it keeps the fault out of the server's log.
-            raise APIError(400, "the client hung up before the body was complete") from None
         return b"".join(chunks)

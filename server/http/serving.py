@@ -17,6 +17,7 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from headstart.engine.errors import ConfigError, HeadstartError
+from headstart.server.http.deadline import BEGUN
 from headstart.server.http.runtime import Runtime
 from headstart.server.http.tls import Certificate
 
@@ -44,7 +46,8 @@ class ServingConfig(uvicorn.Config):
 
 class HeadLimitedProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with a limit that it lacks: of the time from a connection, or from the
-    first byte behind an answer, to the end of a request's head. Then the connection is closed."""
+    first byte behind an answer, to the end of a request's head. Then the connection is closed.
+    Notes when the first byte came."""
 
     _head_timer: asyncio.TimerHandle | None = None
 
@@ -58,6 +61,10 @@ class HeadLimitedProtocol(HttpToolsProtocol):
         answered = self.cycle is None or self.cycle.response_complete
         if answered and not self.transport.is_closing():
             self._await_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope[BEGUN] = time.monotonic()  # type: ignore[literal-required]
 
     def on_headers_complete(self) -> None:
         self._forget_head()

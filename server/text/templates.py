@@ -276,7 +276,9 @@ class ChatTemplate:
             reason = str(error)
         except Exception as error:  # whatever a template may do with a chat it does not expect
             reason = f"{type(error).__name__}: {error}"
-        raise RequestError(f"the model's chat template refuses the messages: {reason}", "messages")
+        raise RequestError(
+            "the model's chat template refuses the messages", "messages", quote=f": {reason}"
+        )
 
     def _render(
         self,

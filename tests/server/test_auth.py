@@ -184,7 +184,9 @@ TRICKS = (
 async def test_tricks_with_paths(connect, trick):
     app = connect(keys=BOTH).app
     for path in paths(app):
-        for odd in {trick.format(path), path.upper(), path[1:]} - OPEN_PATHS:
+        for odd in {trick.format(path), path.upper(), path[1:]}:
+            if odd.rstrip("/") in OPEN_PATHS:  # a slash at the end changes nothing
+                continue
             assert await ask(app, odd) == 401, odd
             # An API key may find that there is nothing, never what is for admins.
             status = await ask(app, odd, (b"x-api-key", API.encode()))

@@ -169,6 +169,18 @@ def test_times(monkeypatch):
             parse("serve", "m", flag, "0")
 
 
+def test_silences(tmp_path):
+    args = parse("serve", "m")
+    assert cli.server_settings(args).ping_interval == 10
+    assert cli.engine_config(args, tmp_path).stuck_after == 120
+    args = parse("serve", "m", "--ping-interval", "0", "--engine-stuck-after", "7.5")
+    assert cli.server_settings(args).ping_interval == 0
+    assert cli.engine_config(args, tmp_path).stuck_after == 7.5
+    for flag in ("--ping-interval", "--engine-stuck-after"):
+        with pytest.raises(SystemExit):
+            parse("serve", "m", flag, "-1")
+
+
 def test_scheduling_policy(tmp_path):
     args = parse("serve", "m", "--scheduling-policy", "priority")
     assert cli.engine_config(args, tmp_path).scheduling_policy == "priority"

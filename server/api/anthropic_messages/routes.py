@@ -186,7 +186,6 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_message(request: Request) -> Reply:
         """Answer a chat; streamed with ``stream: true``."""
         body = await runtime.parse(request, MessagesBody)
-        deadline = runtime.deadline(request, None)
         served = runtime.served(body.model)
         model = runtime.require_text_model()
         chat = body.chat(runtime, served, body.options(runtime.settings))
@@ -194,7 +193,7 @@ def routes(runtime: Runtime) -> APIRouter:
         choices = await start_chat(runtime, served, chat, new_params)
         warning = NOT_DECLARED if chat.mask == "turns" and not served.for_segments else None
         format = MessageFormat(served.name)
-        return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)
+        return Reply(choices, format, stream=bool(body.stream), warning=warning)
 
     @router.post("/v1/messages/count_tokens", response_class=Response)
     async def count_tokens(request: Request) -> Response:

@@ -58,6 +58,9 @@ class MessageFormat(Format):
     def failure(self, error: APIError) -> bytes:
         return b"event: error\ndata: " + error.anthropic_body() + b"\n\n"
 
+    def ping(self) -> bytes:
+        return _event("ping", {})
+
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         (choice,) = choices
         parts: Sequence[Part] = choice.parts

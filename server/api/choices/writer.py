@@ -15,7 +15,7 @@ from typing import ClassVar
 import msgspec
 
 from headstart.server.api.choices.shown import Shown, TokenIdNames, TokenNames
-from headstart.server.http.reply import DONE, Choice, Format, Usage
+from headstart.server.http.reply import DONE, Choice, Format, Progress, Usage
 from headstart.server.text.tokenizer import Tokenizer
 
 encode = msgspec.json.encode
@@ -58,6 +58,10 @@ class ChoiceFormat(Format):
             prefix = self._prefix + b',"choices":[{"index":%d,' % choice.index + self.field
             self._choice_prefix[choice.index] = prefix
         return prefix
+
+    def progress(self, progress: Progress) -> bytes:
+        shown = b',"choices":[],"prompt_progress":' + encode(progress)
+        return self._prefix + shown + (b',"usage":null' if self._shown.usage else b"") + b"}\n\n"
 
     def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         if not self._shown.usage:

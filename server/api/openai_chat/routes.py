@@ -28,6 +28,7 @@ from headstart.server.api.tools import ToolChoiceField, ToolUse, checked_choice,
 from headstart.server.generation.chat import Chat, encode_chat, read_answer
 from headstart.server.generation.start import Prompt, start_choices
 from headstart.server.http.access_log import name_request
+from headstart.server.http.deadline import Watch
 from headstart.server.http.errors import bad_request
 from headstart.server.http.policy import Refused
 from headstart.server.http.reply import Echo, Reply
@@ -116,7 +117,7 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_chat_completion(request: Request) -> Reply:
         """Answer a chat; streamed with ``stream: true``."""
         body = await runtime.parse(request, ChatBody)
-        deadline = runtime.deadline(request, body.timeout)
+        Watch.of(request.scope).limit(body.timeout)
         if body.request_id is not None:
             name_request(request.scope, body.request_id)
         served = runtime.served(body.model)
@@ -172,6 +173,6 @@ def routes(runtime: Runtime) -> APIRouter:
             priority=body.priority or 0,
         )
         warning = NOT_DECLARED if mask == "turns" and not served.for_segments else None
-        return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)
+        return Reply(choices, format, stream=bool(body.stream), warning=warning)
 
     return router

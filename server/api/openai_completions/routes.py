@@ -40,6 +40,7 @@ from headstart.server.api.segment_mask import (
 )
 from headstart.server.generation.start import Prompt, start_choices
 from headstart.server.http.access_log import name_request
+from headstart.server.http.deadline import Watch
 from headstart.server.http.errors import bad_request
 from headstart.server.http.policy import Refused
 from headstart.server.http.reply import Choice, Echo, Reply, Usage
@@ -342,7 +343,7 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_completion(request: Request) -> Reply:
         """Continue one or more prompts; streamed with ``stream: true``."""
         body = await runtime.parse(request, CompletionBody)
-        deadline = runtime.deadline(request, body.timeout)
+        Watch.of(request.scope).limit(body.timeout)
         if body.request_id is not None:
             name_request(request.scope, body.request_id)
         served = runtime.served(body.model)
@@ -369,6 +370,6 @@ def routes(runtime: Runtime) -> APIRouter:
             priority=body.priority or 0,
         )
         warning = NOT_DECLARED if spans and not served.for_segments else None
-        return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)
+        return Reply(choices, format, stream=bool(body.stream), warning=warning)
 
     return router

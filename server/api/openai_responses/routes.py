@@ -30,7 +30,6 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_response(request: Request) -> Reply:
         """Answer a conversation; streamed with ``stream: true``."""
         body = await runtime.parse(request, ResponsesBody)
-        deadline = runtime.deadline(request, None)
         served = runtime.served(body.model)
         model = runtime.require_text_model()
         asked = read_prompt(runtime, served, stored, request, body)
@@ -54,7 +53,7 @@ def routes(runtime: Runtime) -> APIRouter:
             keep=partial(_keep, stored, request, body, asked, head["id"]),
         )
         warning = NOT_DECLARED if chat.mask == "turns" and not served.for_segments else None
-        return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)
+        return Reply(choices, format, stream=bool(body.stream), warning=warning)
 
     @router.post("/v1/responses/input_tokens", response_class=Response)
     async def count_tokens(request: Request) -> Response:

@@ -6,7 +6,6 @@ not fill the engine's queue. When the client hangs up, the engine's streams are 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -27,10 +26,10 @@ from headstart.server.api.fields import (
 from headstart.server.api.openai_completions.prompts import check_vocabulary
 from headstart.server.generation.engine_client import Stream
 from headstart.server.http.access_log import note_usage
+from headstart.server.http.deadline import begun
 from headstart.server.http.errors import APIError, ContextLengthError, bad_request, unavailable
 from headstart.server.http.metrics import ChoiceTimer
 from headstart.server.http.policy import Refused
-from headstart.server.http.reply import hang_up
 from headstart.server.http.runtime import Runtime, Served
 from headstart.server.settings import ServerSettings
 from headstart.server.text.tokenizer import Tokenizer
@@ -141,10 +140,12 @@ async def vectors_of(
             salt=body.cache_salt.encode() if body.cache_salt else b"",
             adapter=served.adapter,
         )
-        return _Running(path, len(token_ids), stream, ChoiceTimer(metrics))
+        timer = ChoiceTimer(metrics)
+        timer.begin(begun(request.scope))
+        return _Running(path, len(token_ids), stream, timer)
 
     prompts = [(text.path, token_ids) for text, token_ids in zip(texts, checked, strict=True)]
-    return Vectors(np.stack(await _unless_gone(_computed(prompts, start), request)), num_tokens)
+    return Vectors(np.stack(await _computed(prompts, start)), num_tokens)
 
 
 async def _computed(
@@ -197,6 +198,7 @@ async def _collect(running: list[_Running]) -> list[Floats]:
         vector: bytes | None = None
         reason: str | None = None
         async for output in stream:
+            timer.scheduled(output)
             vector, reason = output.pooled, output.finish_reason
         if reason == "abort":
             raise unavailable("the engine gave the request up")
@@ -206,20 +208,3 @@ async def _collect(running: list[_Running]) -> list[Floats]:
         timer.finished("stop", count, 0)
         rows.append(np.frombuffer(vector, dtype="<f4"))
     return rows
-
-
-async def _unless_gone(collect: Any, request: Request) -> list[Floats]:
-    """What ``collect`` returns; an APIError, for nobody, when the client hangs up before."""
-    work = asyncio.create_task(collect)
-    gone = asyncio.create_task(hang_up(request.receive))
-    try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise APIError(400, "the client hung up before the answer was complete")
-        found: list[Floats] = work.result()
-        return found
-    except asyncio.CancelledError:  # the time to drain is over
-        raise unavailable("the server is shutting down") from None
-    finally:
-        work.cancel()
-        gone.cancel()

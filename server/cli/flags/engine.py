@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headstart.engine.config import default_home
-from headstart.server.cli.values import byte_size, count, positive
+from headstart.engine.config import EngineConfig, default_home
+from headstart.server.cli.values import byte_size, count, positive, seconds_or_never
 
 
 def add_cache_dir(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +112,14 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         default="fcfs",
         help="who is computed first, and preempted last: who came first; or who has the lowest "
         "priority, a field of requests, and of those who came first",
+    )
+    engine.add_argument(
+        "--engine-stuck-after",
+        type=seconds_or_never,
+        default=EngineConfig(model_path="").stuck_after,
+        metavar="SECONDS",
+        help="how long the engine's process may show no sign of life, before it is killed and "
+        "started again; longer than any step takes; 0: for ever (%(default)g)",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from headstart.server.cli.values import port_number, positive, seconds
+from headstart.server.cli.values import port_number, positive, seconds, seconds_or_never
 from headstart.server.settings import ServerSettings
 
 
@@ -64,6 +64,15 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
         "--request-timeout",
         type=seconds,
         metavar="SECONDS",
-        help="the most that an answer may take, and that requests may ask for (default: no limit)",
+        help="the most that an answer may take, from the first byte of its request, and that "
+        "requests may ask for (default: no limit)",
         default=argparse.SUPPRESS,
+    )
+    http.add_argument(
+        "--ping-interval",
+        type=seconds_or_never,
+        default=limits.ping_interval,
+        metavar="SECONDS",
+        help="the longest silence of a streamed answer, before it is filled with a comment that "
+        "says nothing; 0: never (%(default)g)",
     )

@@ -42,6 +42,7 @@ def engine_config(args: argparse.Namespace, folder: Path) -> EngineConfig:
         runahead_cuts=getattr(args, "runahead_cuts", "auto"),
         runahead_transport=getattr(args, "runahead_transport", "auto"),
         runahead_timeout=getattr(args, "runahead_timeout", 5.0),
+        stuck_after=args.engine_stuck_after,
         cache_dir=str(args.cache_dir),
         log_level=getattr(args, "log_level", "warning"),
     )
@@ -54,6 +55,7 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
         lora_dir=getattr(args, "lora_dir", None),
         body_timeout=args.body_timeout,
         request_timeout=getattr(args, "request_timeout", None),
+        ping_interval=args.ping_interval,
         keys=access_keys(args),
         allowed_origins=tuple(getattr(args, "allowed_origins", ())),
         access_log_format=args.access_log_format,
