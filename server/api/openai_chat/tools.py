@@ -16,7 +16,7 @@ from headstart.server.api.tools import named_functions, written_arguments
 from headstart.server.http.errors import bad_request
 from headstart.server.http.policy import Advisory, Body
 from headstart.server.settings import ServerSettings
-from headstart.server.text.tool_formats.format import Function
+from headstart.server.text.tool_formats.schemas import Function
 
 INPUT = "input"
 

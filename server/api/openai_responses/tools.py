@@ -20,7 +20,7 @@ from headstart.server.api.tools import NAME, ToolChoice, checked_choice, named_f
 from headstart.server.http.errors import APIError, bad_request, invalid
 from headstart.server.http.policy import Advisory, Body, Notes, body_at
 from headstart.server.settings import ServerSettings
-from headstart.server.text.tool_formats.format import Function
+from headstart.server.text.tool_formats.schemas import Function
 
 DEFAULT_NAMESPACE = "functions"
 """What Codex takes calls of no namespace to be in."""
