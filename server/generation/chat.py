@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+from fastapi import Request
 
 from headstart.engine.ranges.segments import Span, turn_spans
 from headstart.engine.sampling.params import SamplingParams
@@ -117,6 +118,7 @@ async def _structure(runtime: Runtime, chat: Chat) -> Structure | None:
 
 async def start_chat(
     runtime: Runtime,
+    request: Request,
     served: Served,
     chat: Chat,
     new_params: Callable[[int, str | None], SamplingParams],
@@ -132,7 +134,7 @@ async def start_chat(
         context=chat.context(token_ids),
         new_parser=reading.new_parser,
     )
-    return start_choices(runtime, served, [prompt], n=1, options=reading.options, salt=b"")
+    return start_choices(runtime, request, served, [prompt], n=1, options=reading.options)
 
 
 def chat_size(messages: Sequence[Message], tools: Tools | None) -> int:

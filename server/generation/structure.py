@@ -153,12 +153,15 @@ def json_structure(
 ) -> Structure:
     """JSON that validates against ``schema``, a value or its text. ``whitespace``: a pattern of
     what may be between tokens; "" is nothing. Raises APIError."""
+    most = settings.max_schema_chars
     if isinstance(schema, str):
         _text(schema, path, settings)
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError):
             raise bad_request(f"{path} is not JSON", path) from None
+    elif (size := len(json.dumps(schema))) > 8 * most:  # before anything that is slow
+        raise bad_request(f"{path} has about {size} characters; at most {most} are allowed", path)
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
@@ -168,11 +171,8 @@ def json_structure(
             f"{path} is {depth} levels deep; at most {settings.max_schema_depth} are allowed", path
         )
     text = json.dumps(schema, ensure_ascii=False)
-    if len(text) > settings.max_schema_chars:
-        raise bad_request(
-            f"{path} has {len(text)} characters; at most {settings.max_schema_chars} are allowed",
-            path,
-        )
+    if len(text) > most:
+        raise bad_request(f"{path} has {len(text)} characters; at most {most} are allowed", path)
     if place := _place(schema, "x-guidance"):  # it would say what is not to be followed
         raise bad_request(f"{path}: the keyword {place!r} is not supported", path)
     options: JsonCompileOptions = {"lenient": False}

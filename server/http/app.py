@@ -30,7 +30,9 @@ from headstart.server.generation.engine_client import EngineClient
 from headstart.server.http.access_log import IGNORED, REQUEST_ID, AccessLog, request_id
 from headstart.server.http.api_document import describe
 from headstart.server.http.auth import Authorisation
+from headstart.server.http.bounds import Crowd
 from headstart.server.http.errors import APIError, error_response, to_api_error
+from headstart.server.http.hosts import LocalHosts
 from headstart.server.http.metrics import Metrics
 from headstart.server.http.reply import WARNING_HEADER
 from headstart.server.http.runtime import Runtime
@@ -105,7 +107,7 @@ def create_app(
             start.cancel()
             await asyncio.gather(start, return_exceptions=True)
             await engine.stop()
-            for threads in (runtime.threads, runtime.chat_threads):
+            for threads in (runtime.threads, runtime.chat_threads, runtime.body_threads):
                 threads.shutdown(wait=False, cancel_futures=True)
             await runtime.grammars.close()
 
@@ -128,6 +130,11 @@ def create_app(
             allow_headers=("*",),
             expose_headers=(REQUEST_ID, IGNORED, WARNING_HEADER.decode()),
         )
+    if settings.allowed_hosts is not None and not settings.keys.api:
+        app.add_middleware(
+            LocalHosts, hosts=settings.allowed_hosts, origins=settings.allowed_origins
+        )
+    app.add_middleware(Crowd)
     app.add_middleware(AccessLog, line_format=settings.access_log_format)
     modules = (
         models,

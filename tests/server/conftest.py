@@ -324,7 +324,13 @@ def app_saying(engine: FakeEngine) -> Callable[[FastAPI, str], httpx2.AsyncClien
 async def live_url(app: FastAPI) -> AsyncIterator[str]:
     """The app behind a real uvicorn."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = ServingConfig(app, head_seconds=0.4, log_config=None, access_log=False)
+        config = ServingConfig(
+            app,
+            head_seconds=0.4,
+            max_connections=app.state.runtime.settings.max_connections,
+            log_config=None,
+            access_log=False,
+        )
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
         task = asyncio.create_task(server.serve(sockets=[listener]))

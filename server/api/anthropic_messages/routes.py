@@ -33,6 +33,7 @@ from headstart.server.api.tools import (
 from headstart.server.generation.chat import Chat, encode_chat, start_chat
 from headstart.server.generation.defaults import GenerationDefaults
 from headstart.server.generation.structure import ObjectField, Structure, json_structure
+from headstart.server.http.cache_scope import CacheBody
 from headstart.server.http.errors import bad_request, refuse_extras
 from headstart.server.http.policy import Body
 from headstart.server.http.reply import Reply
@@ -187,7 +188,7 @@ class CountTokensBody(Body):
         return found
 
 
-class MessagesBody(CountTokensBody):
+class MessagesBody(CountTokensBody, CacheBody):
     max_tokens: Annotated[int, Field(ge=1)]
     stop_sequences: StringsField = None
     temperature: float | None = None
@@ -228,9 +229,10 @@ def routes(runtime: Runtime) -> APIRouter:
         served = runtime.served(body.model)
         body.check(REFUSED_IN_MESSAGES)
         model = runtime.require_text_model()
-        chat = body.chat(runtime, served, body.options(runtime.settings))
+        options = body.options(runtime.settings)
+        chat = await runtime.with_body(request, partial(body.chat, runtime, served, options))
         new_params = partial(body.params, runtime.defaults, model)
-        choices = await start_chat(runtime, served, chat, new_params)
+        choices = await start_chat(runtime, request, served, chat, new_params)
         warning = NOT_DECLARED if chat.mask == "turns" and not served.for_segments else None
         format = MessageFormat(served.name)
         return Reply(choices, format, stream=bool(body.stream), warning=warning, deadline=deadline)
@@ -242,7 +244,7 @@ def routes(runtime: Runtime) -> APIRouter:
         served = runtime.served(body.model)
         body.check(REFUSED_IN_COUNT)
         runtime.require_model()
-        chat = body.chat(runtime, served, TextOptions())
+        chat = await runtime.with_body(request, partial(body.chat, runtime, served, TextOptions()))
         chat.check()
         token_ids, _ = await encode_chat(runtime, chat)
         counted = msgspec.json.encode({"input_tokens": len(token_ids)})

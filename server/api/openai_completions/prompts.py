@@ -14,7 +14,7 @@ from pydantic import WithJsonSchema
 from headstart.engine.process.messages import ModelInfo
 from headstart.server.api.fields import is_token_id
 from headstart.server.http.errors import APIError, bad_request
-from headstart.server.settings import ServerSettings
+from headstart.server.settings import MANY_TOKENS, ServerSettings
 
 _IDS = {"type": "array", "items": {"type": "integer"}}
 PromptField = Annotated[
@@ -41,10 +41,17 @@ class GivenPrompt(NamedTuple):
 
 
 def given_prompts(
-    value: Any, field: str, settings: ServerSettings, *, n: int = 1
+    value: Any,
+    field: str,
+    settings: ServerSettings,
+    *,
+    n: int = 1,
+    context: int | None = None,
 ) -> list[GivenPrompt]:
     """The prompts of ``field``, whatever form they came in; raises APIError, for too many of them
-    times ``n``, too. Ids are not checked against the vocabulary."""
+    times ``n``, too. Ids are not checked against the vocabulary; they are counted before they are
+    looked at, if ``context``, the model's, is given."""
+    most = None if context is None else max(settings.max_contexts * context, MANY_TOKENS)
     if isinstance(value, str):
         return [GivenPrompt(field, value)]
     if not isinstance(value, list):
@@ -52,7 +59,7 @@ def given_prompts(
     if not value:
         raise bad_request(f"{field} is an empty list", field)
     if is_token_id(value[0]):
-        return [GivenPrompt(field, _checked_ids(value, field))]
+        return [GivenPrompt(field, _checked_ids(value, field, most))]
     count = len(value) * n
     if len(value) > settings.max_prompts or count > settings.max_choices:
         raise bad_request(
@@ -66,7 +73,7 @@ def given_prompts(
         path = f"{field}[{i}]"
         if texts and not isinstance(prompt, str):
             raise _bad_prompt(path)
-        prompts.append(GivenPrompt(path, prompt if texts else _checked_ids(prompt, path)))
+        prompts.append(GivenPrompt(path, prompt if texts else _checked_ids(prompt, path, most)))
     return prompts
 
 
@@ -107,8 +114,15 @@ def _bad_prompt(path: str) -> APIError:
     )
 
 
-def _checked_ids(ids: Any, path: str) -> list[int]:
+def _checked_ids(ids: Any, path: str, most: int | None) -> list[int]:
     if not isinstance(ids, list):
         raise _bad_prompt(path)
+    if most is not None and len(ids) > most:
+        raise bad_request(
+            f"{path} has {len(ids)} tokens; at most {most} are looked at, which is more than the "
+            "model's maximum context length",
+            path,
+            "context_length_exceeded",
+        )
     check_token_ids(ids, path)
     return ids

@@ -254,7 +254,13 @@ async def _checked_prompts(
     """Tokenise and check every prompt before any is started."""
     checked: list[Prompt] = []
     tokenizer = runtime.tokenizer
-    prompts = given_prompts(body.prompt, "prompt", runtime.settings, n=body.num_choices)
+    prompts = given_prompts(
+        body.prompt,
+        "prompt",
+        runtime.settings,
+        n=body.num_choices,
+        context=model.max_model_len,
+    )
     grammar = await runtime.checked(body.structure(runtime.settings))
     if spans is not None:
         spans.check_prompts([prompt for _, prompt in prompts])
@@ -327,11 +333,11 @@ def routes(runtime: Runtime) -> APIRouter:
         )
         choices = start_choices(
             runtime,
+            request,
             served,
             prompts,
             n=body.num_choices,
             options=options,
-            salt=body.salt,
             priority=body.priority or 0,
         )
         warning = NOT_DECLARED if spans and not served.for_segments else None

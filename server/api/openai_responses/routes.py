@@ -35,6 +35,7 @@ from headstart.server.generation.chat import Chat, start_chat
 from headstart.server.generation.defaults import GenerationDefaults
 from headstart.server.generation.structure import ObjectField, Structure, json_structure
 from headstart.server.http.auth import sent_key
+from headstart.server.http.cache_scope import CacheBody
 from headstart.server.http.errors import APIError, bad_request, refuse_extras
 from headstart.server.http.keys import key_digest
 from headstart.server.http.policy import Body
@@ -86,7 +87,7 @@ class ReasoningBody(Body):
     effort: str | None = None
 
 
-class ResponsesBody(Body):
+class ResponsesBody(CacheBody):
     """``reasoning.effort`` is the template's variable ``reasoning_effort``."""
 
     model: str
@@ -322,7 +323,9 @@ def routes(runtime: Runtime) -> APIRouter:
         if (previous := body.previous_response_id) is not None:
             earlier = stored.find(request, previous, "previous_response_id").messages
             conversation = Conversation(msgspec.json.decode(earlier))
-        add_input(conversation, body.input, runtime.settings)
+        await runtime.with_body(
+            request, partial(add_input, conversation, body.input, runtime.settings)
+        )
         model = runtime.require_text_model()
         chat = Chat(
             _instructed(body.instructions, conversation.messages),
@@ -337,7 +340,7 @@ def routes(runtime: Runtime) -> APIRouter:
                 "log-probabilities go neither with tools nor with a model that thinks", "include"
             )
         new_params = partial(body.params, runtime.defaults, model)
-        choices = await start_chat(runtime, served, chat, new_params)
+        choices = await start_chat(runtime, request, served, chat, new_params)
         head = body.head(served.name, runtime.defaults)
         format = ResponseFormat(
             head,

@@ -62,7 +62,7 @@ def routes(runtime: Runtime) -> APIRouter:
         served = runtime.served(body.model)
         model = runtime.require_model()
         body.check_dimensions(model)
-        prompts = given_prompts(body.input, "input", runtime.settings)
+        prompts = given_prompts(body.input, "input", runtime.settings, context=model.max_model_len)
         vectors = await vectors_of(runtime, request, body, served, model, prompts)
         rows = vectors.rows[:, : body.dimensions]
         if body.normalize is not False:

@@ -14,7 +14,6 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from fastapi import Request
-from pydantic import Field
 
 from headstart.engine.process.messages import ModelInfo
 from headstart.engine.sampling.params import Pooling, PoolingParams
@@ -27,6 +26,7 @@ from headstart.server.api.fields import (
 from headstart.server.api.openai_completions.prompts import GivenPrompt, check_vocabulary
 from headstart.server.generation.engine_client import Stream
 from headstart.server.http.access_log import note_usage
+from headstart.server.http.cache_scope import CacheBody, salt_of
 from headstart.server.http.errors import APIError, bad_request, unavailable
 from headstart.server.http.metrics import ChoiceTimer
 from headstart.server.http.policy import Refused
@@ -36,14 +36,13 @@ from headstart.server.http.runtime import Runtime, Served
 Floats = npt.NDArray[np.float32]
 
 
-class PooledBody(Described):
+class PooledBody(Described, CacheBody):
     """What requests for vectors have in common. ``null`` always means: the default."""
 
     model: str
     pooling: Pooling | None = None
     truncate_prompt_tokens: Truncation | None = None
     add_special_tokens: bool | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     mm_processor_kwargs: Ignored = None
     priority: Ignored = None
     request_id: Ignored = None
@@ -94,7 +93,7 @@ async def vectors_of(
             stream = runtime.engine.add(
                 token_ids,
                 PoolingParams(pooling),
-                salt=body.cache_salt.encode() if body.cache_salt else b"",
+                salt=salt_of(request.scope),
                 adapter=served.adapter,
             )
             running.append(_Running(path, len(token_ids), stream, ChoiceTimer(metrics)))
