@@ -45,7 +45,10 @@ OTHER_FILES = 256
 
 
 class ServingConfig(uvicorn.Config):
-    """uvicorn's settings; ``head_seconds``: within which a request has to send its head."""
+    """uvicorn's settings; ``head_seconds``: within which a request has to send its head.
+
+    ``idle``: connections that wait for a request, those that have waited longest first.
+    """
 
     def __init__(
         self,
@@ -58,24 +61,32 @@ class ServingConfig(uvicorn.Config):
         super().__init__(app, http=LimitedProtocol, **settings)
         self.head_seconds = head_seconds
         self.max_connections = max_connections
+        self.idle: dict[LimitedProtocol, None] = {}
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with limits that it lacks: of the time from a connection, or from the
-    first byte behind an answer, to the end of a request's head, when the connection is closed; and
-    of connections: those beyond are marked for Crowd, and closed where even these are many."""
+    """uvicorn's protocol, with limits that it lacks.
 
+    Of the time from a connection, or from the first byte behind an answer, to the end of a
+    request's head: then the connection is closed. And of connections: one too many takes the place
+    of one that waits for a request; if there is none it is marked for Crowd, and closed where even
+    those are many.
+    """
+
+    config: ServingConfig
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        assert isinstance(self.config, ServingConfig)
         beyond = len(self.connections) - self.config.max_connections
-        if beyond > SPARE_CONNECTIONS:
-            transport.abort()
+        if beyond > 0 and self.config.idle:
+            next(iter(self.config.idle))._end()
+        elif beyond > SPARE_CONNECTIONS:
+            self._end()
             return
-        if beyond > 0:
+        elif beyond > 0:
             self.app_state = self.app_state | {CROWDED: True}
+        self._wait()
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -87,15 +98,31 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._forget_head()
+        self.config.idle.pop(self, None)
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
+        self.config.idle.pop(self, None)
         super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        if CROWDED not in self.app_state:
+            self.config.idle[self] = None
+
+    def _end(self) -> None:
+        self._forget_head()
+        self.config.idle.pop(self, None)
+        self.connections.discard(self)  # now: those that come at the same time are counted
+        self.transport.abort()
 
     def _await_head(self) -> None:
         if self._head_timer is None:
-            assert isinstance(self.config, ServingConfig)
             self._head_timer = self.loop.call_later(self.config.head_seconds, self.transport.close)
 
     def _forget_head(self) -> None:

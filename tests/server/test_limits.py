@@ -363,41 +363,70 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     return int(head.split()[1]), head + await reader.readexactly(int(length))
 
 
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def get(connection: Connection, path: str) -> tuple[int, bytes]:
+    reader, writer = connection
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    return await read_answer(reader)
+
+
 class TestConnections:
     @pytest.fixture
-    def settings(self):
-        return ServerSettings(max_connections=3)
-
-    async def test_those_beyond_are_told(self, live_url, settings, monkeypatch) -> None:
+    def settings(self, monkeypatch):
         monkeypatch.setattr("headstart.server.http.serving.SPARE_CONNECTIONS", 2)
-        port = int(live_url.rsplit(":", 1)[1])
-        get = "GET {} HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        open_ones = []
-        async with asyncio.timeout(60):
-            for _ in range(settings.max_connections + 2):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.write(get.format("/live").encode())
-                assert (await read_answer(reader))[0] == 200  # probes are answered on all
-                open_ones.append((reader, writer))
-            statuses = []
-            for reader, writer in open_ones:
-                writer.write(get.format("/v1/models").encode())
-                status, whole = await read_answer(reader)
-                statuses.append(status)
-                if status == 503:
-                    assert b"too many connections are open" in whole
-                    assert b"retry-after: 1" in whole
-                    assert await reader.read() == b""  # closed
-            assert statuses == [200] * 3 + [503] * 2
-            # Two are closed: there are three, and room for two more, then for none.
-            more = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
-            await asyncio.sleep(0.05)
+        return ServerSettings(max_connections=3, body_timeout=300)
+
+    @pytest.fixture
+    def head_seconds(self):
+        return 300.0
+
+    @pytest.fixture
+    async def connect(self, live_url):
+        """Opens a connection."""
+        port, writers = int(live_url.rsplit(":", 1)[1]), []
+
+        async def connect() -> Connection:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(get.format("/live").encode())
-            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-                await read_answer(reader)
-            for _, writer in (*open_ones, *more):
-                writer.close()
+            writers.append(writer)
+            return reader, writer
+
+        async with asyncio.timeout(300):
+            yield connect
+        for writer in writers:
+            writer.close()
+
+    async def test_those_that_wait_for_a_request_make_room(self, connect) -> None:
+        opened = [await connect() for _ in range(3)]
+        assert (await get(opened[0], "/v1/models"))[0] == 200  # it waits for its next one
+        for connection in opened[1:]:
+            new = await connect()
+            assert (await get(new, "/v1/models"))[0] == 200
+            assert await connection[0].read() == b""  # the one that has waited longest is closed
+        assert (await get(opened[0], "/v1/models"))[0] == 200
+
+    async def test_those_with_a_request_stay(self, connect) -> None:
+        busy = []
+        for _ in range(3):
+            busy.append(await connect())
+            busy[-1][1].write(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30\r\n\r\n"
+            )
+            await asyncio.sleep(0.05)
+        told, probe = await connect(), await connect()
+        assert (await get(probe, "/live"))[0] == 200
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await get(await connect(), "/live")  # even more than those who are told
+        status, whole = await get(told, "/v1/models")
+        assert status == 503
+        assert b"too many connections are open" in whole
+        assert b"retry-after: 1" in whole
+        assert await told[0].read() == b""  # closed
+        for reader, writer in busy:
+            writer.write(b'{"model":"tiny","prompt":"ab"}')
+            assert (await read_answer(reader))[0] == 200
+        assert (await get(await connect(), "/v1/models"))[0] == 200
 
 
 # ---------------------------------------------------------------------------- what is counted
