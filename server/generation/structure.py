@@ -160,13 +160,14 @@ def json_structure(
             schema = json.loads(schema)
         except (ValueError, RecursionError):
             raise bad_request(f"{path} is not JSON", path) from None
-    elif (size := len(json.dumps(schema))) > 8 * most:  # before anything that is slow
-        raise bad_request(f"{path} has about {size} characters; at most {most} are allowed", path)
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
         raise bad_request(f"{path} must be a JSON schema: an object", path)
-    if (depth := _depth(schema)) > settings.max_schema_depth:
+    depth, size = _walked(schema, most)
+    if size > most:  # without writing it
+        raise bad_request(f"{path} has more than {most} characters; no more are allowed", path)
+    if depth > settings.max_schema_depth:
         raise bad_request(
             f"{path} is {depth} levels deep; at most {settings.max_schema_depth} are allowed", path
         )
@@ -230,15 +231,18 @@ def _object(value: Any, path: str) -> dict[str, Any]:
     return value
 
 
-def _depth(value: Any) -> int:
-    deepest, waiting = 0, [(value, 1)]
-    while waiting:
+def _walked(value: Any, most: int) -> tuple[int, int]:
+    """The levels of a value, and how many characters it has at least, if no more than ``most``."""
+    deepest, size, waiting = 0, 0, [(value, 1)]
+    while waiting and size <= most:
         item, depth = waiting.pop()
         deepest = max(deepest, depth)
         if isinstance(item, dict | list):
-            children = item.values() if isinstance(item, dict) else item
-            waiting += [(child, depth + 1) for child in children]
-    return deepest
+            size += len(item) * (len('"":0,') if isinstance(item, dict) else len("0,"))
+            if size <= most:
+                children = item.values() if isinstance(item, dict) else item
+                waiting += [(child, depth + 1) for child in children]
+    return deepest, size
 
 
 def _place(schema: Any, keyword: str) -> str | None:

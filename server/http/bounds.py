@@ -1,9 +1,10 @@
 """Bounds on what all requests together, and each before it is looked at, may hold.
 
-Bodies        bytes of bodies that are being read: beyond them a 503
-Places        requests that wait for a thread or a process: beyond them a 503
-Crowd         connections: those beyond are told so, but for probes
-check_values  values in a body, counted before one of them becomes an object of Python's
+Bodies          bytes of bodies that are being read: beyond them a 503
+Places          requests that wait for a thread or a process: beyond them a 503
+Crowd           connections: those beyond are told so, but for probes
+check_values    values in a body, counted before one of them becomes an object of Python's
+check_messages  messages of a chat, likewise
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headstart.server.http.auth import OPEN_PATHS
-from headstart.server.http.errors import APIError, error_response, unavailable
+from headstart.server.http.errors import APIError, bad_request, error_response, unavailable
 
 LIST_VALUES = 4
 OBJECT_VALUES = 16
@@ -110,6 +112,22 @@ def check_values(body: bytes, most: int) -> None:
     )
 
 
+class _Messages(msgspec.Struct):
+    messages: msgspec.Raw = msgspec.Raw(b"null")
+
+
+def check_messages(body: bytes, most: int) -> None:
+    """Raise a 400 for more messages than ``most``, each of which would become an object first. What
+    is no list of messages is for others to say."""
+    try:
+        given = msgspec.json.decode(body, type=_Messages).messages
+        count = len(msgspec.json.decode(given, type=list[msgspec.Raw]))
+    except (msgspec.MsgspecError, RecursionError):
+        return
+    if count > most:
+        raise bad_request(f"messages has {count} entries; at most {most} are allowed", "messages")
+
+
 def has_values(body: bytes, most: int) -> bool:
     """There are more than ``most`` values in this JSON; objects count as several. Of what is not
     JSON, what a parser reads before it sees that is counted."""
@@ -136,6 +154,6 @@ def has_values(body: bytes, most: int) -> bool:
 
 def _weight(data: npt.NDArray[np.uint8]) -> int:
     """About as many values as there are: each but the first of a list or object is after a comma,
-    which is the first after what opens it."""
-    commas, lists, objects = (int(np.count_nonzero(data == ord(mark))) for mark in ",[{")
-    return commas + LIST_VALUES * lists + OBJECT_VALUES * objects
+    the first after what opens it; names are before a colon."""
+    commas, colons, lists, objects = (int(np.count_nonzero(data == ord(mark))) for mark in ",:[{")
+    return commas + colons + LIST_VALUES * lists + OBJECT_VALUES * objects

@@ -20,7 +20,7 @@ from headstart.server.generation.engine_client import EngineClient
 from headstart.server.generation.grammar_check import GrammarChecker
 from headstart.server.generation.structure import Structure
 from headstart.server.http.access_log import note_ignored
-from headstart.server.http.bounds import Bodies, Places, check_values
+from headstart.server.http.bounds import Bodies, Places, check_messages, check_values
 from headstart.server.http.cache_scope import CacheBody, note_salt
 from headstart.server.http.deadline import Deadline
 from headstart.server.http.errors import APIError, bad_request, unavailable
@@ -260,6 +260,8 @@ class Runtime:
 
     def _validated(self, data: bytes, body_type: type[B], notes: Notes) -> B:
         check_values(data, self.settings.max_body_values)
+        if len(data) > INLINE_BODY:
+            check_messages(data, self.settings.max_messages)
         body = body_type.model_validate_json(data)
         body.settle(notes)
         notes.check()

@@ -347,7 +347,8 @@ def test_defaults_are_those_of_the_config(tmp_path):
     args = parse("serve", "m")
     expected = EngineConfig(model_path=str(tmp_path), cache_dir=str(args.cache_dir))
     assert cli.engine_config(args, tmp_path) == expected
-    assert cli.server_settings(args) == ServerSettings()
+    served = dataclasses.replace(ServerSettings(), allowed_hosts=("127.0.0.1",))
+    assert cli.server_settings(args) == served
     # "plan" has the engine's flags, too, but its output is all there should be to read.
     args = parse("plan")
     assert args.model == "smollm2-135m"

@@ -241,3 +241,22 @@ def test_what_is_no_host(text, capsys) -> None:
 def test_one_form_of_a_host() -> None:
     assert canonical("[::FFFF:10.0.0.1]") == canonical("10.0.0.1.") == "10.0.0.1"
     assert canonical("LLM.Example.com.") == "llm.example.com"
+
+
+class TestBehindASocket:
+    @pytest.fixture
+    def settings(self):
+        return ServerSettings(allowed_hosts=("0.0.0.0",))
+
+    @pytest.mark.parametrize(
+        ("name", "status"),
+        [(None, 200), ("127.0.0.1", 200), ("0.0.0.0:1", 200), ("evil.example", 403), ("", 403)],
+    )
+    async def test_what_the_server_tells_of_a_connection(self, live_url, name, status) -> None:
+        headers = {} if name is None else {"host": name}
+        async with httpx.AsyncClient() as client:
+            answer = await client.get(f"{live_url}/v1/models", headers=headers)
+            assert answer.status_code == status
+            page = {"origin": live_url, **headers}
+            answer = await client.get(f"{live_url}/v1/models", headers=page)
+            assert answer.status_code == (200 if name is None else 403)

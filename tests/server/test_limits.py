@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import msgspec
 import psutil
 import pytest
 from fastapi import FastAPI
@@ -437,8 +438,8 @@ class TestConnections:
     [
         (b"1", 0),
         (b"[1,2,3]", 4 + 2),
-        (b'{"a":1,"b":2}', 16 + 1),
-        (b'[[1],[2],{"a":[]}]', 4 + 4 + 1 + 4 + 1 + 16 + 4),
+        (b'{"a":1,"b":2}', 16 + 1 + 2),
+        (b'[[1],[2],{"a":[]}]', 4 + 4 + 1 + 4 + 1 + 16 + 1 + 4),
         (b'"a,b,[{"', 0),
         (b'"a\\",b,[{"', 0),
         (b'["a\\\\",2,3]', 4 + 2),
@@ -485,6 +486,22 @@ async def test_a_body_of_many_values_makes_no_objects(make_app, connect_to, monk
     assert made == []
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", TOKENS])
+async def test_messages_are_counted_before_they_are_made(
+    make_app, connect_to, monkeypatch, path
+) -> None:
+    for kind in ("openai_chat.routes.ChatMessage", "anthropic_messages.routes.MessageBody"):
+        monkeypatch.setattr(f"headstart.server.api.{kind}.model_post_init", lambda *_: 1 / 0)
+    client = connect_to(make_app())
+    body = {"model": "tiny", "max_tokens": 1, "messages": said(4097)}
+    answer = await client.post(path, json=body)
+    assert answer.status_code == 400, answer.text
+    message = "messages has 4097 entries; at most 4096 are allowed"
+    assert answer.json()["error"]["message"] == message
+    for wrong in (b'{"messages":' + b"[" * 40_000, b'{"messages":"' + b"x" * 40_000 + b'"}'):
+        assert (await client.post(path, content=wrong)).status_code == 400
+
+
 @pytest.mark.parametrize("field", ["prompt", "input"])
 async def test_ids_are_counted_before_they_are_looked_at(make_app, connect_to, field) -> None:
     client = connect_to(make_app())
@@ -498,6 +515,31 @@ async def test_ids_are_counted_before_they_are_looked_at(make_app, connect_to, f
         assert error["code"] == "context_length_exceeded"
     short = await client.post(path, json={"model": "tiny", field: [1, *ids[:1000]]})
     assert short.json()["error"]["message"] == f"{field}[1] is not a token id"
+
+
+@pytest.mark.parametrize(
+    "schema", [{"enum": [1] * 70_000}, {str(i): i for i in range(70_000)}, {"a": [[1]] * 40_000}]
+)
+async def test_a_schema_of_many_values_is_not_written(
+    make_app, connect_to, monkeypatch, schema
+) -> None:
+    client = connect_to(make_app(max_body_values=10**6))
+    written = []
+    monkeypatch.setattr("json.dumps", lambda value, **_: written.append(value))
+    content = msgspec.json.encode(text(guided_json=schema))
+    answer = await client.post(TEXT, content=content)
+    assert answer.status_code == 400
+    assert "guided_json has more than 65536 characters" in answer.json()["error"]["message"]
+    assert written == []
+
+
+async def test_metadata_is_counted_before_it_is_looked_at(make_app, connect_to) -> None:
+    client = connect_to(make_app())
+    for metadata in ({str(i): i for i in range(17)}, {str(i): "a" for i in range(17)}):
+        body = {"model": "tiny", "input": "hi", "metadata": metadata}
+        answer = await client.post("/v1/responses", json=body)
+        assert answer.status_code == 400
+        assert "17 entries; at most 16 are allowed" in answer.json()["error"]["message"]
 
 
 async def test_a_text_that_cannot_fit_is_not_tokenised(

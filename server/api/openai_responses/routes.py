@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from pydantic import Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from headstart.engine.process.messages import ModelInfo
 from headstart.engine.sampling.params import SamplingParams
@@ -80,7 +80,18 @@ ToolChoiceField = Annotated[
         {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}, mode="validation"
     ),
 ]
-Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+
+
+def _few(value: Any) -> Any:
+    # Before they are looked at: there would be an error for each of a million.
+    if isinstance(value, dict) and len(value) > 16:
+        raise ValueError(f"there are {len(value)} entries; at most 16 are allowed")
+    return value
+
+
+Metadata = Annotated[
+    dict[str, Annotated[str, Field(max_length=512)]], BeforeValidator(_few), Field(max_length=16)
+]
 
 
 class ReasoningBody(Body):
