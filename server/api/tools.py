@@ -300,7 +300,9 @@ def parsed_arguments(arguments: str, path: str) -> dict[str, Any]:
     if not arguments.strip():
         return {}
     if has_values(arguments.encode(), MAX_ARGUMENT_VALUES):
-        raise invalid(path, f"must not have more than {MAX_ARGUMENT_VALUES} values")
+        raise invalid(
+            path, f"must be the JSON text of an object of at most {MAX_ARGUMENT_VALUES} values"
+        )
     try:
         return msgspec.json.decode(arguments, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError) as error:

@@ -237,6 +237,11 @@ class Runtime:
         """Run ``work`` that renders ``size`` characters of a chat, in a thread: how long a template
         takes nobody knows."""
         self._check_size(size)
+        if size > (most := self.settings.max_template_chars):
+            raise bad_request(
+                f"the chat has more than {most} characters; no chat template may write more",
+                "messages",
+            )
         threads = self.chat_threads if size <= self.settings.inline_chars else self.threads
         return await self._in_thread(threads, work)
 

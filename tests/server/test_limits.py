@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 import headstart
 from headstart.server.cli.flags.limits import LIMITS, SERVER_LIMITS
+from headstart.server.generation.chat import MUCH, chat_size
 from headstart.server.generation.grammar_check import GrammarChecker
 from headstart.server.http.app import create_app
 from headstart.server.http.bounds import PIECE, has_values
@@ -570,3 +571,23 @@ def test_ids_of_a_huge_text_are_not_made(tokenizer, monkeypatch) -> None:
         tokenizer.encode("x" * 11, add_special_tokens=False)
     with pytest.raises(Exception, match="at most 5 are looked at"):
         tokenizer.encode_placed("x" * 6)
+
+
+async def test_a_chat_that_no_template_may_write_is_not_rendered(
+    make_app, connect_to, monkeypatch
+) -> None:
+    app = make_app(max_template_chars=1000)
+    client, template = connect_to(app), app.state.runtime.chat_template
+    monkeypatch.setattr(type(template), "encode", lambda *_, **__: 1 / 0)
+    body = chat(messages=[{"role": "user", "content": "x" * 1001}])
+    answer = await client.post(CHAT, json=body)
+    assert answer.status_code == 400
+    assert "more than 1000 characters" in answer.json()["error"]["message"]
+
+
+def test_calls_are_not_all_written_to_know_that_a_chat_is_long() -> None:
+    call = {"id": "a", "function": {"name": "f", "arguments": {"a": [1] * 20_000}}}
+    size = len(msgspec.json.encode(call))
+    message = {"role": "assistant", "content": "hi", "tool_calls": [call] * 3}
+    assert chat_size([message, message], [call]) == 4 + 7 * size
+    assert MUCH < chat_size([message] * 1000, [call] * 100) <= MUCH + size
