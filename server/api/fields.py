@@ -18,6 +18,7 @@ from headstart.server.generation.structure import (
     guided_structure,
 )
 from headstart.server.http.access_log import REQUEST_ID_PATTERN
+from headstart.server.http.cache_scope import CacheBody
 from headstart.server.http.errors import ContextLengthError, bad_request
 from headstart.server.http.policy import Advisory, Body, Refused
 from headstart.server.http.runtime import Runtime
@@ -92,7 +93,7 @@ LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Truncation = Annotated[int, Field(ge=-1, le=INT32_MAX)]
 
 
-class GenerationBody(Described):
+class GenerationBody(Described, CacheBody):
     """What chat and text completions have in common. ``null`` always means: the default.
 
     Fields typed Any are checked here, entry by entry, stopping at the first fault: pydantic would
@@ -129,7 +130,6 @@ class GenerationBody(Described):
     guided_regex: str | None = None
     guided_choice: StringsField = None
     guided_grammar: str | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     priority: Annotated[int, Field(ge=-INT32_MAX - 1, le=INT32_MAX)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -187,11 +187,6 @@ class GenerationBody(Described):
             tokens_as_ids=bool(self.return_tokens_as_token_ids),
             request_id=self.request_id,
         )
-
-    @property
-    def salt(self) -> bytes:
-        """What this request keeps its KV apart by; KV is shared only within it."""
-        return self.cache_salt.encode() if self.cache_salt else b""
 
     def stops(self, settings: ServerSettings) -> tuple[str, ...]:
         """The stop strings; raises APIError."""

@@ -177,7 +177,9 @@ def routes(runtime: Runtime) -> APIRouter:
         body.check()
         strings = bool(body.return_token_strs)
         if body.messages is not None:
-            chat = _checked_chat(runtime, body.messages, body.tools, body)
+            chat = await runtime.with_body(
+                request, partial(_checked_chat, runtime, body.messages, body.tools, body)
+            )
             work = partial(_tokenized, tokenizer, model, chat.token_ids, strings)
             return _json(await runtime.with_chat(chat.size, work))
         text = body.prompt or ""
@@ -200,7 +202,9 @@ def routes(runtime: Runtime) -> APIRouter:
         """The text that the model's chat template makes of messages."""
         body = await runtime.parse(request, ApplyTemplateBody)
         require_model(body.model)
-        chat = _checked_chat(runtime, body.messages, body.tools, body)
+        chat = await runtime.with_body(
+            request, partial(_checked_chat, runtime, body.messages, body.tools, body)
+        )
         return _json(await runtime.with_chat(chat.size, partial(_prompt, chat.text)))
 
     return router

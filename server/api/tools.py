@@ -10,12 +10,16 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import WithJsonSchema
 
+from headstart.server.http.bounds import has_values
 from headstart.server.http.errors import APIError, bad_request, invalid
 from headstart.server.http.policy import Notes
 from headstart.server.settings import ServerSettings
 from headstart.server.text.answer_format import AnswerFormat
 from headstart.server.text.templates import Tools
 from headstart.server.text.tool_formats.schemas import Function
+
+MAX_ARGUMENT_VALUES = 64 * 1024
+"""In the arguments of one call of a message; an object counts as several."""
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
@@ -267,6 +271,10 @@ def parsed_arguments(arguments: str, path: str) -> dict[str, Any]:
     """The JSON text of an object, or nothing for none; raises APIError."""
     if not arguments.strip():
         return {}
+    if has_values(arguments.encode(), MAX_ARGUMENT_VALUES):
+        raise invalid(
+            path, f"must be the JSON text of an object of at most {MAX_ARGUMENT_VALUES} values"
+        )
     try:
         return msgspec.json.decode(arguments, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError) as error:

@@ -27,7 +27,7 @@ from headstart.server.cli.flags.adapters import adapters, add_adapter_flags, add
 from headstart.server.cli.flags.answers import add_answer_flags
 from headstart.server.cli.flags.engine import add_cache_dir, add_engine_flags, add_parallel_flags
 from headstart.server.cli.flags.http import add_http_flags
-from headstart.server.cli.flags.limits import add_limit_flags
+from headstart.server.cli.flags.limits import add_limit_flags, add_server_limit_flags
 from headstart.server.cli.flags.model import (
     add_model_flags,
     generation_defaults,
@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_http_flags(serve)
     add_model_flags(serve)
     add_limit_flags(serve)
+    add_server_limit_flags(serve)
     add_access_flags(serve)
     add_engine_flags(serve)
     add_adapter_flags(serve)
@@ -275,6 +276,7 @@ def run_serve(args: argparse.Namespace) -> int:
             drain_seconds=args.shutdown_timeout,
             keep_alive_seconds=args.keep_alive_timeout,
             head_seconds=args.head_timeout,
+            max_connections=settings.max_connections,
             certificate=tls,
         )
     if failures:

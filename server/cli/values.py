@@ -73,6 +73,17 @@ def byte_size(text: str) -> int:
     return size
 
 
+def host_name(text: str) -> str:
+    """A name or an address, without a port, or ``*``."""
+    if not re.fullmatch(
+        r"\*|[A-Za-z0-9_.-]+|\[?[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]?", text
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no host such as llm.example.com or 192.168.1.5, without a port"
+        )
+    return text
+
+
 def origin(text: str) -> str:
     """``SCHEME://HOST[:PORT]`` as browsers send it, or ``*``."""
     if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[!-.0-~]+", text):

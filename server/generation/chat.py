@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import msgspec
+from fastapi import Request
 
 from headstart.engine.ranges.segments import Span, turn_spans
 from headstart.engine.sampling.params import SamplingParams
@@ -28,6 +30,8 @@ from headstart.server.text.templates import Ending, Message, Tools
 
 # The end of a prompt that may open the answer's thoughts.
 CONTEXT_IDS = 16
+
+MUCH = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,7 @@ async def _structure(runtime: Runtime, chat: Chat) -> Structure | None:
 
 async def start_chat(
     runtime: Runtime,
+    request: Request,
     served: Served,
     chat: Chat,
     new_params: Callable[[int, str | None], SamplingParams],
@@ -132,12 +137,17 @@ async def start_chat(
         context=chat.context(token_ids),
         new_parser=reading.new_parser,
     )
-    return start_choices(runtime, served, [prompt], n=1, options=reading.options, salt=b"")
+    return start_choices(runtime, request, served, [prompt], n=1, options=reading.options)
 
 
 def chat_size(messages: Sequence[Message], tools: Tools | None) -> int:
-    """About how many characters there are to work on."""
+    """About how many characters there are to work on; not much more than MUCH are counted of calls
+    and tools, which have to be written for that."""
     size = sum(len(message["content"]) for message in messages)
     size += sum(len(message.get("reasoning", "")) for message in messages)
-    others = [message["tool_calls"] for message in messages if "tool_calls" in message]
-    return size + sum(len(msgspec.json.encode(value)) for value in (*others, tools) if value)
+    calls = (call for message in messages for call in message.get("tool_calls", ()))
+    for value in chain(calls, tools or ()):
+        if size > MUCH:
+            break
+        size += len(msgspec.json.encode(value))
+    return size

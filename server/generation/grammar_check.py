@@ -60,12 +60,19 @@ class Answer(msgspec.Struct, frozen=True):
 class GrammarChecker:
     """Checks grammars one at a time; what it has seen before costs nothing.
 
-    ``tokenizer``: gives the text of tokenizer.json. ``seconds``: how long one may take.
+    ``tokenizer``: gives the text of tokenizer.json. ``seconds``: how long one may take. ``place``:
+    is held by each that waits or is checked; it raises what is told when there is none.
     """
 
-    def __init__(self, tokenizer: Callable[[], str], seconds: float) -> None:
+    def __init__(
+        self,
+        tokenizer: Callable[[], str],
+        seconds: float,
+        place: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self._tokenizer = tokenizer
         self._seconds = seconds
+        self._place = place
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         self._busy = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
@@ -74,13 +81,19 @@ class GrammarChecker:
         """Raises RequestError with what is wrong with ``grammar``."""
         digest = hashlib.sha256(grammar.encode()).digest()
         if digest not in self._known:
-            async with self._busy:
-                if digest not in self._known:  # somebody may have asked the same meanwhile
-                    self._remember(digest, await self._ask(grammar, vocab_size, eos_token_ids))
+            with self._place():
+                await self._find_out(digest, grammar, vocab_size, eos_token_ids)
         self._known.move_to_end(digest)
         error = self._known[digest]
         if error is not None:
             raise RequestError(error)
+
+    async def _find_out(
+        self, digest: bytes, grammar: str, vocab_size: int, eos_token_ids: list[int]
+    ) -> None:
+        async with self._busy:
+            if digest not in self._known:  # somebody may have asked the same meanwhile
+                self._remember(digest, await self._ask(grammar, vocab_size, eos_token_ids))
 
     async def close(self) -> None:
         """End the process, if there is one."""

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
+from fastapi import Request
 
 from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import SamplingParams
 from headstart.server.api.fields import choice_seed
+from headstart.server.http.cache_scope import salt_of
 from headstart.server.http.metrics import ChoiceTimer
 from headstart.server.http.reply import Choice, Echo
 from headstart.server.http.runtime import Runtime, Served
@@ -32,12 +34,12 @@ class Prompt:
 
 def start_choices(
     runtime: Runtime,
+    request: Request,
     served: Served,
     prompts: Sequence[Prompt],
     *,
     n: int,
     options: TextOptions,
-    salt: bytes,
     priority: int = 0,
 ) -> list[Choice]:
     """``n`` choices of each prompt, seeds counting up from the request's.
@@ -45,7 +47,7 @@ def start_choices(
     Raises EngineDeadError; nothing is left running then.
     """
     choices: list[Choice] = []
-    metrics = runtime.metrics.of(served.name)
+    metrics, salt = runtime.metrics.of(served.name), salt_of(request.scope)
     try:
         for i, prompt in enumerate(prompts):
             for j in range(n):

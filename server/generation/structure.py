@@ -148,6 +148,7 @@ def json_structure(
 ) -> Structure:
     """JSON that validates against ``schema``, a value or its text. ``whitespace``: a pattern of
     what may be between tokens; "" is nothing. Raises APIError."""
+    most = settings.max_schema_chars
     if isinstance(schema, str):
         _text(schema, path, settings)
         try:
@@ -158,16 +159,16 @@ def json_structure(
         schema = {}
     if not isinstance(schema, dict):
         raise bad_request(f"{path} must be a JSON schema: an object", path)
-    if (depth := _depth(schema)) > settings.max_schema_depth:
+    depth, size = _walked(schema, most)
+    if size > most:  # without writing it
+        raise bad_request(f"{path} has more than {most} characters; no more are allowed", path)
+    if depth > settings.max_schema_depth:
         raise bad_request(
             f"{path} is {depth} levels deep; at most {settings.max_schema_depth} are allowed", path
         )
     text = json.dumps(schema, ensure_ascii=False)
-    if len(text) > settings.max_schema_chars:
-        raise bad_request(
-            f"{path} has {len(text)} characters; at most {settings.max_schema_chars} are allowed",
-            path,
-        )
+    if len(text) > most:
+        raise bad_request(f"{path} has {len(text)} characters; at most {most} are allowed", path)
     if place := _place(schema, "x-guidance"):  # it would say what is not to be followed
         raise bad_request(f"{path}: the keyword {place!r} is not supported", path)
     options: JsonCompileOptions = {"lenient": False}
@@ -219,15 +220,18 @@ def _text(value: Any, path: str, settings: ServerSettings) -> str:
     return value
 
 
-def _depth(value: Any) -> int:
-    deepest, waiting = 0, [(value, 1)]
-    while waiting:
+def _walked(value: Any, most: int) -> tuple[int, int]:
+    """The levels of a value, and how many characters it has at least, if no more than ``most``."""
+    deepest, size, waiting = 0, 0, [(value, 1)]
+    while waiting and size <= most:
         item, depth = waiting.pop()
         deepest = max(deepest, depth)
         if isinstance(item, dict | list):
-            children = item.values() if isinstance(item, dict) else item
-            waiting += [(child, depth + 1) for child in children]
-    return deepest
+            size += len(item) * (len('"":0,') if isinstance(item, dict) else len("0,"))
+            if size <= most:
+                children = item.values() if isinstance(item, dict) else item
+                waiting += [(child, depth + 1) for child in children]
+    return deepest, size
 
 
 def _place(schema: Any, keyword: str) -> str | None:

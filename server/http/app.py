@@ -43,8 +43,10 @@ from headstart.server.http.access_log import (
 )
 from headstart.server.http.api_document import describe
 from headstart.server.http.auth import Authorisation
+from headstart.server.http.bounds import Crowd
 from headstart.server.http.deadline import Attendance, Pings
 from headstart.server.http.errors import APIError, error_response, to_api_error
+from headstart.server.http.hosts import LocalHosts
 from headstart.server.http.metrics import Metrics
 from headstart.server.http.reply import WARNING_HEADER
 from headstart.server.http.runtime import Runtime
@@ -127,7 +129,7 @@ def create_app(
             start.cancel()
             await asyncio.gather(start, return_exceptions=True)
             await engine.stop()
-            for threads in (runtime.threads, runtime.chat_threads):
+            for threads in (runtime.threads, runtime.chat_threads, runtime.body_threads):
                 threads.shutdown(wait=False, cancel_futures=True)
             await runtime.grammars.close()
 
@@ -179,6 +181,11 @@ def _add_middleware(app: FastAPI, runtime: Runtime, pings: Pings, paths: frozens
             allow_headers=("*",),
             expose_headers=(REQUEST_ID, ANTHROPIC_ID, IGNORED, WARNING_HEADER.decode()),
         )
+    if settings.allowed_hosts is not None and not settings.keys.api:
+        app.add_middleware(
+            LocalHosts, hosts=settings.allowed_hosts, origins=settings.allowed_origins
+        )
+    app.add_middleware(Crowd)
     app.add_middleware(
         AccessLog,
         metrics=runtime.metrics.http,

@@ -34,6 +34,11 @@ class Keys:
             raise ConfigError("an API key and an admin key are the same")
         return keys
 
+    @property
+    def several(self) -> bool:
+        """Callers can be told apart: each has to send a key, and there is more than one."""
+        return bool(self.api) and len({*self.api, *self.admin}) > 1
+
     def owner(self, key: str) -> Literal["api", "admin"] | None:
         """What ``key`` is; compares it with all keys, so that the time taken tells nothing."""
         digest = key_digest(key)

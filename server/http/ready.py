@@ -7,6 +7,7 @@ import contextlib
 import psutil
 
 from headstart.engine.process.messages import ModelInfo
+from headstart.server.http.hosts import described
 from headstart.server.http.keys import Keys
 from headstart.server.http.runtime import Runtime
 
@@ -27,8 +28,11 @@ def summary(runtime: Runtime, model: ModelInfo, url: str, seconds: float) -> str
         "answers": str(runtime.answers),
         "defaults": str(runtime.defaults),
         "keys": _keys(runtime.settings.keys),
-        "URL": url,
     }
+    hosts = runtime.settings.allowed_hosts
+    if hosts is not None and not runtime.settings.keys.api:
+        rows["asked as"] = described(hosts)
+    rows["URL"] = url
     lines = [f"ready after {seconds:.1f} s"]
     lines += [f"  {name:<10}{value}" for name, value in rows.items()]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -18,13 +19,19 @@ from headstart.server.generation.engine_client import EngineClient
 from headstart.server.generation.grammar_check import GrammarChecker
 from headstart.server.generation.structure import Structure
 from headstart.server.http.access_log import note_ignored
+from headstart.server.http.bounds import Bodies, Places, check_messages, check_values
+from headstart.server.http.cache_scope import CacheBody, note_salt
 from headstart.server.http.errors import APIError, bad_request, unavailable
 from headstart.server.http.metrics import Metrics
 from headstart.server.http.policy import Body, Notes
-from headstart.server.settings import ServerSettings
+from headstart.server.settings import MANY_TOKENS, ServerSettings
 from headstart.server.text.answer_format import AnswerFormat
 from headstart.server.text.templates import ChatTemplate
 from headstart.server.text.tokenizer import Tokenizer
+
+_BODY_SIZE = "headstart.body_size"
+INLINE_BODY = 32 * 1024
+"""Bytes of a body up to which it is checked at once; a larger one is in a thread."""
 
 T = TypeVar("T")
 B = TypeVar("B", bound=Body)
@@ -33,6 +40,11 @@ B = TypeVar("B", bound=Body)
 def _text_threads() -> ThreadPoolExecutor:
     # Two, so that one huge prompt does not hold up the other long ones; the engine needs the cores.
     return ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
+
+
+def _body_threads() -> ThreadPoolExecutor:
+    # One: it takes the GIL from the event loop, if not for long at a time.
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="body")
 
 
 def _chat_threads() -> ThreadPoolExecutor:
@@ -75,10 +87,19 @@ class Runtime:
     created: int = field(default_factory=lambda: int(time.time()))
     threads: ThreadPoolExecutor = field(default_factory=_text_threads)
     chat_threads: ThreadPoolExecutor = field(default_factory=_chat_threads)
+    body_threads: ThreadPoolExecutor = field(default_factory=_body_threads)
     grammars: GrammarChecker = field(init=False)
+    bodies: Bodies = field(init=False)
+    texts: Places = field(init=False)
 
     def __post_init__(self) -> None:
-        self.grammars = GrammarChecker(self.tokenizer.backend.to_str, self.settings.grammar_timeout)
+        settings = self.settings
+        self.bodies = Bodies(settings.max_bodies_bytes)
+        self.texts = Places(settings.max_waiting_texts, "their prompts to be tokenised")
+        waiting = Places(settings.max_waiting_grammars, "their grammars or schemas to be checked")
+        self.grammars = GrammarChecker(
+            self.tokenizer.backend.to_str, settings.grammar_timeout, waiting.place
+        )
 
     @property
     def model_name(self) -> str:
@@ -159,29 +180,73 @@ class Runtime:
             ) from error
         return structure.grammar
 
+    async def with_body(self, request: Request, work: Callable[[], T]) -> T:
+        """Run ``work`` that goes through a body that ``parse`` has read, in a thread when it is
+        large."""
+        if request.scope[_BODY_SIZE] <= INLINE_BODY:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self.body_threads, work)
+
     async def with_text(self, size: int, work: Callable[[], T]) -> T:
         """Run tokenising ``work`` over ``size`` characters, in a thread when that takes long."""
         if size <= self.settings.inline_chars:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+        self._check_size(size)
+        return await self._in_thread(self.threads, work)
+
+    def _check_size(self, size: int) -> None:
+        """Raise APIError for a text that is too long, whatever tokens it has: it is not read."""
+        model = self.engine.model
+        if model is None:
+            return
+        most = max(self.settings.max_contexts * model.max_model_len, MANY_TOKENS)
+        if (fewest := self.tokenizer.fewest_tokens(size)) > most:
+            raise bad_request(
+                f"the prompt has {size} characters, and so {fewest} tokens or more; the model's "
+                f"maximum context length is {model.max_model_len} tokens",
+                code="context_length_exceeded",
+            )
 
     async def with_chat(self, size: int, work: Callable[[], T]) -> T:
         """Run ``work`` that renders ``size`` characters of a chat, in a thread: how long a template
         takes nobody knows."""
+        self._check_size(size)
+        if size > (most := self.settings.max_template_chars):
+            raise bad_request(
+                f"the chat has more than {most} characters; no chat template may write more",
+                "messages",
+            )
         threads = self.chat_threads if size <= self.settings.inline_chars else self.threads
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
+        return await self._in_thread(threads, work)
+
+    async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        with self.texts.place():
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
 
     async def parse(self, request: Request, body_type: type[B]) -> B:
         """Read and validate a JSON body; raises APIError and ValidationError. What is ignored of it
         is told in the answer's head."""
-        body = body_type.model_validate_json(await self._read(request))
         notes = Notes(strict=self.settings.unknown_fields == "refuse")
-        body.settle(notes)
-        notes.check()
+        with self.bodies.body() as add:
+            data = await self._read(request, add)
+            work = partial(self._validated, data, body_type, notes)
+            request.scope[_BODY_SIZE] = len(data)
+            body = await self.with_body(request, work)
         note_ignored(request.scope, notes)
+        if isinstance(body, CacheBody):
+            note_salt(request.scope, body, self.settings)
         return body
 
-    async def _read(self, request: Request) -> bytes:
+    def _validated(self, data: bytes, body_type: type[B], notes: Notes) -> B:
+        check_values(data, self.settings.max_body_values)
+        if len(data) > INLINE_BODY:
+            check_messages(data, self.settings.max_messages)
+        body = body_type.model_validate_json(data)
+        body.settle(notes)
+        notes.check()
+        return body
+
+    async def _read(self, request: Request, add: Callable[[int], None]) -> bytes:
         """The body; a 413 as soon as it is known to be too large, a 408 when it takes too long."""
         limit = self.settings.max_body_bytes
         too_large = APIError(
@@ -198,6 +263,7 @@ class Runtime:
                     size += len(chunk)
                     if size > limit:
                         raise too_large
+                    add(len(chunk))
                     chunks.append(chunk)
         except TimeoutError:
             raise APIError(

@@ -25,9 +25,19 @@ TOOL_TEMPLATE = "tool_use"
 Place = tuple[int, int]
 """First character, and the one after the last."""
 
+MAX_IDS = 1 << 20
+"""Of one text: more than a context holds. All are made under the GIL, whatever the thread."""
+
+MAX_PLACED = 1 << 17
+"""Of one text whose tokens' places are wanted, which take more."""
+
+PIECE = 256 * 1024
+"""Characters that are searched at once, since that is under the GIL, too."""
+
 # Where placeholders for special tokens in user text are taken from: two planes of code points
 # that Unicode leaves to private use.
 _PRIVATE_USE = (0xF0000, 0x10FFFE)
+_PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
 
 
 class Tokenizer:
@@ -65,8 +75,10 @@ class Tokenizer:
         }
         longest_first = sorted(control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._longest_control = len(longest_first[0]) if control else 0
         self._plain: tokenizers.Tokenizer | None = None
         self._byte_of = _byte_level_alphabet() if _is_byte_level(backend) else None
+        self._longest = self._longest_token()
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -96,7 +108,19 @@ class Tokenizer:
         """Ids of ``text``; special tokens written in it become those tokens."""
         # Computes no offsets, and lets go of the GIL.
         encoding = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return encoding[0].ids
+        return _ids(encoding[0])
+
+    def fewest_tokens(self, num_chars: int) -> int:
+        """At least so many tokens come of a text of that length; 0 where it may lose characters."""
+        return 0 if self._longest is None else num_chars // self._longest
+
+    def _longest_token(self) -> int | None:
+        """Characters that a token may stand for; None where it may be any number."""
+        added = self.backend.get_added_tokens_decoder().values()
+        eats_spaces = any(token.lstrip or token.rstrip for token in added)
+        if self._byte_of is None or self.backend.normalizer is not None or eats_spaces:
+            return None
+        return max(map(len, self.backend.get_vocab()), default=1)
 
     def encode_placed(self, text: str) -> tuple[list[int], list[Place | None]]:
         """Ids of ``text`` with the tokenizer's own special tokens, and where each comes from.
@@ -105,6 +129,7 @@ class Tokenizer:
         none.
         """
         [encoding] = self.backend.encode_batch([text], add_special_tokens=True)
+        _check_count(encoding, MAX_PLACED)
         sources = zip(encoding.sequence_ids, encoding.offsets, strict=True)
         return encoding.ids, [None if source is None else place for source, place in sources]
 
@@ -135,28 +160,31 @@ class Tokenizer:
         Put them into user text before a template is rendered, and give them to
         ``encode_rendered``: special tokens then come from the template alone.
         """
-        found = sorted({match for text in texts for match in self._control.findall(text)})
+        found = sorted({match[0] for text in texts for match in self._find_control(text)})
         if not found:
             return {}
         return dict(zip(found, private_characters(texts, len(found)), strict=True))
 
     def hide_control(self, text: str, placeholders: dict[str, str]) -> str:
         """``text`` with placeholders where special tokens were written."""
-        return self._control.sub(lambda match: placeholders[match[0]], text)
+        parts, start = [], 0
+        for match in self._find_control(text):
+            parts += [text[start : match.start()], placeholders[match[0]]]
+            start = match.end()
+        return "".join([*parts, text[start:]])
 
     def show_control(self, text: str, placeholders: dict[str, str]) -> str:
         """``text`` with special tokens where their placeholders are."""
-        return text.translate(_back(placeholders))
+        return _restored(text, placeholders)
 
     def encode_rendered(self, text: str, placeholders: dict[str, str]) -> list[int]:
         """Ids of a rendered template; placeholders are encoded as the plain text they stand for."""
         if not placeholders:
             return self.encode(text, add_special_tokens=False)
-        back = _back(placeholders)
         plain = self._plain_backend()
         token_ids: list[int] = []
         for _, piece, control in self._pieces(text):
-            token_ids += _encode_plain(plain, piece.translate(back))
+            token_ids += _encode_plain(plain, _restored(piece, placeholders))
             if control is not None:
                 token_ids.append(self._control_ids[control])
         return token_ids
@@ -181,7 +209,7 @@ class Tokenizer:
         places = {0: 0, len(text): len(token_ids)}
         special = set(self._control_ids.values())
         at = [i for i, token_id in enumerate(token_ids) if token_id in special]
-        found = list(self._control.finditer(text))
+        found = list(self._find_control(text))
         if [self._control_ids[match[0]] for match in found] == [token_ids[i] for i in at]:
             for match, i in zip(found, at, strict=True):
                 places[match.start()], places[match.end()] = i, i + 1
@@ -205,6 +233,7 @@ class Tokenizer:
                 continue
             plain = piece.translate(back) if back else piece
             encoding = encoder.encode(plain, add_special_tokens=False)
+            _check_count(encoding, MAX_PLACED)
             ids, spans, first = encoding.ids, encoding.offsets, places[start]
             if ids != token_ids[first : first + len(ids)]:
                 continue
@@ -220,13 +249,16 @@ class Tokenizer:
                 elif not plain[at : across[1]].strip():
                     places[cut] = first + i
 
+    def _find_control(self, text: str) -> Iterator[re.Match[str]]:
+        return _find(self._control, text, self._longest_control)
+
     def _pieces(self, text: str) -> Iterator[tuple[int, str, str | None]]:
         """Where a piece of ``text`` without special tokens begins, the piece, and the special
         token that ends it."""
         # Special tokens cut the text before anything else happens to it, so what is between
         # them can be encoded by itself.
         start = 0
-        for match in self._control.finditer(text):
+        for match in self._find_control(text):
             yield start, text[start : match.start()], match[0]
             start = match.end()
         yield start, text[start:], None
@@ -256,13 +288,37 @@ class Tokenizer:
         return self._plain
 
 
+def _find(pattern: re.Pattern[str], text: str, longest: int) -> Iterator[re.Match[str]]:
+    """``pattern.finditer(text)`` in pieces; matches have at most ``longest`` characters."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        for match in pattern.finditer(text, start, end + longest):
+            if match.start() >= end:
+                break
+            yield match
+            start = match.end()
+        start = max(start, end)
+
+
+def _restored(text: str, placeholders: dict[str, str]) -> str:
+    for token, char in placeholders.items():
+        text = text.replace(char, token)
+    return text
+
+
 def _back(placeholders: dict[str, str]) -> dict[int, str]:
     return str.maketrans({char: token for token, char in placeholders.items()})
 
 
 def private_characters(texts: Iterable[str], count: int) -> list[str]:
     """Private-use characters that are in none of ``texts``; RequestError if there are too few."""
-    used = set().union(*texts)
+    used = {
+        match[0]
+        for text in texts
+        if not text.isascii()  # which is known at once
+        for match in _find(_PRIVATE, text, 1)
+    }
     free = (char for code in range(*_PRIVATE_USE) if (char := chr(code)) not in used)
     found = list(islice(free, count))
     if len(found) < count:
@@ -285,7 +341,18 @@ def _keep_spaces_in_places(backend: tokenizers.Tokenizer) -> None:
 
 def _encode_plain(plain: tokenizers.Tokenizer, text: str) -> list[int]:
     encoding = plain.encode_batch_fast([text], add_special_tokens=False)
-    return encoding[0].ids
+    return _ids(encoding[0])
+
+
+def _ids(encoding: tokenizers.Encoding) -> list[int]:
+    _check_count(encoding, MAX_IDS)
+    return encoding.ids
+
+
+def _check_count(encoding: tokenizers.Encoding, most: int) -> None:
+    """Raise RequestError before the ids are made."""
+    if len(encoding) > most:
+        raise RequestError(f"the text has {len(encoding)} tokens; at most {most} are looked at")
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:

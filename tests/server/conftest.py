@@ -321,10 +321,22 @@ def app_saying(engine: FakeEngine) -> Callable[[FastAPI, str], httpx2.AsyncClien
 
 
 @pytest.fixture
-async def live_url(app: FastAPI) -> AsyncIterator[str]:
+def head_seconds() -> float:
+    """How long ``live_url`` waits for the head of a request."""
+    return 0.4
+
+
+@pytest.fixture
+async def live_url(app: FastAPI, head_seconds: float) -> AsyncIterator[str]:
     """The app behind a real uvicorn."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = ServingConfig(app, head_seconds=0.4, log_config=None, access_log=False)
+        config = ServingConfig(
+            app,
+            head_seconds=head_seconds,
+            max_connections=app.state.runtime.settings.max_connections,
+            log_config=None,
+            access_log=False,
+        )
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
         task = asyncio.create_task(server.serve(sockets=[listener]))

@@ -134,3 +134,8 @@ def test_the_summary(engine, tokenizer):
     lines = summary(app.state.runtime, chosen, "http://a:1", 0).splitlines()
     assert "  weights   int8: it is good" in lines
     assert "  keys      none: whoever reaches the URL may do everything" in lines
+    assert not any("asked as" in line for line in lines)  # nothing looks at it
+    settings = ServerSettings(allowed_hosts=("0.0.0.0", "llm"))
+    app = create_app(engine, tokenizer, model_names=["tiny"], settings=settings)
+    lines = summary(app.state.runtime, engine.model, "http://a:1", 0).splitlines()
+    assert lines[-2].startswith("  asked as  llm, localhost and this machine's addresses only ")

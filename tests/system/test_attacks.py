@@ -325,7 +325,7 @@ def test_nothing_is_fetched(attacked: Attacked, content: Any) -> None:
 def test_slow_bodies(attacked: Attacked) -> None:
     """300 that send a byte now and then: a 408 each, when the time is over."""
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         "Content-Length: 1000\r\n\r\n"
     )
 

@@ -26,6 +26,7 @@ from headstart.server.api.tools import ToolsField
 from headstart.server.generation.chat import Chat, encode_chat, start_chat
 from headstart.server.generation.defaults import GenerationDefaults
 from headstart.server.generation.structure import ObjectField, Structure, json_structure
+from headstart.server.http.cache_scope import CacheBody
 from headstart.server.http.errors import ContextLengthError, bad_request
 from headstart.server.http.policy import Advisory, Body, Refused
 from headstart.server.http.reply import Reply
@@ -154,7 +155,7 @@ class CountTokensBody(Body):
         return variables
 
 
-class MessagesBody(CountTokensBody):
+class MessagesBody(CountTokensBody, CacheBody):
     """``max_tokens``: 0 computes the prompt, for the cache, and nothing else."""
 
     max_tokens: Annotated[int, Field(ge=0)]
@@ -188,9 +189,10 @@ def routes(runtime: Runtime) -> APIRouter:
         body = await runtime.parse(request, MessagesBody)
         served = runtime.served(body.model)
         model = runtime.require_text_model()
-        chat = body.chat(runtime, served, body.options(runtime.settings))
+        options = body.options(runtime.settings)
+        chat = await runtime.with_body(request, partial(body.chat, runtime, served, options))
         new_params = partial(body.params, runtime.defaults, model)
-        choices = await start_chat(runtime, served, chat, new_params)
+        choices = await start_chat(runtime, request, served, chat, new_params)
         warning = NOT_DECLARED if chat.mask == "turns" and not served.for_segments else None
         format = MessageFormat(served.name)
         return Reply(choices, format, stream=bool(body.stream), warning=warning)
@@ -201,7 +203,7 @@ def routes(runtime: Runtime) -> APIRouter:
         body = await runtime.parse(request, CountTokensBody)
         served = runtime.served(body.model)
         runtime.require_model()
-        chat = body.chat(runtime, served, TextOptions())
+        chat = await runtime.with_body(request, partial(body.chat, runtime, served, TextOptions()))
         chat.check()
         token_ids, _ = await encode_chat(runtime, chat)
         counted = msgspec.json.encode({"input_tokens": len(token_ids)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -123,7 +124,9 @@ def routes(runtime: Runtime) -> APIRouter:
         served = runtime.served(body.model)
         body.check_chat(runtime.settings)
         mask = chat_mask(body.segment_mask) or served.chat_mask
-        messages = plain_messages(body.messages, runtime.settings)
+        messages = await runtime.with_body(
+            request, partial(plain_messages, body.messages, runtime.settings)
+        )
         use = body.tool_use(runtime)
         model = runtime.require_text_model()
         template = runtime.require_chat_template()
@@ -156,6 +159,7 @@ def routes(runtime: Runtime) -> APIRouter:
         )
         choices = start_choices(
             runtime,
+            request,
             served,
             [
                 Prompt(
@@ -169,7 +173,6 @@ def routes(runtime: Runtime) -> APIRouter:
             ],
             n=body.n or 1,
             options=reading.options,
-            salt=body.salt,
             priority=body.priority or 0,
         )
         warning = NOT_DECLARED if mask == "turns" and not served.for_segments else None

@@ -14,6 +14,7 @@ from pydantic import WithJsonSchema
 from headstart.engine.process.messages import ModelInfo
 from headstart.server.api.fields import is_token_id
 from headstart.server.http.errors import APIError, bad_request
+from headstart.server.settings import MANY_TOKENS, ServerSettings
 
 _IDS = {"type": "array", "items": {"type": "integer"}}
 PromptField = Annotated[
@@ -39,9 +40,16 @@ class GivenPrompt(NamedTuple):
     prompt: str | list[int]
 
 
-def given_prompts(value: Any, field: str, most: int) -> list[GivenPrompt]:
+def most_ids(settings: ServerSettings, model: ModelInfo) -> int:
+    """Ids of a prompt that are looked at; longer ones are refused by their number alone."""
+    return max(settings.max_contexts * model.max_model_len, MANY_TOKENS)
+
+
+def given_prompts(
+    value: Any, field: str, most: int, *, ids: int | None = None
+) -> list[GivenPrompt]:
     """The prompts of ``field``, whatever form they came in; raises APIError, for more than ``most``
-    of them, too. Ids are not checked against the vocabulary."""
+    of them, too. Ids are not checked against the vocabulary; there are at most ``ids``."""
     if isinstance(value, str):
         return [GivenPrompt(field, value)]
     if not isinstance(value, list):
@@ -49,7 +57,7 @@ def given_prompts(value: Any, field: str, most: int) -> list[GivenPrompt]:
     if not value:
         raise bad_request(f"{field} is an empty list", field)
     if is_token_id(value[0]):
-        return [GivenPrompt(field, _checked_ids(value, field))]
+        return [GivenPrompt(field, _checked_ids(value, field, ids))]
     if len(value) > most:
         raise bad_request(f"{field} has {len(value)} entries; at most {most} are allowed", field)
     texts = isinstance(value[0], str)
@@ -58,7 +66,7 @@ def given_prompts(value: Any, field: str, most: int) -> list[GivenPrompt]:
         path = f"{field}[{i}]"
         if texts and not isinstance(prompt, str):
             raise _bad_prompt(path)
-        prompts.append(GivenPrompt(path, prompt if texts else _checked_ids(prompt, path)))
+        prompts.append(GivenPrompt(path, prompt if texts else _checked_ids(prompt, path, most)))
     return prompts
 
 
@@ -99,8 +107,15 @@ def _bad_prompt(path: str) -> APIError:
     )
 
 
-def _checked_ids(ids: Any, path: str) -> list[int]:
+def _checked_ids(ids: Any, path: str, most: int | None) -> list[int]:
     if not isinstance(ids, list):
         raise _bad_prompt(path)
+    if most is not None and len(ids) > most:
+        raise bad_request(
+            f"{path} has {len(ids)} tokens; at most {most} are looked at, which is more than the "
+            "model's maximum context length",
+            path,
+            "context_length_exceeded",
+        )
     check_token_ids(ids, path)
     return ids

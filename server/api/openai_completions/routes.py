@@ -31,6 +31,7 @@ from headstart.server.api.openai_completions.prompts import (
     PromptField,
     check_vocabulary,
     given_prompts,
+    most_ids,
 )
 from headstart.server.api.segment_mask import (
     NOT_DECLARED,
@@ -269,8 +270,11 @@ async def _checked_prompts(
     """Tokenise and check every prompt before any is started."""
     checked: list[Prompt] = []
     tokenizer = runtime.tokenizer
-    prompts = given_prompts(body.prompt, "prompt", runtime.settings.max_prompts)
-    body.check_choices(len(prompts), runtime.settings)
+    settings = runtime.settings
+    prompts = given_prompts(
+        body.prompt, "prompt", settings.max_prompts, ids=most_ids(settings, model)
+    )
+    body.check_choices(len(prompts), settings)
     grammar = await runtime.checked(body.structure(runtime.settings))
     if spans is not None:
         spans.check_prompts([prompt for _, prompt in prompts])
@@ -362,11 +366,11 @@ def routes(runtime: Runtime) -> APIRouter:
         )
         choices = start_choices(
             runtime,
+            request,
             served,
             prompts,
             n=body.num_choices,
             options=options,
-            salt=body.salt,
             priority=body.priority or 0,
         )
         warning = NOT_DECLARED if spans and not served.for_segments else None

@@ -6,7 +6,7 @@ import secrets
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from headstart.engine.process.messages import ModelInfo
 from headstart.engine.sampling.params import SamplingParams
@@ -21,6 +21,7 @@ from headstart.server.api.openai_responses.tools import ToolChoiceField
 from headstart.server.api.tools import ToolsField
 from headstart.server.generation.defaults import GenerationDefaults
 from headstart.server.generation.structure import Structure, json_structure
+from headstart.server.http.cache_scope import CacheBody
 from headstart.server.http.policy import Advisory, Body, Notes, Refused, body_at
 from headstart.server.settings import ServerSettings
 from headstart.server.text.templates import ChatTemplate
@@ -38,7 +39,18 @@ ConversationField = Annotated[
     Any,
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}, mode="validation"),
 ]
-Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+
+
+def _few(value: Any) -> Any:
+    # Before they are looked at: there would be an error for each of a million.
+    if isinstance(value, dict) and len(value) > 16:
+        raise ValueError(f"there are {len(value)} entries; at most 16 are allowed")
+    return value
+
+
+Metadata = Annotated[
+    dict[str, Annotated[str, Field(max_length=512)]], BeforeValidator(_few), Field(max_length=16)
+]
 
 
 class ReasoningBody(Body):
@@ -116,7 +128,7 @@ class CountBody(PromptBody):
     personality: Ignored = None
 
 
-class ResponsesBody(PromptBody, Described):
+class ResponsesBody(PromptBody, Described, CacheBody):
     """``include``: log-probabilities are shown, and the rest is ignored."""
 
     model: str

@@ -43,7 +43,7 @@ def routes(runtime: Runtime) -> APIRouter:
             room = min(body.max_output_tokens or 1, model.max_model_len // 2)
             chat = await fitted(runtime, chat, model.max_model_len - room)
         new_params = partial(body.params, runtime.defaults, model)
-        choices = await start_chat(runtime, served, chat, new_params)
+        choices = await start_chat(runtime, request, served, chat, new_params)
         head = body.head(served.name, runtime.defaults)
         format = ResponseFormat(
             head,

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from headstart.engine.process.messages import ModelInfo
-from headstart.server.api.openai_completions.prompts import PromptField, given_prompts
+from headstart.server.api.openai_completions.prompts import PromptField, given_prompts, most_ids
 from headstart.server.api.pooling.pooling import (
     Floats,
     PooledBody,
@@ -65,7 +65,12 @@ def routes(runtime: Runtime) -> APIRouter:
         served = runtime.served(body.model)
         model = runtime.require_model()
         check_dimensions(body.dimensions, "dimensions", model)
-        given = given_prompts(body.input, "input", runtime.settings.max_texts)
+        given = given_prompts(
+            body.input,
+            "input",
+            runtime.settings.max_texts,
+            ids=most_ids(runtime.settings, model),
+        )
         texts = [PooledText(*prompt) for prompt in given]
         vectors = await vectors_of(runtime, request, body, served, model, texts)
         rows = vectors.rows[:, : body.dimensions]

@@ -13,7 +13,6 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from fastapi import Request
-from pydantic import Field
 
 from headstart.engine.process.messages import ModelInfo
 from headstart.engine.sampling.params import Pooling, PoolingParams
@@ -26,6 +25,7 @@ from headstart.server.api.fields import (
 from headstart.server.api.openai_completions.prompts import check_vocabulary
 from headstart.server.generation.engine_client import Stream
 from headstart.server.http.access_log import note_usage
+from headstart.server.http.cache_scope import CacheBody, salt_of
 from headstart.server.http.deadline import begun
 from headstart.server.http.errors import APIError, ContextLengthError, bad_request, unavailable
 from headstart.server.http.metrics import ChoiceTimer
@@ -40,14 +40,13 @@ GROUP = 64
 """Prompts of one request that the engine has at a time."""
 
 
-class PooledBody(Described):
+class PooledBody(Described, CacheBody):
     """What requests for vectors have in common. ``null`` always means: the default."""
 
     model: str
     pooling: Pooling | None = None
     truncate_prompt_tokens: Truncation | None = None
     add_special_tokens: bool | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     mm_processor_kwargs: Ignored = None
     priority: Ignored = None
     request_id: Ignored = None
@@ -137,7 +136,7 @@ async def vectors_of(
         stream = runtime.engine.add(
             token_ids,
             PoolingParams(pooling),
-            salt=body.cache_salt.encode() if body.cache_salt else b"",
+            salt=salt_of(request.scope),
             adapter=served.adapter,
         )
         timer = ChoiceTimer(metrics)

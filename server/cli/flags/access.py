@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from headstart.engine.errors import ConfigError
-from headstart.server.cli.values import origin
+from headstart.server.cli.values import host_name, origin
 from headstart.server.http.keys import Keys, read_keys
 from headstart.server.http.tls import Certificate
 
@@ -37,12 +37,29 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
             default=argparse.SUPPRESS,
         )
     group.add_argument(
+        "--shared-cache",
+        action="store_true",
+        help="with several keys: all share one KV cache, so that each can find out by the time an "
+        "answer takes whether another has sent a prompt",
+    )
+    group.add_argument(
+        "--allowed-hosts",
+        type=host_name,
+        nargs="+",
+        action="extend",
+        metavar="HOST",
+        help="without keys: names and addresses, beside localhost and its own, that the server is "
+        "asked under (the header Host), * for all",
+        default=argparse.SUPPRESS,
+    )
+    group.add_argument(
         "--allowed-origins",
         type=origin,
         nargs="+",
         action="extend",
         metavar="ORIGIN",
-        help="web pages that may ask from a browser (CORS), * for all (default: none)",
+        help="web pages that may ask from a browser (CORS), * for all (default: none but, without "
+        "keys, those of the server's own address)",
         default=argparse.SUPPRESS,
     )
     for flag, use in (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from headstart.engine.errors import ConfigError
 from headstart.server.cli.values import byte_size, positive, seconds
 from headstart.server.settings import ServerSettings
 
@@ -22,6 +24,11 @@ class Limit(NamedTuple):
 
 LIMITS = (
     Limit("--max-body-size", "max_body_bytes", "request body, as 8MiB", byte_size, "SIZE"),
+    Limit(
+        "--max-body-values",
+        "max_body_values",
+        "numbers and texts in a body, where a list counts as 4 and an object as 16",
+    ),
     Limit("--max-n", "max_n", "n and best_of"),
     Limit("--max-prompts", "max_prompts", "prompts of one completion"),
     Limit("--max-texts", "max_texts", "texts to embed, compare or rank in one request"),
@@ -43,7 +50,11 @@ LIMITS = (
     Limit("--max-stored-responses", "max_stored_responses", "answers of /v1/responses kept"),
     Limit("--max-stored-bytes", "max_stored_bytes", "these, as 64MiB", byte_size, "SIZE"),
     Limit("--max-segments", "max_segments", "spans of one segment_mask"),
-    Limit("--max-contexts", "max_contexts", "ids in one /detokenize, in contexts of the model"),
+    Limit(
+        "--max-contexts",
+        "max_contexts",
+        "ids in one /detokenize, and tokens of a prompt, in contexts of the model",
+    ),
     Limit(
         "--max-template-kwarg-chars",
         "max_template_kwarg_chars",
@@ -66,11 +77,41 @@ LIMITS = (
     ),
 )
 
+SERVER_LIMITS = (
+    Limit("--max-connections", "max_connections", "connections that are open"),
+    Limit(
+        "--max-bodies-size",
+        "max_bodies_bytes",
+        "request bodies that are being read, as 64MiB",
+        byte_size,
+        "SIZE",
+    ),
+    Limit(
+        "--max-waiting-texts",
+        "max_waiting_texts",
+        "requests that wait for their prompts to be rendered and tokenised",
+    ),
+    Limit(
+        "--max-waiting-grammars",
+        "max_waiting_grammars",
+        "requests that wait for their grammars or schemas to be checked",
+    ),
+)
+"""Of all requests together: run-batch asks as many at a time as it wants."""
+
 
 def add_limit_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("limits: the most that one request may ask for")
+    _add_flags(parser, "limits: the most that one request may ask for", LIMITS)
+
+
+def add_server_limit_flags(parser: argparse.ArgumentParser) -> None:
+    _add_flags(parser, "limits of all requests together: a 503 beyond them", SERVER_LIMITS)
+
+
+def _add_flags(parser: argparse.ArgumentParser, title: str, limits: Sequence[Limit]) -> None:
+    group = parser.add_argument_group(title)
     defaults = ServerSettings()
-    for limit in LIMITS:
+    for limit in limits:
         group.add_argument(
             limit.flag,
             dest=limit.setting,
@@ -82,5 +123,14 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def limits(args: argparse.Namespace) -> dict[str, Any]:
-    """Setting to value."""
-    return {limit.setting: getattr(args, limit.setting) for limit in LIMITS}
+    """Setting to value; of those of all requests together there is none."""
+    return {limit.setting: getattr(args, limit.setting) for limit in LIMITS} | {
+        limit.setting: sys.maxsize for limit in SERVER_LIMITS
+    }
+
+
+def server_limits(args: argparse.Namespace) -> dict[str, Any]:
+    """Setting to value, of those of all requests together; raises ConfigError."""
+    if args.max_bodies_bytes < args.max_body_bytes:
+        raise ConfigError("--max-bodies-size is smaller than --max-body-size")
+    return {limit.setting: getattr(args, limit.setting) for limit in SERVER_LIMITS}

@@ -9,7 +9,7 @@ from pathlib import Path
 from headstart.engine.config import EngineConfig
 from headstart.server.cli.flags.access import access_keys
 from headstart.server.cli.flags.adapters import adapters
-from headstart.server.cli.flags.limits import limits
+from headstart.server.cli.flags.limits import limits, server_limits
 from headstart.server.cli.flags.runahead import runahead_secret
 from headstart.server.settings import ServerSettings
 
@@ -52,11 +52,14 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
     """The server's share of the flags."""
     return replace(
         answer_settings(args),
+        **server_limits(args),
         lora_dir=getattr(args, "lora_dir", None),
         body_timeout=args.body_timeout,
         request_timeout=getattr(args, "request_timeout", None),
         ping_interval=args.ping_interval,
         keys=access_keys(args),
+        shared_cache=args.shared_cache,
+        allowed_hosts=(args.host, *getattr(args, "allowed_hosts", ())),
         allowed_origins=tuple(getattr(args, "allowed_origins", ())),
         access_log_format=args.access_log_format,
         unknown_fields=args.unknown_fields,
