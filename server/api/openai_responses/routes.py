@@ -32,7 +32,8 @@ def routes(runtime: Runtime) -> APIRouter:
         body = await runtime.parse(request, ResponsesBody)
         served = runtime.served(body.model)
         model = runtime.require_text_model()
-        asked = read_prompt(runtime, served, stored, request, body)
+        work = partial(read_prompt, runtime, served, stored, request, body)
+        asked = await runtime.with_body(request, work)
         thinks = runtime.answers.thoughts is not None
         if body.shows_logprobs and (asked.chat.use.names or thinks):
             raise bad_request(
