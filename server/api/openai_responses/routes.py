@@ -62,7 +62,8 @@ def routes(runtime: Runtime) -> APIRouter:
         body = await runtime.parse(request, CountBody)
         served = runtime.served(body.model or runtime.model_name)
         model = runtime.require_text_model()
-        chat = read_prompt(runtime, served, stored, request, body).chat
+        work = partial(read_prompt, runtime, served, stored, request, body)
+        chat = (await runtime.with_body(request, work)).chat
         if body.truncation == "auto":
             chat = await fitted(runtime, chat, model.max_model_len - 1)
         token_ids, _ = await encode_chat(runtime, chat)
