@@ -94,7 +94,7 @@ class Crowd:
             return
         refusal = unavailable("too many connections are open; try again")
         refusal.headers = {"retry-after": "1", "connection": "close"}
-        await error_response(refusal, scope["path"])(scope, receive, send)
+        await error_response(refusal, scope)(scope, receive, send)
 
 
 def check_values(body: bytes, most: int) -> None:

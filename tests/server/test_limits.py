@@ -65,10 +65,10 @@ CASES = {
     ),
     "max_n": Case(2, TEXT, text(n=3), text(n=2), "n must be at most 2"),
     "max_prompts": Case(
-        2, TEXT, text(prompt=["a"] * 3), text(prompt=["a"] * 2), "at most 2 prompts"
+        2, TEXT, text(prompt=["a"] * 3), text(prompt=["a"] * 2), "at most 2 are allowed"
     ),
     "max_choices": Case(
-        4, TEXT, text(prompt=["a"] * 3, n=2), text(prompt=["a"] * 2, n=2), "and 4 choices"
+        4, TEXT, text(prompt=["a"] * 3, n=2), text(prompt=["a"] * 2, n=2), "at most 4 are allowed"
     ),
     "max_messages": Case(
         2, CHAT, chat(messages=said(3)), chat(messages=said(2)), "at most 2 are allowed"
@@ -142,11 +142,13 @@ CASES = {
         "at most 1 are allowed",
     ),
     "max_tool_bytes": Case(
-        60, TOKENS, chat(tools=[tool("a" * 30)]), chat(tools=[tool("a")]), "larger than 60 bytes"
+        60, TOKENS, chat(tools=[tool("a" * 60)]), chat(tools=[tool("a")]), "larger than 60 bytes"
     ),
     "request_timeout": Case(1.0, CHAT, chat(), chat(), "within 1 s", 504),
 }
 BY_THEMSELVES = {
+    "max_texts",  # test_embeddings.py
+    "max_text_contexts",
     "body_timeout",  # here, below
     "max_stored_responses",
     "max_stored_bytes",
@@ -168,6 +170,7 @@ NO_LIMITS = {
     "shared_cache",
     "tool_call_parser",
     "unknown_fields",
+    "ping_interval",
 }
 
 
@@ -491,7 +494,7 @@ async def test_a_body_of_many_values_makes_no_objects(make_app, connect_to, monk
 async def test_messages_are_counted_before_they_are_made(
     make_app, connect_to, monkeypatch, path
 ) -> None:
-    for kind in ("openai_chat.routes.ChatMessage", "anthropic_messages.routes.MessageBody"):
+    for kind in ("openai_chat.messages.ChatMessage", "anthropic_messages.conversation.MessageBody"):
         monkeypatch.setattr(f"headstart.server.api.{kind}.model_post_init", lambda *_: 1 / 0)
     client = connect_to(make_app())
     body = {"model": "tiny", "max_tokens": 1, "messages": said(4097)}

@@ -66,7 +66,7 @@ def given_prompts(
         path = f"{field}[{i}]"
         if texts and not isinstance(prompt, str):
             raise _bad_prompt(path)
-        prompts.append(GivenPrompt(path, prompt if texts else _checked_ids(prompt, path, most)))
+        prompts.append(GivenPrompt(path, prompt if texts else _checked_ids(prompt, path, ids)))
     return prompts
 
 

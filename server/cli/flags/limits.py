@@ -32,6 +32,7 @@ LIMITS = (
     Limit("--max-n", "max_n", "n and best_of"),
     Limit("--max-prompts", "max_prompts", "prompts of one completion"),
     Limit("--max-texts", "max_texts", "texts to embed, compare or rank in one request"),
+    Limit("--max-text-contexts", "max_text_contexts", "their tokens, in contexts of the model"),
     Limit("--max-choices", "max_choices", "choices in one request, prompts times n"),
     Limit("--max-messages", "max_messages", "messages in one chat"),
     Limit("--max-documents", "max_documents", "documents beside one chat"),
