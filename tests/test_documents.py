@@ -43,6 +43,10 @@ OF_OTHERS = {
     "--no-build-isolation",  # pip's
     "--torch-backend",  # uv's
     "--check",  # headstart.kernels.gpu.compile's
+    "--tools",  # agents'
+    "--system-prompt",
+    "--auth-type",
+    "--bare",
     "--roofline",  # headstart.bench.gpu's
 }
 
