@@ -15,7 +15,7 @@ INSTALL := $(BIN)/python deploy/install.py $(if $(CUDA),--cuda)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 .PHONY: help serve test test-all test-gpu-interpreter lint format install bench bench-serve bench-steps \
-	bench-tokens perplexity peers container-test install-test aarch64-test gpu-check gpu-bench fuzz soak clean
+	bench-tokens perplexity peers container-test install-test aarch64-test clients gpu-check gpu-bench fuzz soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -133,6 +133,10 @@ fuzz: $(TESTING) ## requests made of /openapi.json
 	  --phases coverage,fuzzing --max-examples $(FUZZ_CASES) --seed $$seed --generation-database none \
 	  --continue-on-failure $(ARGS) || exit 1; \
 	done
+
+# Node.js and npm have to be there; PyPI and npm are asked the first time.
+clients: $(TESTING) ## Claude Code, Codex and other programs at a server
+	$(BIN)/python tests/clients/run_clients.py $(ARGS)
 
 soak: .venv/.bench$(KIND) ## load a server for a long time
 	$(BIN)/python -m headstart.bench.soak $(ARGS)

@@ -30,8 +30,8 @@ from headstart.engine.errors import RequestError
 from headstart.engine.process.messages import AdapterInfo, ModelInfo, Output, Stats
 from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
-from headstart.server.app import create_app
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.http.app import create_app
+from headstart.server.text.tokenizer import Tokenizer
 
 ASK_SECONDS = 0.01
 """Pause between two that ask for a single token."""

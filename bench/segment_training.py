@@ -26,8 +26,8 @@ from headstart.bench.segment_task import Question
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.gguf_weights import huggingface_folder
 from headstart.engine.ranges.segments import Segments, turn_spans
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -40,6 +40,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     runahead_cuts:       where prompts are cut: "auto", "even", "predicted" or "modelled"
     runahead_transport:  of KV: "auto" (shared memory, NCCL between GPUs, else Gloo) or "gloo"
     runahead_timeout:    seconds after which a rank that does not get on is left out
+    stuck_after:         seconds of silence after which the process is taken for dead; 0: never
     cache_dir:           where measurements of this machine are kept; None: nowhere
     log_level:           of the engine process, a name of the logging module
     """
@@ -69,6 +70,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     runahead_cuts: str = "auto"
     runahead_transport: str = "auto"
     runahead_timeout: float = 5.0
+    stuck_after: float = 120.0
     cache_dir: str | None = None
     log_level: str = "info"
 

@@ -46,8 +46,10 @@ from headstart.engine.process.messages import (
     RelayStats,
     RunaheadStats,
     Stats,
+    Times,
     TokenLogprobs,
 )
+from headstart.engine.progress import PromptProgress
 from headstart.engine.ranges.guard import RelayGuard
 from headstart.engine.ranges.segments import Segments, Span
 from headstart.engine.ranges.shared import MODES, Relay, RelayPlan
@@ -162,6 +164,7 @@ class Engine:
         )
         self._compiling: dict[int, tuple[Sequence, Future[Grammar]]] = {}
         self._refused: list[tuple[int, RequestError]] = []
+        self._progress = PromptProgress()
         self._in_flight: Launched | None = None  # only where steps overlap
         logger.info("steps overlap: %s", "yes" if self._overlaps else "no")
         self._pages_ahead = PagesAhead(self._runner, self._pool, self._page_bytes)
@@ -295,10 +298,13 @@ class Engine:
             self._scheduler.add(seq)
         else:
             self._compiling[request_id] = seq, self._grammars.compile(params.grammar)
+        if params.prompt_progress:
+            self._progress.add(seq)
 
     def take_refused(self) -> list[tuple[int, RequestError]]:
         """Ids of requests that turned out to be wrong since the last call, and what is."""
         refused, self._refused = self._refused, []
+        self._progress.forget(request_id for request_id, _ in refused)
         return refused
 
     def _add_compiled(self) -> None:
@@ -341,6 +347,7 @@ class Engine:
     def abort(self, request_ids: list[int]) -> None:
         """End these requests and free what they hold; unknown ids are ignored."""
         self._scheduler.abort(request_ids)
+        self._progress.forget(request_ids)
         for request_id in request_ids:
             self._compiling.pop(request_id, None)
         # Now, not with the next step: there may be none, while the ranks go on.
@@ -367,6 +374,7 @@ class Engine:
         outputs = self._commit(launched) if launched else []
         if self._beside:
             outputs += self._compute_beside(scheduled)
+        outputs += self._progress.outputs(self._beside)
         self._steps += 1
         self._step_seconds += time.perf_counter() - begin
         return outputs
@@ -596,15 +604,24 @@ def _output(token: NewToken, forced: Items[int], logprobs: TokenLogprobs | None)
     scores = seq.reading.scores() if isinstance(seq.reading, PromptScores) else None
     if isinstance(seq.reading, Pooled) and seq.finish_reason is FinishReason.STOP:
         pooled = seq.reading.vector
+    token_ids = [] if token.token_id is None else [token.token_id, *forced]
     return Output(
         seq.id,
-        [] if token.token_id is None else [token.token_id, *forced],
+        token_ids,
         _reason(seq.finish_reason),
         seq.num_cached_tokens,
         [logprobs] if logprobs else None,
         scores,
         pooled,
+        _times(seq) if seq.num_output_tokens == len(token_ids) else None,
     )
+
+
+def _times(seq: Sequence) -> Times | None:
+    """Until now, where its first output is made."""
+    if seq.scheduled is None:
+        return None
+    return Times(seq.scheduled - seq.began, time.monotonic() - seq.scheduled)
 
 
 def _reason(reason: FinishReason | None) -> str | None:

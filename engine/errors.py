@@ -28,12 +28,14 @@ class RankError(HeadstartError):
 class RequestError(HeadstartError):
     """A request that cannot be served as asked.
 
-    ``param`` is the name of the API field at fault, when there is one.
+    ``param`` is the name of the API field at fault, when there is one. ``quote``: the end of the
+    message, where it may repeat the request's text; ``message`` is what comes before, for logs.
     """
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, param: str | None = None, *, quote: str = "") -> None:
+        super().__init__(message + quote)
         self.param = param
+        self.message = message
 
 
 class EngineDeadError(HeadstartError):

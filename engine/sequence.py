@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -111,7 +112,8 @@ class Sequence:
     computed again keeps its draws. ``constraint`` is there if the params have a grammar, once that
     is compiled. ``reading`` is what is wanted of the prompt itself, if anything. ``arrival`` is the
     scheduler's, in order of ``add``; among sequences of the lowest ``priority`` the first to arrive
-    comes first.
+    comes first. ``began`` and ``scheduled``: when it came, and when it was first scheduled, by
+    ``time.monotonic``.
     """
 
     id: int
@@ -132,6 +134,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     arrival: int = 0
     num_preemptions: int = 0
+    began: float = field(default_factory=time.monotonic)
+    scheduled: float | None = None
     seed: int = field(init=False)
     _keys: array[int] = field(init=False, default_factory=lambda: array("i"))
 

@@ -80,6 +80,12 @@ class LongChunk:
         """The layer it has come to; -1 before the first."""
         return self._layer
 
+    @property
+    def num_computed(self) -> int:
+        """About how many tokens of the sequence are computed, by the layers that are."""
+        share = max(self._layer, 0) / self._num_layers
+        return self.entry.start + int(self.entry.num_tokens * share)
+
     def pieces(self, num_tokens: int) -> int:
         """How many of its pieces are as much work as ``num_tokens`` tokens, roughly."""
         return max(num_tokens // self._tile_rows, 1) * self._num_layers

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import headstart
-from headstart.server.app import BODIES
-from headstart.server.cli import build_parser
-from headstart.server.openai.field_table import field_tables
+from headstart.server.api.field_table import field_tables
+from headstart.server.cli.main import build_parser
+from headstart.server.http.app import BODIES
 
 ROOT = (Path(headstart.__file__).parent / "server").resolve().parent
 PAGES = [
@@ -43,6 +43,10 @@ OF_OTHERS = {
     "--no-build-isolation",  # pip's
     "--torch-backend",  # uv's
     "--check",  # headstart.kernels.gpu.compile's
+    "--tools",  # agents'
+    "--system-prompt",
+    "--auth-type",
+    "--bare",
     "--roofline",  # headstart.bench.gpu's
 }
 

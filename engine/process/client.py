@@ -6,6 +6,7 @@
 
 An engine that dies takes its running requests with it: their streams raise EngineDeadError. It is
 started again at once, with the adapters it had; until it is ready, whatever is asked raises that.
+One that is silent for too long, with a step or without, is killed, which makes it one that died.
 Imports no torch.
 """
 
@@ -30,11 +31,13 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.errors import ConfigError, EngineDeadError, HeadstartError, RequestError
 from headstart.engine.process.engine_process import EngineProcess
 from headstart.engine.process.messages import (
+    BEATS,
     Abort,
     AdapterInfo,
     AdapterLoaded,
     AdapterUnloaded,
     Add,
+    Alive,
     Failed,
     LoadAdapter,
     ModelInfo,
@@ -53,12 +56,15 @@ from headstart.engine.sampling.params import PoolingParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+SILENT_BEATS = 4 * BEATS
+"""How finely the time of an engine's silence is counted."""
+
 RESTART_PAUSE = 1.0
 """Seconds before a second start in a row, so that an engine that dies at once does not spin."""
 
 
 class Stream:
-    """The outputs of one request; see server/engine_client.py for the contract."""
+    """The outputs of one request; see server/generation/engine_client.py for the contract."""
 
     def __init__(self, client: EngineClient, request_id: int) -> None:
         self._client = client
@@ -129,9 +135,11 @@ class EngineClient:
         self._process: EngineProcess | None = None
         self._begun = False
         self._watch: asyncio.Task[None] | None = None
+        self._receiver: asyncio.Task[None] | None = None
         self._folder = tempfile.mkdtemp(prefix="headstart-")
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToServer)
+        self._silent = 0  # signs of life that are missing
         self._stopping = False
 
     @property
@@ -155,7 +163,8 @@ class EngineClient:
         socket = await self._launch(self._config)
         assert self.model is not None
         self.adapters = {adapter.name: adapter for adapter in self.model.adapters}
-        self._watch = asyncio.create_task(self._keep_alive(self._serve(socket)))
+        self._serve(socket)
+        self._watch = asyncio.create_task(self._keep_alive())
 
     def add(
         self,
@@ -215,6 +224,7 @@ class EngineClient:
             self._watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watch
+        self._stop_receiving()
         if self._process and self._process.returncode is None:
             if not self._send(Shutdown()):
                 self._process.kill()
@@ -268,10 +278,10 @@ class EngineClient:
             if message not in done:
                 raise HeadstartError(f"the engine ended while starting{_cause(ended.result())}")
             received: ToServer = self._decoder.decode(message.result())
-            return received
         finally:
             message.cancel()
             ended.cancel()
+        return await self._next_message(socket) if isinstance(received, Alive) else received
 
     async def _load_again(self, socket: zmq.asyncio.Socket) -> None:
         """Give a new engine the adapters of the one that died, those that can still be loaded."""
@@ -284,14 +294,35 @@ class EngineClient:
                     logger.error("adapter %r is not loaded any more: %s", name, reason)
                     del self.adapters[name]
 
-    def _serve(self, socket: zmq.asyncio.Socket) -> asyncio.Task[None]:
-        """Take requests from now on; returns the task that receives what comes of them."""
+    def _serve(self, socket: zmq.asyncio.Socket) -> None:
+        """Take requests from now on, and receive what comes of them."""
         self.ready = True
-        return asyncio.create_task(self._receive(socket))
+        self._receiver = asyncio.create_task(self._receive_alive(socket))
+
+    async def _receive_alive(self, socket: zmq.asyncio.Socket) -> None:
+        """Receive until the engine falls silent, and then kill it."""
+        if not self._config.stuck_after:
+            await self._receive(socket)
+        receive = asyncio.create_task(self._receive(socket))
+        try:
+            self._silent = 0
+            # Counted, not timed: while this process was stopped, too, nothing was received.
+            while self._silent < SILENT_BEATS:
+                await asyncio.sleep(self._config.stuck_after / SILENT_BEATS)
+                self._silent += 1
+        finally:
+            receive.cancel()
+        logger.error(
+            "the engine has shown no sign of life for %g s (--engine-stuck-after): it is killed",
+            self._config.stuck_after,
+        )
+        self.ready = False
+        self.kill()
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
             message = self._decoder.decode(await socket.recv())
+            self._silent = 0
             if isinstance(message, Step):
                 self.stats = message.stats
                 for output in message.outputs:
@@ -323,7 +354,7 @@ class EngineClient:
         else:
             future.set_result(answer)
 
-    async def _keep_alive(self, receive: asyncio.Task[None]) -> None:
+    async def _keep_alive(self) -> None:
         """Wait for the engine to die; fail what it was asked; start the next one."""
         # Adapters come afterwards: one whose files have gone must not keep an engine from starting.
         config = msgspec.structs.replace(self._config, adapters={})
@@ -332,7 +363,7 @@ class EngineClient:
             await self._process.wait()
             self.ready = False
             self.stats = Stats()  # nothing runs, and totals begin again
-            receive.cancel()
+            self._stop_receiving()
             cause = _cause(self._process.returncode)
             logger.error("the engine process ended%s; starting it again", cause)
             self._fail_all(f"the engine process ended{cause}")
@@ -341,11 +372,15 @@ class EngineClient:
                 try:
                     socket = await self._launch(config)
                     await self._load_again(socket)
-                    receive = self._serve(socket)
+                    self._serve(socket)
                     break
                 except (HeadstartError, OSError) as error:  # OSError: no memory for a process
                     logger.error("the engine cannot be started: %s", error)
                     await asyncio.sleep(RESTART_PAUSE)
+
+    def _stop_receiving(self) -> None:
+        if self._receiver is not None:
+            self._receiver.cancel()
 
     def _fail_all(self, message: str) -> None:
         streams, self._streams = self._streams, {}

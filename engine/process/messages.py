@@ -2,7 +2,7 @@
 
 server -> engine   Add, Abort, LoadAdapter, UnloadAdapter, Shutdown
 engine -> server   Ready (once), Step (one per engine step, for all sequences), Rejected,
-                   AdapterLoaded, AdapterUnloaded
+                   AdapterLoaded, AdapterUnloaded; Alive, when there was nothing else for a while
 """
 
 import msgspec
@@ -66,12 +66,21 @@ class ScoredToken(TokenLogprobs, array_like=True, frozen=True):
     rank: int
 
 
+class Times(msgspec.Struct, array_like=True, frozen=True):
+    """Seconds of a request in the engine: until it was first scheduled, and from then to its first
+    token."""
+
+    queue: float
+    prefill: float
+
+
 class Output(msgspec.Struct, array_like=True, frozen=True):
     """New tokens of one request. ``finish_reason`` is set on the last one.
 
     ``cached_tokens`` counts prompt tokens whose KV came from the cache. ``prompt_logprobs`` come
     with the first one: of all tokens of the prompt but the first. ``pooled``: the prompt's vector,
-    little-endian float32, beside no token.
+    little-endian float32, beside no token. ``times`` come with the first one, too. ``computed``:
+    tokens of the prompt whose KV is there by now, beside nothing else, for requests that asked.
     """
 
     id: int
@@ -81,6 +90,8 @@ class Output(msgspec.Struct, array_like=True, frozen=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[ScoredToken] | None = None
     pooled: bytes | None = None
+    times: Times | None = None
+    computed: int | None = None
 
 
 class RelayStats(msgspec.Struct, array_like=True, frozen=True):
@@ -200,6 +211,14 @@ class Step(msgspec.Struct, tag=True, array_like=True, frozen=True):
     stats: Stats
 
 
+class Alive(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Nothing happened, and the engine goes on."""
+
+
+BEATS = 4
+"""Signs of life that are missed before the engine's process is taken for dead."""
+
+
 class AdapterLoaded(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Answers LoadAdapter."""
 
@@ -222,4 +241,4 @@ class Rejected(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 ToEngine = Add | Abort | LoadAdapter | UnloadAdapter | Shutdown
-ToServer = Ready | Failed | Step | Rejected | AdapterLoaded | AdapterUnloaded
+ToServer = Ready | Failed | Step | Alive | Rejected | AdapterLoaded | AdapterUnloaded

@@ -3,16 +3,19 @@
     python -m headstart.engine.process.service ENDPOINT < EngineConfig as one line of JSON
 
 A process of its own, because a second busy Python thread beside the kernels' threads stalls them
-by whole scheduler time slices. It waits without using the CPU while there is nothing to compute.
+by whole scheduler time slices. It waits without using the CPU while there is nothing to compute,
+and only says now and then that it is alive: from the loop that computes, so that it is true.
 Standard input stays open as long as the parent lives: its end is this process's end.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
+import time
 from array import array
 from typing import TYPE_CHECKING
 
@@ -22,10 +25,12 @@ import zmq
 from headstart.engine.config import EngineConfig
 from headstart.engine.errors import HeadstartError, ModelError, RankError, RequestError
 from headstart.engine.process.messages import (
+    BEATS,
     Abort,
     AdapterLoaded,
     AdapterUnloaded,
     Add,
+    Alive,
     Failed,
     LoadAdapter,
     Ready,
@@ -57,6 +62,8 @@ class Service:
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(sys.stdin.fileno(), zmq.POLLIN)
         self._ranks: list[int] = []
+        self._beat = math.inf
+        self._spoke = 0.0
 
     def run(self, config: EngineConfig) -> None:
         """Load the model, say so, and serve until told to stop. Raises HeadstartError."""
@@ -64,6 +71,8 @@ class Service:
         from headstart.engine.engine import Engine
 
         engine = Engine(config)
+        if config.stuck_after:
+            self._beat = config.stuck_after / BEATS
         try:
             self._ranks = engine.rank_descriptors()
             for descriptor in self._ranks:
@@ -87,6 +96,8 @@ class Service:
                 else:
                     self._attend(engine)
                     busy = engine.prepare_memory()
+                    if time.monotonic() >= self._spoke + self._beat:
+                        self._send(Alive())
         except RankError as error:  # the client learns no more than that this process ended
             logger.error("%s", error)
             raise
@@ -103,11 +114,14 @@ class Service:
                 self._send(Step([], engine.stats))
 
     def _send(self, message: ToServer) -> None:
+        self._spoke = time.monotonic()
         self._socket.send(self._encoder.encode(message))
 
     def _receive(self, engine: Engine, wait: bool) -> bool:
         """Handle what has arrived, waiting for it if asked to; False if it is time to end."""
-        patience = None if engine.runahead is None else ATTEND_MS
+        attend = math.inf if engine.runahead is None else ATTEND_MS
+        least = min(attend, 1000 * self._beat)
+        patience = None if math.isinf(least) else math.ceil(least) + 1
         ready = dict(self._poller.poll(patience if wait else 0))
         if any(descriptor in ready for descriptor in self._ranks):
             engine.check_ranks()

@@ -53,6 +53,7 @@ same step waits a step for it.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -396,6 +397,7 @@ class Scheduler:
         seq.status = Status.RUNNING
         insort(self._running, seq, key=_by_rank)
         if not seq.num_preemptions:
+            seq.scheduled = time.monotonic()
             self.prompt_tokens += seq.num_prompt_tokens
             self._count_cached(seq, start)
         seq.pages += self._allocate(self._pool.pages_for(start + num_tokens) - len(seq.pages))

@@ -24,7 +24,7 @@ from headstart.bench.segments import Estimate, Trained
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.sampling.params import SamplingParams
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.tokenizer import Tokenizer
 
 
 def some(count: int, split: Any = "train", seed: int = 1) -> list[Question]:

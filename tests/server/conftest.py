@@ -31,10 +31,10 @@ from headstart.engine.process.messages import (
 )
 from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
-from headstart.server.app import create_app
-from headstart.server.serving import ServingConfig
+from headstart.server.http.app import create_app
+from headstart.server.http.serving import ServingConfig
 from headstart.server.settings import ServerSettings
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -321,10 +321,22 @@ def app_saying(engine: FakeEngine) -> Callable[[FastAPI, str], httpx2.AsyncClien
 
 
 @pytest.fixture
-async def live_url(app: FastAPI) -> AsyncIterator[str]:
+def head_seconds() -> float:
+    """How long ``live_url`` waits for the head of a request."""
+    return 0.4
+
+
+@pytest.fixture
+async def live_url(app: FastAPI, head_seconds: float) -> AsyncIterator[str]:
     """The app behind a real uvicorn."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = ServingConfig(app, head_seconds=0.4, log_config=None, access_log=False)
+        config = ServingConfig(
+            app,
+            head_seconds=head_seconds,
+            max_connections=app.state.runtime.settings.max_connections,
+            log_config=None,
+            access_log=False,
+        )
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
         task = asyncio.create_task(server.serve(sockets=[listener]))

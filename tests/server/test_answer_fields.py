@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from headstart.engine.errors import RequestError
-from headstart.server.app import create_app
+from headstart.server.http.app import create_app
 from headstart.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"

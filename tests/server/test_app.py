@@ -8,12 +8,15 @@ import math
 import subprocess
 import sys
 
+import httpx
 import msgspec
 import pytest
 
 from headstart.engine.errors import ModelError
 from headstart.engine.process.messages import RelayStats, Stats
-from headstart.server.app import create_app
+from headstart.server.http.app import create_app
+from headstart.server.http.keys import Keys
+from headstart.server.settings import ServerSettings
 
 
 async def test_health_and_version(client, engine):
@@ -34,6 +37,54 @@ async def test_live_and_ready(app, client, engine):
     engine.ready = True
     app.state.runtime.draining = True
     assert await statuses() == [200, 503, 503]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/health", "/live", "/ready", "/load", "/version", "/metrics", "/openapi.json"),
+        *("/v1/models", "/v1/models/tiny"),
+    ],
+)
+async def test_head_is_get_without_a_body(live_url, path):
+    async with httpx.AsyncClient(base_url=live_url) as client:
+        head, get = await client.head(path), await client.get(path)
+        assert (head.status_code, get.status_code) == (200, 200)
+        assert head.content == b""
+        assert head.headers["content-type"] == get.headers["content-type"]
+        if path not in ("/metrics", "/load"):
+            assert head.headers["content-length"] == str(len(get.content))
+
+
+async def test_head_of_what_is_not_there(client, engine):
+    engine.ready = False
+    assert (await client.head("/health")).status_code == 503
+    assert (await client.head("/v1/models/gone")).status_code == 404
+    assert (await client.head("/v1/responses/resp_1")).status_code == 404
+
+
+async def test_a_slash_at_the_end_of_a_path(client, chat_body, caplog):
+    caplog.set_level(logging.INFO, "headstart.access")
+    response = await client.post("/v1/chat/completions/", json=chat_body())
+    assert response.status_code == 200
+    assert (await client.get("/v1/models/")).json() == (await client.get("/v1/models")).json()
+    assert (await client.head("/health//")).status_code == 200
+    assert (await client.get("/nothing/")).status_code == 404
+    assert "POST /v1/chat/completions status=200" in caplog.text
+    anthropic = await client.post("/v1/messages/", json={})
+    assert anthropic.json()["type"] == "error"
+
+
+async def test_a_slash_opens_no_door(engine, tokenizer, connect_to):
+    keys = Keys.of(["a" * 20], ["b" * 20])
+    settings = ServerSettings(keys=keys)
+    client = connect_to(create_app(engine, tokenizer, model_names=["a"], settings=settings))
+    for path in ("/metrics", "/metrics/"):
+        for key, status in (("", 401), ("a" * 20, 403), ("b" * 20, 200)):
+            response = await client.get(path, headers={"x-api-key": key})
+            assert response.status_code == status
+    assert (await client.head("/v1/models/")).status_code == 401
+    assert (await client.get("/health/")).status_code == 200
 
 
 async def test_load(client, engine):
@@ -183,7 +234,8 @@ async def test_openapi_describes_the_bodies(client):
 
 def test_the_server_imports_no_torch():
     code = (
-        "import sys, headstart.server.app, headstart.server.cli, headstart.server.serving;"
+        "import sys, headstart.server.http.app, headstart.server.cli.main;"
+        "import headstart.server.http.serving;"
         "bad = {'torch', 'numpy.testing'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

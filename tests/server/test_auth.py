@@ -18,13 +18,13 @@ import httpx
 import pytest
 
 from headstart.engine.errors import ConfigError
-from headstart.server import cli
-from headstart.server.access_log import log_bare_lines
-from headstart.server.app import create_app
-from headstart.server.auth import ADMIN_PATHS, OPEN_PATHS
-from headstart.server.keys import Keys
+from headstart.server.cli import main as cli
+from headstart.server.http.access_log import log_bare_lines
+from headstart.server.http.app import create_app
+from headstart.server.http.auth import ADMIN_PATHS, OPEN_PATHS
+from headstart.server.http.keys import Keys
+from headstart.server.http.tls import Certificate
 from headstart.server.settings import ServerSettings
-from headstart.server.tls import Certificate
 
 API, OTHER_API, ADMIN = "api-key-of-sixteen", "another-api-key-of-sixteen", "admin-key-of-sixteen"
 WRONG = "wrong-key-of-sixteen"
@@ -184,7 +184,9 @@ TRICKS = (
 async def test_tricks_with_paths(connect, trick):
     app = connect(keys=BOTH).app
     for path in paths(app):
-        for odd in {trick.format(path), path.upper(), path[1:]} - OPEN_PATHS:
+        for odd in {trick.format(path), path.upper(), path[1:]}:
+            if odd.rstrip("/") in OPEN_PATHS:  # a slash at the end changes nothing
+                continue
             assert await ask(app, odd) == 401, odd
             # An API key may find that there is nothing, never what is for admins.
             status = await ask(app, odd, (b"x-api-key", API.encode()))
@@ -456,7 +458,7 @@ import sys
 from pathlib import Path
 from headstart.engine.process import client
 from headstart.engine.models import store
-from headstart.server import cli
+from headstart.server.cli import main as cli
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeEngine
 

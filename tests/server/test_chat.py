@@ -55,6 +55,33 @@ async def test_streamed_answer(client, chat_body, events):
     assert "".join(delta.get("content", "") for delta in deltas) == "hello world"
     reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
     assert reasons == [None] * (len(chunks) - 1) + ["stop"]
+    assert deltas[-1] == {}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"max_tokens": 2}, {"stop": "ld"}, {"logprobs": True}, {"return_token_ids": True}],
+)
+async def test_the_end_has_an_event_of_its_own(client, engine, chat_body, events, fields):
+    """Some clients read no text beside a finish_reason."""
+    for per_output in (1, 100):
+        engine.per_output = per_output
+        *chunks, _ = events((await client.post(URL, json=chat_body(stream=True, **fields))).text)
+        *others, last = (chunk["choices"][0] for chunk in chunks)
+        assert last["delta"] == {}
+        assert last["finish_reason"] == ("length" if "max_tokens" in fields else "stop")
+        assert {choice["finish_reason"] for choice in others} == {None}
+        whole = (await client.post(URL, json=chat_body(**fields))).json()["choices"][0]
+        text = "".join(choice["delta"].get("content", "") for choice in others)
+        assert text == whole["message"]["content"]
+        if "logprobs" in fields:
+            entries = [
+                e for c in (*others, last) if c["logprobs"] for e in c["logprobs"]["content"]
+            ]
+            assert entries == whole["logprobs"]["content"]
+        if "return_token_ids" in fields:
+            ids = [i for choice in (*others, last) for i in choice.get("token_ids", ())]
+            assert ids == whole["token_ids"]
 
 
 async def test_stream_usage(client, chat_body, events):
@@ -173,6 +200,67 @@ async def test_logprobs_without_top(client, engine, chat_body):
     answer = (await client.post(URL, json=chat_body(logprobs=True))).json()
     assert engine.added[0].params.logprobs == 0
     assert answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+async def test_no_alternatives_without_log_probabilities(client, engine, chat_body):
+    assert (await client.post(URL, json=chat_body(top_logprobs=0))).status_code == 200
+    assert engine.added[0].params.logprobs is None
+
+
+async def test_parts_may_be_marked_and_refusals(client, engine, chat_body, tokenizer):
+    parts = [
+        {"type": "text", "text": "one", "cache_control": {"type": "ephemeral"}},
+        {"type": "refusal", "refusal": "two"},
+    ]
+    messages = [
+        {"role": "user", "content": "hi", "cache_control": {"type": "ephemeral"}},
+        {"role": "assistant", "content": parts, "annotations": []},
+        {"role": "assistant", "content": None, "refusal": "no"},
+        {"role": "assistant", "content": "so", "refusal": None, "audio": None},
+        {"role": "assistant", "content": None, "reasoning_content": "because"},
+        {"role": "user", "content": "go"},
+    ]
+    response = await client.post(URL, json=chat_body(messages=messages))
+    assert response.status_code == 200, response.text
+    assert response.headers["x-headstart-ignored"] == (
+        "messages[].cache_control, messages[].content[].cache_control"
+    )
+    text = b"".join(map(tokenizer.token_bytes, engine.added[0].token_ids)).decode()
+    assert "assistant\none\ntwo<" in text
+    assert "assistant\nno<" in text
+    assert "assistant\nso<" in text
+    assert "assistant\n<" in text
+
+
+async def test_what_is_no_text_is_named_all_at_once(client, engine, chat_body):
+    kinds = ("image_url", "input_audio", "file", "video_url")
+    parts = [{"type": "text", "text": "a"}, *({"type": kind, kind: {}} for kind in kinds)]
+    messages = [{"role": "user", "content": parts}, {"role": "user", "content": parts[:2]}]
+    response = await client.post(URL, json=chat_body(messages=messages, audio={"voice": "a"}))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    for i, kind in enumerate(kinds, 1):
+        assert (
+            f"messages[0].content[{i}] is not supported: its type is '{kind}'" in error["message"]
+        )
+    assert "messages[1].content[1] is not supported" in error["message"]
+    assert "audio is not supported: this model writes text" in error["message"]
+    assert engine.added == []
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "content": "a", "refusal": "no"}, "messages[0].refusal"),
+        ({"role": "user", "content": None, "reasoning": "a"}, "messages[0].reasoning_content"),
+        ({"role": "assistant", "content": None, "refusal": None}, "messages[0].content"),
+        ({"role": "assistant", "content": None, "reasoning": ""}, "messages[0].content"),
+    ],
+)
+async def test_messages_that_say_nothing(client, chat_body, message, param):
+    response = await client.post(URL, json=chat_body(messages=[message]))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
 
 
 async def test_content_parts_and_developer(client, engine, chat_body, tokenizer):

@@ -23,11 +23,11 @@ from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models.store import FORMAT
 from headstart.kernels.backend import KV_FORMATS, WEIGHT_FORMATS
 from headstart.kernels.devices import instruction_sets
-from headstart.server import cli
-from headstart.server.flags.limits import LIMITS
-from headstart.server.flags.runahead import SECRET_VARIABLE
+from headstart.server.cli import main as cli
+from headstart.server.cli.flags.limits import LIMITS, SERVER_LIMITS
+from headstart.server.cli.flags.runahead import SECRET_VARIABLE
 from headstart.server.settings import ServerSettings
-from headstart.server.templates import ChatTemplate
+from headstart.server.text.templates import ChatTemplate
 
 
 def parse(*argv: str):
@@ -138,14 +138,30 @@ def test_every_limit_has_a_flag_that_is_read():
         "grammar_timeout",
         "template_timeout",
     }
-    assert sorted(limit.setting for limit in LIMITS) == sorted(wanted)
-    values = {limit.setting: 1000 + i for i, limit in enumerate(LIMITS)}
-    argv = [word for limit in LIMITS for word in (limit.flag, str(values[limit.setting]))]
+    limits = (*LIMITS, *SERVER_LIMITS)
+    assert sorted(limit.setting for limit in limits) == sorted(wanted)
+    values = {limit.setting: 1000 + i for i, limit in enumerate(limits)}
+    argv = [word for limit in limits for word in (limit.flag, str(values[limit.setting]))]
     settings = cli.server_settings(parse("serve", "m", *argv))
     assert {name: getattr(settings, name) for name in values} == values
-    for limit in LIMITS:
+    for limit in limits:
         with pytest.raises(SystemExit):
             parse("serve", "m", limit.flag, "0")
+
+
+def test_limits_of_all_requests_together_do_not_concern_a_file(capsys):
+    settings = cli.answer_settings(parse("run-batch", "in", "out"))
+    for limit in SERVER_LIMITS:
+        assert getattr(settings, limit.setting) == sys.maxsize
+        with pytest.raises(SystemExit):
+            parse("run-batch", "in", "out", limit.flag, "1")
+    assert "unrecognized arguments: --max-waiting-grammars" in capsys.readouterr().err
+
+
+def test_all_bodies_together_are_no_smaller_than_one():
+    args = parse("serve", "m", "--max-body-size", "9MiB", "--max-bodies-size", "8MiB")
+    with pytest.raises(ConfigError, match="--max-bodies-size is smaller than --max-body-size"):
+        cli.server_settings(args)
 
 
 def test_the_help_has_the_default_of_every_limit(capsys, monkeypatch):
@@ -153,7 +169,7 @@ def test_the_help_has_the_default_of_every_limit(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         parse("serve", "--help")
     text = " ".join(capsys.readouterr().out.split())
-    for limit in LIMITS:
+    for limit in (*LIMITS, *SERVER_LIMITS):
         default = getattr(ServerSettings(), limit.setting)
         assert f"{limit.flag} {limit.metavar} {limit.help} (default: {default})" in text
 
@@ -167,6 +183,18 @@ def test_times(monkeypatch):
     for flag in ("--request-timeout", "--head-timeout", "--template-timeout"):
         with pytest.raises(SystemExit):
             parse("serve", "m", flag, "0")
+
+
+def test_silences(tmp_path):
+    args = parse("serve", "m")
+    assert cli.server_settings(args).ping_interval == 10
+    assert cli.engine_config(args, tmp_path).stuck_after == 120
+    args = parse("serve", "m", "--ping-interval", "0", "--engine-stuck-after", "7.5")
+    assert cli.server_settings(args).ping_interval == 0
+    assert cli.engine_config(args, tmp_path).stuck_after == 7.5
+    for flag in ("--ping-interval", "--engine-stuck-after"):
+        with pytest.raises(SystemExit):
+            parse("serve", "m", flag, "-1")
 
 
 def test_scheduling_policy(tmp_path):
@@ -331,7 +359,8 @@ def test_defaults_are_those_of_the_config(tmp_path):
     args = parse("serve", "m")
     expected = EngineConfig(model_path=str(tmp_path), cache_dir=str(args.cache_dir))
     assert cli.engine_config(args, tmp_path) == expected
-    assert cli.server_settings(args) == ServerSettings()
+    served = dataclasses.replace(ServerSettings(), allowed_hosts=("127.0.0.1",))
+    assert cli.server_settings(args) == served
     # "plan" has the engine's flags, too, but its output is all there should be to read.
     args = parse("plan")
     assert args.model == "smollm2-135m"
@@ -365,7 +394,7 @@ def test_a_chat_template_in_place_of_the_models_own(model_folder):
     tokenizer = cli.tokenizer_of(args, model_folder)
     for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
         rendered = ChatTemplate(tokenizer).render([{"role": "user", "content": "hi"}], tools)
-        assert rendered == "hi é"
+        assert rendered == "hi é" if tools is None else rendered.endswith("\n\nhi é")
     own = cli.tokenizer_of(parse("serve", str(model_folder)), model_folder).chat_template
     assert own != tokenizer.chat_template
     file.write_bytes(b"\xff")
@@ -482,10 +511,10 @@ import asyncio, socket, sys, time
 from pathlib import Path
 from headstart.engine.errors import ModelError
 from headstart.engine.process.messages import ModelInfo, Output, Stats
-from headstart.server import cli
-from headstart.server.app import create_app
-from headstart.server.serving import serve
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.cli import main as cli
+from headstart.server.http.app import create_app
+from headstart.server.http.serving import serve
+from headstart.server.text.tokenizer import Tokenizer
 
 class Stream:
     async def __aiter__(self):
@@ -603,7 +632,7 @@ def test_an_engine_that_does_not_start_ends_the_server(launch):
 SLOW_FETCH = """
 import sys, time
 from headstart.engine.models import store
-from headstart.server import cli
+from headstart.server.cli import main as cli
 
 def slow(*_):
     try:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
+from tokenizers import AddedToken
+
+from headstart.server.api.openai_completions.fill_in import LAYOUTS
+from headstart.server.http.app import create_app
+from headstart.server.text.tokenizer import Tokenizer
 
 URL = "/v1/completions"
 
@@ -197,23 +203,24 @@ async def test_no_infinity_in_json(client, engine, body, monkeypatch):
         ({"prompt": [1, 2**40]}, "prompt[1]", "not a token id"),
         ({"prompt": [[1], [1, 1.5]]}, "prompt[1][1]", "not a token id"),
         ({"prompt": [1, 400]}, "prompt[1]", "vocabulary has 400"),
-        ({"prompt": ["a"] * 65}, "prompt", "at most 64 prompts"),
-        ({"prompt": ["a"] * 60, "n": 3}, "prompt", "128 choices"),
+        ({"prompt": ["a"] * 65}, "prompt", "at most 64 are allowed"),
+        ({"prompt": ["a"] * 60, "n": 3}, "prompt", "at most 128"),
         ({"max_tokens": 0}, "max_tokens", "without echo"),
-        ({"max_tokens": -1, "echo": True}, "max_tokens", "greater than or equal to 0"),
+        ({"max_tokens": -2, "echo": True}, "max_tokens", "greater than or equal to -1"),
         ({"prompt_logprobs": 21}, "prompt_logprobs", "less than or equal to 20"),
         ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "stream=True"),
-        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"suffix": "x"}, "suffix", "no tokens to fill in text"),
+        ({"suffix": "x", "echo": True}, "suffix", "suffix and echo"),
+        ({"suffix": "x", "truncate_prompt_tokens": 3}, "suffix", "cannot be combined"),
+        ({"suffix": 1}, "suffix", "valid string"),
         ({"best_of": 0}, "best_of", "greater than or equal to 1"),
         ({"best_of": 2, "n": 3}, "best_of", "best_of is 2, and n is 3"),
         ({"best_of": 17}, "best_of", "at most 16"),
         ({"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
-        ({"prompt": ["a"] * 60, "best_of": 3}, "prompt", "128 choices"),
+        ({"prompt": ["a"] * 60, "best_of": 3}, "prompt", "at most 128"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "valid integer"),
-        ({"messages": []}, "messages", "not a known field"),
-        ({"prompt": [5] * 256}, "prompt", "256 tokens; the model's context holds 256"),
-        ({"prompt": [5] * 200, "max_tokens": 57}, "max_tokens", "together 257"),
+        ({"prompt": [5] * 256}, "prompt", "has 256 tokens; this model's maximum context length"),
     ],
 )
 async def test_bad_requests(client, engine, body, fields, param, words):
@@ -229,3 +236,38 @@ async def test_no_prompt_is_started_when_one_is_bad(client, engine, body):
     response = await client.post(URL, json=body(prompt=["fine", "x " * 400]))
     assert response.status_code == 400
     assert engine.added == []
+
+
+@pytest.fixture
+def filling(engine, backend, connect_to):
+    """A client of a model with tokens to fill in text, and its tokenizer's encode."""
+
+    def build(layout):
+        own = tokenizers.Tokenizer.from_str(backend.to_str())
+        own.add_tokens([AddedToken(part, special=True) for part in layout])
+        tokenizer = Tokenizer(own)
+        app = create_app(engine, tokenizer, model_names=["tiny"])
+        return connect_to(app), lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+    return build
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_what_is_between_a_prompt_and_a_suffix(filling, engine, body, layout):
+    marks = [part for part in layout if part not in ("prefix", "suffix")]
+    client, ids = filling(marks)
+    texts = {"prefix": "the fox", "suffix": " dog"}
+    expected = [i for part in layout for i in ids(texts.get(part, part))]
+    for prompt in ("the fox", ids("the fox")):
+        response = await client.post(URL, json=body(prompt=prompt, suffix=" dog"))
+        assert response.status_code == 200, response.text
+        assert engine.added[-1].token_ids == expected
+    assert response.json()["choices"][0]["text"] == "hello world"
+    await client.post(URL, json=body(suffix=""))
+    assert engine.added[-1].token_ids == ids("the fox")
+
+
+async def test_half_the_marks_fill_nothing_in(filling, body):
+    client, _ = filling(["<|fim_prefix|>", "<|fim_suffix|>"])
+    response = await client.post(URL, json=body(suffix="x"))
+    assert response.status_code == 400

@@ -14,7 +14,7 @@ import pytest
 from headstart.engine.errors import EngineDeadError, RequestError
 from headstart.engine.process.messages import AdapterInfo
 from headstart.engine.sampling.params import PoolingParams
-from headstart.server.app import create_app
+from headstart.server.http.app import create_app
 
 URL = "/v1/embeddings"
 
@@ -135,19 +135,99 @@ async def test_adapter_and_salt(client, engine, body):
         ({"input": ["a", 3]}, "input[1]", "a prompt is"),
         ({"input": None}, "input", "a prompt is"),
         ({"input": [[1], [400]]}, "input[1][0]", "vocabulary has 400"),
-        ({"input": [[5], [5] * 256]}, "input[1]", "256 tokens; at most 255"),
-        ({"input": ["a"] * 65}, "input", "at most 64 prompts"),
+        ({"input": [[5], [5] * 256]}, "input[1]", "256 tokens; this model's maximum context"),
+        ({"input": ["a"] * 2049}, "input", "at most 2048"),
+        ({"input": [[5] * 255] * 65}, "input", "16575 tokens; at most 16384"),
         ({"dimensions": 9}, "dimensions", "at most 8"),
         ({"dimensions": 0}, "dimensions", "greater than or equal to 1"),
         ({"encoding_format": "hex"}, "encoding_format", "'float' or 'base64'"),
         ({"pooling": "max"}, "pooling", "'last', 'mean' or 'cls'"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
-        ({"prompt": "a"}, "prompt", "not a known field"),
         ({"messages": [{}]}, "messages", "not supported"),
     ],
 )
 async def test_bad_requests(client, engine, body, fields, param, words):
     response = await client.post(URL, json=body(**fields))
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+    assert engine.added == []
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+async def test_many_texts_are_computed_in_groups(client, engine, body, say, monkeypatch, as_ids):
+    """So that the engine's queue is not full of them."""
+    waiting: list[int] = []
+    add = engine.add
+
+    def counted(*given, **named):
+        waiting.append(sum(added.stream.taken == 0 for added in engine.added[-100:]))
+        return add(*given, **named)
+
+    monkeypatch.setattr(engine, "add", counted)
+    texts = [f"{i % 10}" for i in range(2048)]
+    sent = [say(text) for text in texts] if as_ids else texts
+    response = await client.post(URL, json=body(input=sent))
+    assert response.status_code == 200, response.text
+    assert max(waiting) == 63
+    data = response.json()["data"]
+    assert [entry["index"] for entry in data] == list(range(2048))
+    for entry, text in zip(data[:20], texts[:20], strict=True):
+        assert entry["embedding"] == unit(counts(say(text)))
+
+
+COHERE = "/v2/embed"
+
+
+async def test_coheres_form(client, engine, say):
+    asked = {"model": "tiny", "texts": ["the", "fox"], "input_type": "search_query"}
+    response = await client.post(COHERE, json=asked | {"embedding_types": ["float"]})
+    assert response.status_code == 200, response.text
+    assert response.headers["x-headstart-ignored"] == "input_type"
+    answer = response.json()
+    assert answer["embeddings"]["float"] == [unit(counts(say(text))) for text in ("the", "fox")]
+    assert answer["texts"] == ["the", "fox"]
+    tokens = sum(len(say(text)) for text in ("the", "fox"))
+    assert answer["meta"]["billed_units"] == {"input_tokens": tokens}
+    engine.vector = [3.0, 4.0, 12.0, 0, 0, 0, 0, 0]
+    few = (await client.post(COHERE, json=asked | {"output_dimension": 2})).json()
+    assert few["embeddings"]["float"] == [pytest.approx([0.6, 0.8])] * 2
+
+
+async def test_what_cohere_cuts(client, engine, say):
+    text = "the quick brown fox jumps " * 60
+    ids = say(text)
+    assert len(ids) > 256
+    body = {"model": "tiny", "texts": [text]}
+    for fields, kept in (
+        ({}, ids[:255]),
+        ({"truncate": "END"}, ids[:255]),
+        ({"truncate": "START"}, ids[-255:]),
+        ({"max_tokens": 5}, ids[:5]),
+        ({"max_tokens": 5, "truncate": "NONE"}, ids[:5]),
+    ):
+        response = await client.post(COHERE, json=body | fields)
+        assert response.status_code == 200, response.text
+        assert engine.added[-1].token_ids == kept
+    response = await client.post(COHERE, json=body | {"truncate": "NONE"})
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"embedding_types": ["int8"]}, "embedding_types", 'vectors are ["float"]'),
+        ({"images": ["data:,"]}, "images", "reads text"),
+        ({"inputs": [{}]}, "inputs", "give texts"),
+        ({"texts": []}, "texts", "empty list"),
+        ({"texts": ["a", 1]}, "texts[1]", "not a text"),
+        ({"output_dimension": 9}, "output_dimension", "at most 8"),
+        ({"truncate": "MIDDLE"}, "truncate", "'START'"),
+    ],
+)
+async def test_bad_requests_of_cohere(client, engine, fields, param, words):
+    response = await client.post(COHERE, json={"model": "tiny", "texts": ["a"]} | fields)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == param
@@ -190,18 +270,20 @@ async def test_metrics(client, body):
     assert 'request_success_total{finished_reason="stop",model_name="tiny"} 2.0' in metrics
 
 
-async def test_hanging_up_aborts(live_url, engine, body):
+@pytest.mark.parametrize(("texts", "started"), [(2, 2), (100, 64)])
+async def test_hanging_up_aborts(live_url, engine, body, texts, started):
+    """Of many texts the first group has begun."""
     engine.hold = True
     host, port = live_url.removeprefix("http://").split(":")
-    sent = msgspec.json.encode(body(input=["a", "b"]))
+    sent = msgspec.json.encode(body(input=["a"] * texts))
     _, writer = await asyncio.open_connection(host, int(port))
     head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n\r\n"
     writer.write(head.encode() + sent)
     async with asyncio.timeout(300):
-        while len(engine.added) < 2:
+        while len(engine.added) < started:
             await asyncio.sleep(0.005)
         writer.close()
-        while [added.stream.aborted for added in engine.added] != [1, 1]:
+        while [added.stream.aborted for added in engine.added] != [1] * started:
             await asyncio.sleep(0.005)
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headstart.server.app import create_app
-from headstart.server.openai.chat import ChatBody
-from headstart.server.openai.completions import CompletionBody
-from headstart.server.openai.fields import REFUSED_IN_CHAT
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.api.openai_chat.routes import ChatBody
+from headstart.server.api.openai_completions.routes import CompletionBody
+from headstart.server.http.app import create_app
+from headstart.server.text.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 
@@ -40,29 +40,33 @@ def check_shape(response: httpx.Response) -> dict:
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages[0].content[0]",
-            "'image_url' are not supported",
+            "its type is 'image_url', and this model reads text only",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
             "messages[0].content[0].text",
+            "required",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
+            "messages[0].content[0].text",
             "string",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "", "x": 1}]}]},
-            "messages[0].content[0].x",
-            "not a known field",
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            "messages[0].content[0]",
+            "an object with a type",
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
             "messages[0].tool_calls[0].id",
-            "must be a string",
+            "required",
         ),
-        ({"temprature": 1}, "temprature", "not a known field"),
-        ({"tools": [{"type": "function"}]}, "tools[0].function", "with a name"),
-        ({"response_format": {"type": "x"}}, "response_format.type", "must be one of"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "required"),
+        ({"response_format": {"type": "x"}}, "response_format.type", "'json_schema'"),
         ({"priority": 2**31}, "priority", "less than or equal to"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
-        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "known field"),
+        ({"stream_options": 1}, "stream_options", "must be an object"),
         ({"stream": "true"}, "stream", "valid boolean"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 17}, "n", "at most 16"),
@@ -72,17 +76,17 @@ def check_shape(response: httpx.Response) -> dict:
         ({"temperature": "1"}, "temperature", "valid number"),
         ({"temperature": 3}, "temperature", "at most 2.0"),
         ({"temperature": -1}, "temperature", "at least 0.0"),
-        ({"top_p": 0}, "top_p", "above 0"),
+        ({"top_p": -0.1}, "top_p", "above 0"),
         ({"top_k": -2}, "top_k", ""),
         ({"min_p": 2}, "min_p", "at most 1"),
         ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
         ({"presence_penalty": 3}, "presence_penalty", "at most 2"),
         ({"seed": 2**63}, "seed", ""),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 257}, "max_tokens", "context holds 256"),
-        ({"max_completion_tokens": 256}, "max_completion_tokens", "context holds 256"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1, or -1"),
+        ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "at least 1, or -1"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "old name"),
-        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"stop": ["a"] * 65}, "stop", "at most 64"),
         ({"stop": ""}, "stop", "1 to 1024"),
         ({"stop": ["a", ""]}, "stop[1]", "1 to 1024"),
         ({"stop": ["a", 1]}, "stop[1]", "string"),
@@ -166,8 +170,71 @@ async def test_prompt_longer_than_the_context(app, client, chat_body):
     error = check_shape(await client.post(CHAT, json=body))
     messages = body["messages"]
     count = len(app.state.runtime.chat_template.encode(messages))
-    assert f"the prompt has {count} tokens; the model's context holds 256" in error["message"]
-    assert error["param"] == "messages"
+    assert (
+        f"the prompt has {count} tokens; this model's maximum context length is 256 tokens"
+        in (error["message"])
+    )
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "x " * 300}]}),
+        ("/v1/completions", {"prompt": "x " * 300}),
+        ("/v1/completions", {"prompt": [5] * 256}),
+        ("/v1/responses", {"input": "x " * 300}),
+        ("/v1/embeddings", {"input": ["x", "x " * 300]}),
+    ],
+)
+async def test_clients_know_a_prompt_that_is_too_long(client, engine, url, body):
+    response = await client.post(url, json={"model": "tiny"} | body)
+    assert response.status_code == 400
+    error = check_shape(response)
+    assert error["code"] == "context_length_exceeded"
+    assert "maximum context length is 256" in error["message"]
+    assert engine.added == []
+
+
+async def test_anthropics_clients_know_it_too(client):
+    messages = [{"role": "user", "content": "x " * 300}]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 5}
+    response = await client.post("/v1/messages", json=body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert re.match(r"prompt is too long: \d+ tokens > 255 maximum", error["message"])
+
+
+CHATTING = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("url", "field", "body", "asked"),
+    [
+        *(
+            (url, field, body, asked)
+            for url, field, body in (
+                (CHAT, "max_tokens", CHATTING),
+                (CHAT, "max_completion_tokens", CHATTING),
+                ("/v1/completions", "max_tokens", {"prompt": "hi"}),
+                ("/v1/responses", "max_output_tokens", {"input": "hi"}),
+                ("/v1/messages", "max_tokens", CHATTING),
+            )
+            for asked in (32_000, 256, 10**30)
+        ),
+        (CHAT, "max_tokens", CHATTING, -1),
+        (CHAT, "max_completion_tokens", CHATTING, -1),
+        ("/v1/completions", "max_tokens", {"prompt": "hi"}, -1),
+    ],
+)
+async def test_more_tokens_than_there_is_room_for_are_what_is_left(
+    client, engine, url, field, body, asked
+):
+    response = await client.post(url, json={"model": "tiny", field: asked} | body)
+    assert response.status_code == 200, response.text
+    [added] = engine.added
+    assert added.params.max_tokens == 256 - len(added.token_ids)
 
 
 async def test_body_too_large_is_not_read(client, settings):
@@ -217,16 +284,18 @@ async def test_routes(client, method, path, status):
     ("method", "path", "allowed"),
     [
         ("GET", CHAT, "POST"),
-        ("DELETE", "/v1/models", "GET"),
-        ("POST", "/health", "GET"),
-        ("OPTIONS", "/v1/responses/resp_1", "DELETE, GET"),
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        ("POST", "/health", "GET, HEAD"),
+        ("HEAD", CHAT, "POST"),
+        ("OPTIONS", "/v1/responses/resp_1", "DELETE, GET, HEAD"),
     ],
 )
 async def test_methods(client, method, path, allowed):
     response = await client.request(method, path)
     assert response.status_code == 405
     assert response.headers["allow"] == allowed
-    check_shape(response)
+    if method != "HEAD":
+        check_shape(response)
 
 
 @pytest.mark.parametrize("path", ["/v1/nothing", "/v1/models/", "/health"])
@@ -234,7 +303,7 @@ async def test_methods(client, method, path, allowed):
 async def test_the_host_header_changes_nothing(live_url, path, host):
     async with httpx.AsyncClient() as client:
         response = await client.get(live_url + path, headers={"host": host})
-    assert response.status_code == (200 if path == "/health" else 404)
+    assert response.status_code == (404 if path == "/v1/nothing" else 200)
     assert "location" not in response.headers
 
 
@@ -283,9 +352,7 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
-FIELDS = st.sampled_from(
-    sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *REFUSED_IN_CHAT})
-)
+FIELDS = st.sampled_from(sorted({*ChatBody.model_fields, *CompletionBody.model_fields}))
 
 
 @given(fields=st.dictionaries(FIELDS | st.text(max_size=4), JSON, max_size=4))

@@ -7,10 +7,34 @@ from typing import Any
 
 import pytest
 from openai.types import completion_create_params, embedding_create_params
+from openai.types.chat import (
+    ChatCompletionAssistantMessageParam,
+    ChatCompletionContentPartRefusalParam,
+    ChatCompletionContentPartTextParam,
+    ChatCompletionCustomToolParam,
+    ChatCompletionFunctionToolParam,
+    ChatCompletionMessageCustomToolCallParam,
+    ChatCompletionMessageFunctionToolCallParam,
+    ChatCompletionToolMessageParam,
+    ChatCompletionUserMessageParam,
+)
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.chat.chat_completion_custom_tool_param import Custom
+from openai.types.shared_params import (
+    FunctionDefinition,
+    ResponseFormatJSONSchema,
+    ResponseFormatText,
+)
+from openai.types.shared_params.response_format_json_schema import JSONSchema
 
-from headstart.server.openai.field_table import SECTIONS
+from headstart.server.api.field_table import SECTIONS
+from headstart.server.http.policy import field_names
 
+# vLLM's StructuredOutputsParams.
+VLLM_STRUCTURED = """
+    json regex choice grammar json_object disable_fallback disable_any_whitespace
+    disable_additional_properties whitespace_pattern structural_tag
+"""
 # vLLM's ChatCompletionRequest and CompletionRequest, as of the autumn of 2026.
 VLLM_IN_BOTH = """
     add_special_tokens allowed_token_ids bad_words cache_salt echo frequency_penalty ignore_eos
@@ -31,8 +55,8 @@ VLLM_IN_COMPLETIONS = "prompt prompt_embeds suffix"
 
 
 def in_table(title: str) -> set[str]:
-    [(_, body, refused, descriptive)] = [each for each in SECTIONS if each[0] == title]
-    return {*body.model_fields, *refused, *descriptive}
+    [body] = [body for name, body in SECTIONS if name == title]
+    return set(field_names(body))
 
 
 def of_client(params: Any) -> set[str]:
@@ -45,6 +69,20 @@ def of_client(params: Any) -> set[str]:
         ("/v1/chat/completions", chat_create_params.CompletionCreateParamsStreaming),
         ("/v1/completions", completion_create_params.CompletionCreateParamsStreaming),
         ("/v1/embeddings", embedding_create_params.EmbeddingCreateParams),
+        ("messages[]", ChatCompletionUserMessageParam),
+        ("messages[]", ChatCompletionAssistantMessageParam),
+        ("messages[]", ChatCompletionToolMessageParam),
+        ("messages[].content[], text", ChatCompletionContentPartTextParam),
+        ("messages[].content[], refusal", ChatCompletionContentPartRefusalParam),
+        ("messages[].tool_calls[]", ChatCompletionMessageFunctionToolCallParam),
+        ("messages[].tool_calls[]", ChatCompletionMessageCustomToolCallParam),
+        ("tools[]", ChatCompletionFunctionToolParam),
+        ("tools[]", ChatCompletionCustomToolParam),
+        ("tools[].function", FunctionDefinition),
+        ("tools[].custom", Custom),
+        ("response_format", ResponseFormatText),
+        ("response_format", ResponseFormatJSONSchema),
+        ("response_format.json_schema", JSONSchema),
     ],
 )
 def test_every_field_of_the_official_client(title: str, params: Any) -> None:
@@ -56,6 +94,7 @@ def test_every_field_of_the_official_client(title: str, params: Any) -> None:
     [
         ("/v1/chat/completions", (VLLM_IN_BOTH + VLLM_IN_CHAT).split()),
         ("/v1/completions", (VLLM_IN_BOTH + VLLM_IN_COMPLETIONS).split()),
+        ("structured_outputs", VLLM_STRUCTURED.split()),
     ],
 )
 def test_every_field_of_vllm(title: str, fields: list[str]) -> None:

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from headstart.engine.errors import ConfigError, ModelError
-from headstart.server.app import create_app
-from headstart.server.cli import build_parser
-from headstart.server.flags.model import generation_defaults
-from headstart.server.generation_defaults import OPENAI, GenerationDefaults
+from headstart.server.cli.flags.model import generation_defaults
+from headstart.server.cli.main import build_parser
+from headstart.server.generation.defaults import OPENAI, GenerationDefaults
+from headstart.server.http.app import create_app
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

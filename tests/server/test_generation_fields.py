@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.engine.process.messages import Output
-from headstart.server.stream import StopStrings, TextAssembler, TextOptions
+from headstart.server.text.assembler import StopStrings, TextAssembler, TextOptions
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -92,12 +92,51 @@ async def test_special_tokens_are_shown_if_asked_for(ask, engine, say):
     assert shown[1] == "a<|im_start|>b<|im_end|>"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("url", [CHAT, TEXT])
+async def test_a_special_token_may_be_a_stop_string(
+    client, engine, chat_body, events, say, url, stream
+):
+    """Though it is no text."""
+    engine.answer = lambda _: [*say("hello"), 1, *say(" world")]
+    body = {"model": "tiny", "prompt": "x"} if url == TEXT else chat_body()
+    body |= {"stop": ["planet", "<|im_start|>"], "stream": stream}
+    body["logprobs"] = True if url == CHAT else 0
+    response = await client.post(url, json=body)
+    answers = events(response.text)[:-1] if stream else [response.json()]
+    choices = [answer["choices"][0] for answer in answers]
+    parts = [choice.get("delta") or choice.get("message") or choice for choice in choices]
+    text = "".join(part.get("content") or part.get("text") or "" for part in parts)
+    assert text == "hello"
+    assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", "<|im_start|>")
+    assert engine.added[0].stream.aborted >= 1
+    assert "<|im_start|>" not in str([choice["logprobs"] for choice in choices])
+    shown = await client.post(url, json=body | {"include_stop_str_in_output": True})
+    assert "<|im_start|>" in shown.text
+
+
+async def test_special_stop_strings_obey_min_tokens(ask, engine, say):
+    engine.answer = lambda _: [1, *say("hello"), 1, *say(" world")]
+    assert (await ask(stop="<|im_start|>"))[1] == ""
+    assert (await ask(stop="<|im_start|>", min_tokens=2))[1] == "hello"
+
+
+async def test_top_p_of_nothing_is_the_likeliest_token(ask, engine):
+    response, _ = await ask(top_p=0, temperature=1)
+    assert response.status_code == 200
+    params = engine.added[0].params
+    assert (params.temperature, params.top_p) == (0.0, None)
+
+
 async def test_prompts_are_truncated_to_their_end(client, engine, chat_body, say):
     await client.post(CHAT, json=chat_body())
     await client.post(CHAT, json=chat_body(truncate_prompt_tokens=3))
     await client.post(CHAT, json=chat_body(truncate_prompt_tokens=1000))
     whole, end, all_of_it = (added.token_ids for added in engine.added)
     assert (end, all_of_it) == (whole[-3:], whole)
+    too_many = {"model": "tiny", "prompt": [7] * 300 + [8], "truncate_prompt_tokens": -1}
+    assert (await client.post(TEXT, json=too_many | {"max_tokens": 10**6})).status_code == 200
+    assert engine.added[-1].token_ids == [7] * 254 + [8]
     body = {"model": "tiny", "prompt": [7] * 300 + [8], "max_tokens": 56}
     assert (await client.post(TEXT, json=body)).status_code == 400
     answer = await client.post(TEXT, json=body | {"truncate_prompt_tokens": -1})

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from headstart.server.openai.prompts import check_vocabulary, given_prompts
-from headstart.server.settings import ServerSettings
+from headstart.server.api.openai_completions.prompts import check_vocabulary, given_prompts
 
 URL = "/v1/completions"
 FIRST = 100
@@ -37,7 +36,7 @@ def lines_run(work: Callable[[], Any]) -> int:
 
 def test_many_ids_are_checked_in_as_many_lines_as_few(engine):
     def check(count: int) -> None:
-        [(path, ids)] = given_prompts([7] * count, "prompt", ServerSettings())
+        [(path, ids)] = given_prompts([7] * count, "prompt", 64)
         check_vocabulary(ids, path, engine.model)
 
     check(10)  # what is done once

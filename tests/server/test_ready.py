@@ -13,12 +13,12 @@ import msgspec
 import pytest
 
 from headstart.engine.errors import ConfigError
-from headstart.server import cli
-from headstart.server.app import create_app
-from headstart.server.generation_defaults import GenerationDefaults
-from headstart.server.keys import Keys
-from headstart.server.ready import summary
-from headstart.server.serving import serve
+from headstart.server.cli import main as cli
+from headstart.server.generation.defaults import GenerationDefaults
+from headstart.server.http.app import create_app
+from headstart.server.http.keys import Keys
+from headstart.server.http.ready import summary
+from headstart.server.http.serving import serve
 from headstart.server.settings import ServerSettings
 
 SERVER = """
@@ -26,7 +26,7 @@ import asyncio, sys
 from pathlib import Path
 from headstart.engine.models import store
 from headstart.engine.process import client
-from headstart.server import cli
+from headstart.server.cli import main as cli
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeEngine
 
@@ -124,7 +124,7 @@ def test_the_summary(engine, tokenizer):
         "  KV cache  1,024 tokens in 0.00 GiB",
         "  context   256 tokens",
         "  relay     off",
-        "  answers   tool calls not read, thoughts not read",
+        "  answers   tool calls hermes, thoughts not read",
         "  defaults  temperature 0.2",
         "  keys      2 for the API, 0 for admins",
         "  URL       http://a:1",
@@ -134,3 +134,8 @@ def test_the_summary(engine, tokenizer):
     lines = summary(app.state.runtime, chosen, "http://a:1", 0).splitlines()
     assert "  weights   int8: it is good" in lines
     assert "  keys      none: whoever reaches the URL may do everything" in lines
+    assert not any("asked as" in line for line in lines)  # nothing looks at it
+    settings = ServerSettings(allowed_hosts=("0.0.0.0", "llm"))
+    app = create_app(engine, tokenizer, model_names=["tiny"], settings=settings)
+    lines = summary(app.state.runtime, engine.model, "http://a:1", 0).splitlines()
+    assert lines[-2].startswith("  asked as  llm, localhost and this machine's addresses only ")

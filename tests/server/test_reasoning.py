@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from headstart.server.answer import AnswerParser, Reasoning, Text
-from headstart.server.app import create_app
-from headstart.server.reasoning import THINK, ThoughtReader
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.http.app import create_app
+from headstart.server.text.answer import AnswerParser, Reasoning, Text
+from headstart.server.text.reasoning import THINK, ThoughtReader
+from headstart.server.text.tokenizer import Tokenizer
 
 
 def read(pieces, *, inside=False):

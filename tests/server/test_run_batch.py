@@ -13,10 +13,11 @@ import pytest
 
 from headstart.engine.errors import ConfigError, EngineDeadError, HeadstartError
 from headstart.engine.process.messages import Stats
-from headstart.server import cli, run_batch
-from headstart.server.app import create_app
-from headstart.server.batch_progress import Progress, TokenMeter
-from headstart.server.run_batch import BatchOutput, request_urls
+from headstart.server.cli import main as cli
+from headstart.server.cli import run_batch
+from headstart.server.cli.batch_progress import Progress, TokenMeter
+from headstart.server.cli.run_batch import BatchOutput, request_urls
+from headstart.server.http.app import create_app
 from headstart.server.settings import ServerSettings
 
 

@@ -17,11 +17,11 @@ from tokenizers import models, normalizers, processors
 
 from headstart.engine.process.messages import AdapterInfo
 from headstart.engine.ranges.segments import Segments
-from headstart.server.app import create_app
-from headstart.server.errors import APIError
-from headstart.server.openai.segment_mask import Spans
+from headstart.server.api.segment_mask import Spans
+from headstart.server.http.app import create_app
+from headstart.server.http.errors import APIError
 from headstart.server.settings import ServerSettings
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.tokenizer import Tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 WARNING = "x-headstart-warning"

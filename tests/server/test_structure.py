@@ -18,10 +18,10 @@ from fastapi import FastAPI
 from llguidance import LLMatcher, LLTokenizer
 
 from headstart.engine.errors import RequestError
-from headstart.server.app import create_app
-from headstart.server.grammar_check import GrammarChecker
+from headstart.server.generation.grammar_check import GrammarChecker
+from headstart.server.http.app import create_app
 from headstart.server.settings import ServerSettings
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.tokenizer import Tokenizer
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 PERSON = {
@@ -83,6 +83,11 @@ ASKED: list[tuple[dict[str, Any], list[str], list[str]]] = [
         ['{"name": "x"}', '{"age": 1, "name": "x"}', '{"name": "x", "age": 1, "b": 2}'],
     ),
     ({"response_format": json_schema(True)}, ["1", "[]", '"a"'], ["a"]),
+    (
+        {"response_format": {"type": "json_object", "schema": PERSON}},
+        ['{"name":"","age":0}'],
+        ["{}"],
+    ),
     ({"response_format": {"type": "regex", "pattern": "[ab]+-[0-9]"}}, ["ab-1"], ["ab-", "c-1"]),
     ({"response_format": {"type": "grammar", "grammar": 'start: "a" "b"?'}}, ["a", "ab"], ["b"]),
     ({"structured_outputs": {"json": PERSON}}, ['{"name":"","age":0}'], ["{}"]),
@@ -134,6 +139,8 @@ async def test_fields_become_grammars(
         {"structured_outputs": {}},
         {"structured_outputs": None, "guided_json": None},
         {"structured_outputs": {"json_object": False}},
+        {"response_format": {"type": "text", "json_schema": None, "other": 1}},
+        {"structured_outputs": {"jsn": {}, "disable_fallback": True}},
     ],
 )
 async def test_nothing_asked_for_is_no_grammar(
@@ -144,6 +151,22 @@ async def test_nothing_asked_for_is_no_grammar(
         assert engine.added[-1].params.grammar is None
 
 
+async def test_what_is_ignored_of_them_is_named(client: httpx.AsyncClient) -> None:
+    asked = (
+        {"response_format": json_schema({}, other=1) | {"more": 1}},
+        {"structured_outputs": {"jsn": {}, "disable_fallback": True, "regex": None}},
+    )
+    names = (
+        {"response_format.more", "response_format.json_schema.other"},
+        {"structured_outputs.jsn", "structured_outputs.disable_fallback"},
+    )
+    for url in URLS:
+        for fields, ignored in zip(asked, names, strict=True):
+            response = await client.post(url, json=body(url, **fields))
+            assert response.status_code == 200, response.text
+            assert set(response.headers["x-headstart-ignored"].split(", ")) == ignored
+
+
 NESTED: Any = {}
 for _ in range(70):
     NESTED = {"items": NESTED}
@@ -152,29 +175,41 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": "json"}, "response_format must be an object", "response_format"),
     (
         {"response_format": {"type": "xml"}},
-        "must be one of text, json_object",
+        "'text', 'json_object'",
         "response_format.type",
     ),
-    ({"response_format": {"type": "structural_tag"}}, "must be one of", "response_format.type"),
-    ({"response_format": {"type": "text", "a": 1}}, "not a known field", "response_format.a"),
+    ({"response_format": {"type": "structural_tag"}}, "'regex'", "response_format.type"),
+    ({"response_format": {}}, "required", "response_format.type"),
+    ({"response_format": {"type": "regex"}}, "1 to 65536", "response_format.pattern"),
+    ({"response_format": {"type": "grammar"}}, "1 to 65536", "response_format.grammar"),
     (
         {"response_format": {"type": "json_schema"}},
-        "must be an object",
+        "required",
         "response_format.json_schema",
     ),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
-        "missing",
+        "required",
         "response_format.json_schema.schema",
     ),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
-        "1 to 64 characters",
+        "required",
+        "response_format.json_schema.name",
+    ),
+    (
+        {"response_format": json_schema({}, name="x" * 65)},
+        "at most 64 characters",
+        "response_format.json_schema.name",
+    ),
+    (
+        {"response_format": json_schema({}, name="")},
+        "at least 1 character",
         "response_format.json_schema.name",
     ),
     (
         {"response_format": json_schema({}, strict="yes")},
-        "true or false",
+        "a valid boolean",
         "response_format.json_schema.strict",
     ),
     ({"response_format": json_schema(3)}, "a JSON schema", "response_format.json_schema.schema"),
@@ -221,11 +256,17 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_choice": ["a", 1]}, "must be a string", "guided_choice[1]"),
     ({"guided_choice": ["a"] * 1025}, "at most 1024", "guided_choice"),
     ({"guided_grammar": "start: b"}, "guided_grammar: ", "guided_grammar"),
-    ({"structured_outputs": {"jsn": {}}}, "not a known field", "structured_outputs.jsn"),
+    ({"structured_outputs": []}, "must be an object", "structured_outputs"),
+    ({"structured_outputs": {"json_object": 1}}, "boolean", "structured_outputs.json_object"),
     (
         {"structured_outputs": {"structural_tag": {}}},
-        "known field",
+        "not supported: use tools, or a grammar",
         "structured_outputs.structural_tag",
+    ),
+    (
+        {"structured_outputs": {"json": {}, "disable_additional_properties": True}},
+        'not supported: say "additionalProperties": false',
+        "structured_outputs.disable_additional_properties",
     ),
     (
         {"structured_outputs": {"regex": "a", "choice": ["b"]}},

@@ -10,12 +10,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from headstart.engine.errors import RequestError
-from headstart.server.app import create_app
+from headstart.server.http.app import create_app
 from headstart.server.settings import ServerSettings
-from headstart.server.template_language import TemplateEnvironment
-from headstart.server.template_sandbox import LimitedTemplate, TemplateLimitError, TemplateLimits
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.template_language import TemplateEnvironment
+from headstart.server.text.template_sandbox import (
+    LimitedTemplate,
+    TemplateLimitError,
+    TemplateLimits,
+)
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent / "chat_templates"
 SHORT = TemplateLimits(seconds=0.2, chars=10_000)

@@ -14,10 +14,10 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.process.messages import Output, TokenLogprobs
-from headstart.server.detokenizer import MAX_HELD_TOKENS, Detokenizer
-from headstart.server.stream import StopStrings, TextAssembler, TextOptions
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text.assembler import StopStrings, TextAssembler, TextOptions
+from headstart.server.text.detokenizer import MAX_HELD_TOKENS, Detokenizer
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer, private_characters
 
 SAY = Callable[[str], list[int]]
 
@@ -253,3 +253,31 @@ def test_completion_prompts_may_hold_special_tokens(backend):
     other = tokenizers.Tokenizer.from_str(backend.to_str())
     other.add_special_tokens([AddedToken("<bos>", special=True)])
     assert len(Tokenizer(other).encode("<bos>", add_special_tokens=True)) == 1
+
+
+@pytest.mark.parametrize("piece", [1, 2, 5, 11, 1000])
+@given(
+    st.lists(st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<", "<|eos|>", "a"])).map("".join)
+)
+def test_special_tokens_are_found_wherever_a_text_is_cut(tokenizer, piece, text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headstart.server.text.tokenizer.PIECE", piece)
+        placeholders = tokenizer.placeholders([text])
+        hidden = tokenizer.hide_control(text, placeholders)
+        cut = tokenizer.encode_rendered(hidden, placeholders)
+        shown = tokenizer.show_control(hidden, placeholders)
+    names = [name for name in ("<|im_end|>", "<|eos|>") if name in text]
+    assert sorted(placeholders) == sorted(names)
+    assert not any(name in hidden for name in names)
+    assert shown == text
+    assert cut == tokenizer.encode_rendered(hidden, placeholders)
+
+
+def test_private_characters_are_those_that_no_text_has():
+    first, second = private_characters(["abc", "\u00e9\u4e00"], 2)
+    assert (first, second) == ("\U000f0000", "\U000f0001")
+    used = ["\U000f0000x\U000f0002", "\U000f0001"]
+    assert private_characters(used, 1) == ["\U000f0003"]
+    everything = "".join(map(chr, range(0xF0000, 0x10FFFE)))
+    with pytest.raises(RequestError, match="too many private-use characters"):
+        private_characters([everything], 1)

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from headstart.engine.errors import ModelError
-from headstart.server.answer_format import find_format
-from headstart.server.app import create_app
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.http.app import create_app
+from headstart.server.text.answer_format import find_format
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
 
 PLAIN = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -104,7 +104,7 @@ def test_what_the_template_for_tools_says_of_answers(backend, mark):
         tool_template=f"{WITH_TOOLS}{mark}[TOOL_CALLS]".replace("<tool_call>", ""),
     )
     found = find_format(tokenizer, ChatTemplate(tokenizer), calls="auto", thoughts="auto")
-    assert found.writes_tools
+    assert not found.told_by_us
     assert found.calls is not None
     assert found.calls.name == "mistral"
     assert (found.thoughts is not None) is bool(mark)

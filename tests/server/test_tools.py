@@ -13,13 +13,13 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken
 
-from headstart.server.answer_format import AnswerFormat, find_format
-from headstart.server.app import create_app
-from headstart.server.reasoning import THINK
+from headstart.server.http.app import create_app
 from headstart.server.settings import ServerSettings
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
-from headstart.server.tool_formats import FORMATS
+from headstart.server.text.answer_format import AnswerFormat, find_format
+from headstart.server.text.reasoning import THINK
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
+from headstart.server.text.tool_formats import FORMATS
 
 URL = "/v1/chat/completions"
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -295,6 +295,26 @@ async def test_other_structured_output_that_looks_like_calls_stands_alone(choice
     assert not follows(f'{{"name": "look", "parameters": {ROME}}}')
 
 
+async def test_calls_are_right_where_the_template_knows_none(choice, build, engine):
+    """Text is free; what opens a call has to become one. Without tools nothing is followed."""
+    app = build((TEMPLATES / "smollm2.jinja").read_text())
+    found = await choice(f"I look.\n{CALL}", app=app, tools=[LOOK, CLOCK])
+    assert found["message"]["content"] == "I look."
+    assert found["message"]["tool_calls"][0]["function"] == {"name": "look", "arguments": ROME}
+    follows = partial(follows_grammar, app, engine.added[0].params.grammar)
+    for text in ("", "Rome is hot.", CALL, f"I look.\n{CALL}\n{CLOCK_CALL}"):
+        assert follows(text), text
+    made_up = "<tool_response>\nhot\n</tool_response>"
+    wrong = CALL.replace("city", "town"), CALL.replace("look", "other"), "<tool_call>hm", made_up
+    for text in (*wrong, f"{made_up}\n{CALL}"):
+        assert not follows(text), text
+    await choice("hi", app=app)
+    await choice("hi", app=app, tools=[LOOK], tool_choice="none")
+    assert [added.params.grammar for added in engine.added[1:]] == [None, None]
+    await choice(CALL, app=app, tools=[LOOK, CLOCK], tool_choice="required")
+    assert not follows_grammar(app, engine.added[-1].params.grammar, "Rome is hot.")
+
+
 @pytest.mark.parametrize(
     ("fields", "passes", "fails"),
     [
@@ -386,7 +406,7 @@ async def test_marks_that_are_special_tokens_are_read(choice, build, format):
         "pythonic": '<|python_start|>[look(city="Rome")]<|python_end|>',
     }
     app = build(tokens=FORMATS[format].marks, tool_call_parser=format)
-    text = texts[format]
+    text = texts.get(format) or FORMATS[format]({}).written([("look", ROME)])
     for skip in (True, False):
         found = await choice(text, app=app, tools=[LOOK], skip_special_tokens=skip)
         assert found["message"]["content"] is None
@@ -394,7 +414,7 @@ async def test_marks_that_are_special_tokens_are_read(choice, build, format):
         assert call["function"] == {"name": "look", "arguments": ROME}
     # Where no calls are read they are left out, as other special tokens are.
     found = await choice(f"a{FORMATS[format].marks[0]}b", app=app)
-    assert found["message"]["content"] == "ab"
+    assert found["message"]["content"] == ("a" if FORMATS[format].frames_text else "ab")
 
 
 TOOL_RESULT = {"role": "tool", "tool_call_id": "a", "content": ""}
@@ -412,20 +432,21 @@ def function(**fields):
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"tools": LOOK}, "tools", "a list of tools"),
+        ({"tools": LOOK}, "tools", "a valid array"),
         ({"tools": [LOOK, 3]}, "tools[1]", "an object"),
         ({"tools": [LOOK, LOOK]}, "tools[1].function.name", "given twice"),
-        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function", "a name"),
-        ({"tools": function(name="a b")}, "tools[0].function.name", "1 to 64 characters"),
-        ({"tools": function(name="a" * 65)}, "tools[0].function.name", "1 to 64 characters"),
-        ({"tools": function(parameters=[])}, "tools[0].function.parameters", "a JSON schema"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "required"),
+        ({"tools": [{"type": "x"}]}, "tools[0].type", "'function' or 'custom'"),
+        ({"tools": function(name="a b")}, "tools[0].function.name", "1 to 128 characters"),
+        ({"tools": function(name="a" * 129)}, "tools[0].function.name", "1 to 128 characters"),
+        ({"tools": function(parameters=[])}, "tools[0].function.parameters", "an object"),
         (
             {"tools": function(parameters={"type": "string"})},
             "tools[0].function.parameters",
             'type "object"',
         ),
-        ({"tools": function(strict=1)}, "tools[0].function.strict", "true or false"),
-        ({"tools": function(description=1)}, "tools[0].function.description", "a string"),
+        ({"tools": function(strict=1)}, "tools[0].function.strict", "boolean"),
+        ({"tools": function(description=1)}, "tools[0].function.description", "a valid string"),
         ({"tools": function(description="x" * 65536)}, "tools[0]", "larger than 65536 bytes"),
         ({"tools": [LOOK] * 129}, "tools", "at most 128"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
@@ -451,8 +472,8 @@ def function(**fields):
         ),
         (
             {"tools": [LOOK], "tool_choice": {"type": "allowed_tools", "mode": "auto"}},
-            "tool_choice.mode",
-            "not a known",
+            "tool_choice.allowed_tools",
+            "must be an object",
         ),
         (
             {
@@ -501,28 +522,15 @@ def function(**fields):
         ),
         ({"messages": [USER | {"tool_call_id": "a"}]}, "messages[0].tool_call_id", "role 'tool'"),
         ({"messages": [USER | {"reasoning": "a"}]}, "messages[0].reasoning_content", "'assistant'"),
-        ({"messages": calling(id=None)}, "messages[0].tool_calls[0].id", "a string"),
-        ({"messages": calling(type="x")}, "messages[0].tool_calls[0]", 'type "function"'),
-        ({"messages": calling(x=1)}, "messages[0].tool_calls[0].x", "not a known field"),
-        (
-            {"messages": calling(function={"name": "f", "arguments": "{}", "x": 1})},
-            "messages[0].tool_calls[0].function.x",
-            "not a known field",
-        ),
+        ({"messages": calling(id=None)}, "messages[0].tool_calls[0].id", "valid string"),
+        ({"messages": calling(type="x")}, "messages[0].tool_calls[0].type", "'function'"),
+        ({"messages": calling(type="custom")}, "messages[0].tool_calls[0].custom", "required"),
+        ({"messages": calling(function=None)}, "messages[0].tool_calls[0].function", "required"),
         ({"messages": calling(function=1)}, "messages[0].tool_calls[0].function", "an object"),
-        *(
-            (
-                {"messages": calling(function={"name": "f", "arguments": arguments})},
-                "messages[0].tool_calls[0].function.arguments",
-                words,
-            )
-            for arguments, words in (
-                ({}, "a string"),
-                ("[1]", "the JSON text of an object"),
-                ("{", "the JSON text of an object"),
-                ('{"a": "\\ud800"}', "the JSON text of an object"),
-                ('{"a": ' * 9000, "the JSON text of an object"),
-            )
+        (
+            {"messages": calling(function={"name": "f", "arguments": {}})},
+            "messages[0].tool_calls[0].function.arguments",
+            "a valid string",
         ),
     ],
 )
@@ -538,7 +546,7 @@ async def test_what_is_refused(ask, engine, fields, param, words):
 @pytest.mark.parametrize(
     ("template", "settings", "words"),
     [
-        ("{{ messages[0].content }}", {}, "has no tools"),
+        ("{{ messages[0].content }}", {"tool_call_parser": "none"}, "--tool-call-parser"),
         (SHOWS_ALL, {"tool_call_parser": "none"}, "--tool-call-parser"),
         (SHOWS_ALL.replace("<tool_call>", "<function=x>"), {}, "--tool-call-parser"),
     ],
@@ -566,15 +574,15 @@ def format_of(backend, template, calls="auto", thoughts="auto", tokens=()) -> An
         ("llama3_1", "llama3_json", False),
         ("llama3_2", "llama3_json", False),
         ("mistral_tools", "mistral", False),
-        ("mistral", None, False),
-        ("gemma3", None, False),
-        ("smollm2", None, False),
+        ("mistral", "hermes", False),
+        ("gemma3", "hermes", False),
+        ("smollm2", "hermes", False),
     ],
 )
 def test_formats_are_found_in_templates(backend, name, calls, thinks):
     found = format_of(backend, (TEMPLATES / f"{name}.jinja").read_text())
-    assert (found.calls.name if found.calls else None) == calls
-    assert found.writes_tools == (calls is not None)
+    assert found.calls.name == calls
+    assert found.told_by_us == (name in ("mistral", "gemma3", "smollm2"))
     assert (found.thoughts is THINK) == thinks
 
 
@@ -582,7 +590,19 @@ def test_formats_of_other_templates(backend):
     tools = "{{ tools | tojson }}{{ messages[0].content }}"
     assert format_of(backend, tools).calls.name == "hermes"
     assert format_of(backend, f"{tools}[f(a=1, b=2)]").calls.name == "pythonic"
-    assert format_of(backend, tools + "<function=f>").calls is None
+    for marks, name in (
+        ("<function=f> <parameter=a>", "qwen3_coder"),
+        ("<tool_call>f <arg_key>a</arg_key>", "glm"),
+        ("<｜tool▁calls▁begin｜> ```json", "deepseek_v3"),
+        ("<｜tool▁calls▁begin｜>", "deepseek_v31"),
+        ("<|tool_call|>[]<|/tool_call|>", "phi4"),
+        ("<|tool_call|>", "granite"),
+        ("```tool_code", "tool_code"),
+        ("<|channel|>", "harmony"),
+    ):
+        assert format_of(backend, tools + marks).calls.name == name
+    for marks in ("<function=f>", "<|tool_call>call:f", "<minimax:tool_call>"):
+        assert format_of(backend, tools + marks).calls is None
     assert format_of(backend, tools, calls="mistral").calls.name == "mistral"
     assert format_of(backend, tools, calls="none").calls is None
     assert format_of(backend, "x", tokens=("<think>", "</think>")).thoughts is THINK
@@ -591,9 +611,10 @@ def test_formats_of_other_templates(backend):
     assert format_of(backend, "x", thoughts="think").thoughts is THINK
 
 
-async def test_turns_with_tools(choice, build, engine):
+@pytest.mark.parametrize("name", ["qwen2_5", "smollm2"])
+async def test_turns_with_tools(choice, build, engine, name):
     """Segments of chats with tools and results are those of the system and user turns."""
-    app = build((TEMPLATES / "qwen2_5.jinja").read_text())
+    app = build((TEMPLATES / f"{name}.jinja").read_text())
     messages = [USER, *calling(), TOOL_RESULT | {"content": "hot"}, USER]
     await choice(app=app, messages=messages, tools=[LOOK], segment_mask="turns")
     decode = app.state.runtime.tokenizer.decode_all
@@ -629,3 +650,134 @@ async def test_what_is_continued_is_echoed_before_calls(ask, build):
     [found] = response.json()["choices"]
     assert found["message"]["content"].startswith("I look:")
     assert found["message"]["tool_calls"][0]["function"]["name"] == "look"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ('{"city": "Ro', '{"city": "Ro'),
+        ("[1]", "[1]"),
+        ('{"a": "\\ud800"}', '{"a": "\\ud800"}'),
+        ('{"a": ' * 300, '{"a": ' * 300),
+        ("no JSON", "no JSON"),
+        ('{"a": [1]}', {"a": [1]}),
+        (" ", {}),
+        (None, {}),
+    ],
+)
+async def test_a_chat_goes_on_from_a_call_that_was_cut(build, choice, engine, arguments, written):
+    engine.model = msgspec.structs.replace(engine.model, max_model_len=100_000)
+    app = build()
+    called = calling(function={"name": "f", "arguments": arguments, "x": 1}, x=1, index=0)
+    await choice(app=app, messages=[USER, *called, TOOL_RESULT], max_tokens=1)
+    call = shown(engine, app)[1][1]["tool_calls"][0]
+    assert call["function"] == {"name": "f", "arguments": written}
+
+
+async def test_long_names_and_fields_that_are_ignored(ask, build, engine):
+    app = build()
+    tool = function(name="a" * 128, x=1)[0] | {"cache_control": {}, "y": 2}
+    picked = {"type": "function", "function": {"name": "a" * 128}, "z": 3}
+    messages = [USER, *calling(x=1), TOOL_RESULT, USER]
+    response = await ask(app=app, tools=[tool], tool_choice=picked, messages=messages)
+    assert response.status_code == 200, response.text
+    assert set(response.headers["x-headstart-ignored"].split(", ")) == {
+        "tools[].cache_control",
+        "tools[].y",
+        "tools[].function.x",
+        "tool_choice.z",
+        "messages[].tool_calls[].x",
+    }
+    assert shown(engine, app)[0] == [{"type": "function", "function": {"name": "a" * 128}}]
+
+
+async def test_unknown_fields_of_nested_objects_may_be_refused(ask, build):
+    app = build(unknown_fields="refuse")
+    tool = function(x=1)[0] | {"y": None}
+    picked = {"type": "function", "function": {"name": "look"}, "z": 3}
+    response = await ask(app=app, tools=[tool], tool_choice=picked)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "tools[0].function.x is not a known field"
+    response = await ask(app=app, tools=[LOOK], tool_choice=picked)
+    assert response.json()["error"]["message"] == "tool_choice.z is not a known field"
+
+
+RUN = {"type": "custom", "custom": {"name": "run", "description": "runs it"}}
+RUN_CALL = '<tool_call>\n{"name": "run", "arguments": {"input": "ls \\"a\\"\\n"}}\n</tool_call>'
+
+
+async def test_custom_tools_take_a_text(build, choice, engine):
+    app = build()
+    found = await choice(f"So {RUN_CALL}{CLOCK_CALL}", app=app, tools=[RUN, CLOCK])
+    [run, clock] = found["message"]["tool_calls"]
+    assert run == {
+        "id": run["id"],
+        "type": "custom",
+        "custom": {"name": "run", "input": 'ls "a"\n'},
+    }
+    assert clock["function"] == {"name": "clock", "arguments": "{}"}
+    assert found["finish_reason"] == "tool_calls"
+    said = {"role": "assistant", "content": None, "tool_calls": [run]}
+    result = {"role": "tool", "tool_call_id": run["id"], "content": "b"}
+    await choice(app=app, tools=[RUN], messages=[USER, said, result])
+    (tool,), messages = shown(engine, app)
+    assert tool["function"]["parameters"]["properties"] == {"input": {"type": "string"}}
+    called = {"name": "run", "arguments": {"input": 'ls "a"\n'}}
+    assert messages[1]["tool_calls"][0]["function"] == called
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_custom_calls_in_a_stream(ask, events, say, cut):
+    text = RUN_CALL[: RUN_CALL.index(" \\")] if cut else RUN_CALL + CLOCK_CALL
+    response = await ask(text, tools=[RUN, CLOCK], stream=True, max_tokens=len(say(text)) + 9)
+    *chunks, _ = events(response.text)
+    calls = [
+        call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())
+    ]
+    begun, given = (call for call in calls if call["index"] == 0)
+    assert (begun["type"], begun["custom"]) == ("custom", {"name": "run", "input": ""})
+    assert given["custom"] == {"input": '{"input": "ls' if cut else 'ls "a"\n'}
+    assert chunks[-1]["choices"][0]["delta"] == {}
+
+
+async def test_forced_custom_calls(build, choice, engine):
+    """Of a tool whose input has to match a regex."""
+    app = build()
+    grammar = {"syntax": "regex", "definition": "[0-9]+|x"}
+    tool = {"type": "custom", "custom": {"name": "run", "format": {"type": "grammar"}}}
+    tool["custom"]["format"]["grammar"] = grammar
+    picked = {"type": "custom", "custom": {"name": "run"}}
+    await choice("", app=app, tools=[tool, CLOCK], tool_choice=picked)
+    params = engine.added[-1].params
+    follows = partial(follows_grammar, app, params.grammar)
+
+    def call(text):
+        return f'<tool_call>\n{{"name": "run", "arguments": {{"input": "{text}"}}}}\n</tool_call>'
+
+    assert follows(call("12"))
+    assert follows(call("x"))
+    assert not follows(call("12a"))
+    assert not follows(CLOCK_CALL)
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "words"),
+    [
+        (
+            {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: x"}},
+            "tools[0].custom.format.grammar.syntax",
+            "use 'regex'",
+        ),
+        ({"type": "grammar"}, "tools[0].custom.format.grammar", "required"),
+        ({"type": "xml"}, "tools[0].custom.format.type", "'grammar'"),
+    ],
+)
+async def test_formats_of_custom_tools(ask, engine, given, param, words):
+    tool = {"type": "custom", "custom": {"name": "run", "format": given}}
+    response = await ask(tools=[tool])
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+    plain = {"type": "custom", "custom": {"name": "run", "format": {"type": "text"}}}
+    assert (await ask(tools=[plain])).status_code == 200

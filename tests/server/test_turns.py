@@ -19,9 +19,9 @@ from tokenizers.trainers import BpeTrainer
 
 from headstart.engine.errors import RequestError
 from headstart.engine.ranges.segments import turn_spans
-from headstart.server import template_language
-from headstart.server.templates import ChatTemplate
-from headstart.server.tokenizer import Tokenizer
+from headstart.server.text import template_language
+from headstart.server.text.templates import ChatTemplate
+from headstart.server.text.tokenizer import Tokenizer
 
 Expected = list[tuple[str | None, str]]
 
@@ -914,10 +914,11 @@ def test_chats_that_a_template_has_ways_of_its_own_for(source, messages, reason)
 def test_a_text_may_be_stripped_only_with_tools():
     chat = odd(
         "{% for message in messages %}{% if message.role == 'user' %}"
-        "[Q] {{ message.content | trim if tools else message.content }} [/Q]"
+        "[Q] {% if tools %}{{ tools | tojson }}: {{ message.content | trim }}"
+        "{% else %}{{ message.content }}{% endif %} [/Q]"
         "{% else %}{{ message.content }}<|im_end|>{% endif %}{% endfor %}"
     )
-    assert cut(chat, [user("hello")], TOOLS) == [("user", "[Q] hello [/Q]")]
+    assert cut(chat, [user("hello")], TOOLS) == [("user", f"[Q] [{TOOL}]: hello [/Q]")]
     assert cut(chat, [user(" hello")]) == [("user", "[Q]  hello [/Q]")]
     with pytest.raises(RequestError, match="changes"):
         chat.encode_turns([user(" hello")], TOOLS)  # the space before it might be its own
@@ -1201,8 +1202,8 @@ def test_calls_and_results_may_not_be_special_to_the_template(chat_template):
     assert cut(chat_template("smollm2"), CALLS) == [
         turn_ml("system", SMOL),
         turn_ml("user", "how is Rome"),
-        turn_ml("assistant", ""),
-        turn_ml("tool", "hot"),
+        turn_ml("assistant", QWEN_CALL),
+        ("tool", turn_ml("user", QWEN_RESULT.lstrip())[1]),
         turn_ml("assistant", "It is hot."),
         turn_ml("user", "and now"),
         ANSWER_ML,
@@ -1210,8 +1211,9 @@ def test_calls_and_results_may_not_be_special_to_the_template(chat_template):
 
 
 def test_what_the_template_does_not_write_is_missed(chat_template):
+    chat = odd(EVERY.replace("in messages", "in messages if message.role != 'system'", 1))
     with pytest.raises(RequestError, match="leaves out a message"):
-        chat_template("phi4").encode_turns(CALLS)
+        chat.encode_turns([user("hello"), assistant("hi"), system("Be nice."), user("the fox?")])
 
 
 def test_special_tokens_in_tools_and_calls_are_plain_text(chat_template):

@@ -27,7 +27,7 @@ sys.meta_path.insert(0, Refuse())
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.sampling.params import SamplingParams
-import headstart.server.cli, headstart.server.app
+import headstart.server.cli.main, headstart.server.http.app
 engine = Engine(EngineConfig(model_path=sys.argv[1], kv_memory=16 << 20, weights="f32"))
 print(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)))
 print("triton" in sys.modules, "flash_attn" in sys.modules)

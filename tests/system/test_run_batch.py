@@ -29,7 +29,14 @@ def test_an_engine_that_is_killed_costs_no_line(default_flags, tmp_path):
     ]
     source.write_text("".join(json.dumps(request) + "\n" for request in requests))
     model, *flags = default_flags
-    command = [sys.executable, "-m", "headstart.server.cli", "run-batch", str(source), str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "headstart.server.cli.main",
+        "run-batch",
+        str(source),
+        str(output),
+    ]
     process = subprocess.Popen(
         [*command, "--model", model, *flags, "--concurrency", "8"],
         stderr=subprocess.PIPE,

@@ -174,8 +174,9 @@ async def launch(monkeypatch):
     runs(monkeypatch, SERVICE)
     clients = []
 
-    async def start(adapters=None, *, begun=False) -> EngineClient:
-        client = EngineClient(EngineConfig(model_path="none", adapters=adapters or {}))
+    async def start(adapters=None, *, begun=False, **settings) -> EngineClient:
+        config = EngineConfig(model_path="none", adapters=adapters or {}, **settings)
+        client = EngineClient(config)
         clients.append(client)
         if begun:
             client.begin()
@@ -355,3 +356,47 @@ async def test_stopping_fails_who_asked(launch, adapter):
     await stopping
     with pytest.raises(EngineDeadError, match="shutting down"):
         await asked
+
+
+STUCK = 2.0
+"""Seconds of silence; a quarter of them is the longest between two signs of life."""
+
+
+async def test_an_engine_that_shows_no_sign_of_life_is_replaced(launch, caplog):
+    """A process that the system, or a fault, has stopped: with a step to compute, or at rest."""
+    client = await launch(stuck_after=STUCK)
+    stream = client.add([1], SamplingParams(max_tokens=10**6))
+    await anext(stream)
+    for restarts in (1, 2):
+        stopped = client.pid
+        os.kill(stopped, signal.SIGSTOP)
+        if restarts == 1:
+            with pytest.raises(EngineDeadError, match="signal 9"):
+                await tokens_of(stream)
+        async with asyncio.timeout(300):
+            while client.restarts < restarts:
+                await asyncio.sleep(0.005)
+        await ready_again(client)
+        assert client.pid != stopped
+        assert await answer(client) == [0, 0]
+    said = [r.getMessage() for r in caplog.records if "no sign of life for 2 s" in r.getMessage()]
+    assert len(said) == 2
+
+
+async def test_an_engine_that_is_busy_or_at_rest_is_alive(launch):
+    client = await launch(stuck_after=STUCK)
+    pid = client.pid
+    await asyncio.sleep(1.5 * STUCK)
+    stream = client.add([1], SamplingParams(max_tokens=10**6))
+    await asyncio.sleep(1.5 * STUCK)
+    stream.abort()
+    assert (client.pid, client.restarts, client.ready) == (pid, 0, True)
+
+
+async def test_engines_may_be_silent_for_ever(launch):
+    client = await launch(stuck_after=0.0)
+    os.kill(client.pid, signal.SIGSTOP)
+    await asyncio.sleep(0.5)
+    os.kill(client.pid, signal.SIGCONT)
+    assert await answer(client) == [0, 0]
+    assert client.restarts == 0

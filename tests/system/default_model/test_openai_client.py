@@ -225,13 +225,20 @@ def test_models(client):
     assert client.models.retrieve(MODEL).id == MODEL
 
 
+def test_what_has_no_effect_is_named(client):
+    answer = client.chat.completions.with_raw_response.create(
+        model=MODEL, messages=PARIS, max_tokens=1, store=True, verbosity="low"
+    )
+    assert answer.headers["x-headstart-ignored"] == "store, verbosity"
+
+
 def test_errors_are_those_of_the_client_library(client):
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model=MODEL, messages=PARIS, temperature=9)
     assert bad.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(model=MODEL, messages=PARIS, store=True)
-    assert unsupported.value.param == "store"
+        client.chat.completions.create(model=MODEL, messages=PARIS, modalities=["audio"])
+    assert unsupported.value.param == "modalities"
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-4o", messages=PARIS)
     assert missing.value.code == "model_not_found"

@@ -1,0 +1,1 @@
+"""The APIs, a folder or a file per endpoint group."""

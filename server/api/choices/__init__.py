@@ -1,0 +1,1 @@
+"""Answers with `choices`, which chats and completions have in common."""

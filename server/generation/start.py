@@ -1,0 +1,87 @@
+"""Prompts to running choices: the one place where the API asks the engine for tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+from fastapi import Request
+
+from headstart.engine.ranges.segments import Span
+from headstart.engine.sampling.params import SamplingParams
+from headstart.server.api.fields import choice_seed
+from headstart.server.http.cache_scope import salt_of
+from headstart.server.http.metrics import ChoiceTimer
+from headstart.server.http.reply import Choice, Echo
+from headstart.server.http.runtime import Runtime, Served
+from headstart.server.text.answer import AnswerParser
+from headstart.server.text.assembler import TextAssembler, TextOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A checked prompt. ``context``: its last ids, for text that continues it. ``new_parser`` makes
+    what tells the parts of an answer; None: it is text and nothing else."""
+
+    token_ids: Sequence[int]
+    params: SamplingParams
+    segments: Sequence[Span] = ()
+    context: Sequence[int] = ()
+    echo: Echo | None = None
+    new_parser: Callable[[], AnswerParser] | None = None
+
+
+def start_choices(
+    runtime: Runtime,
+    request: Request,
+    served: Served,
+    prompts: Sequence[Prompt],
+    *,
+    n: int,
+    options: TextOptions,
+    priority: int = 0,
+) -> list[Choice]:
+    """``n`` choices of each prompt, seeds counting up from the request's.
+
+    Raises EngineDeadError; nothing is left running then.
+    """
+    choices: list[Choice] = []
+    metrics, salt = runtime.metrics.of(served.name), salt_of(request.scope)
+    try:
+        for i, prompt in enumerate(prompts):
+            for j in range(n):
+                params = prompt.params
+                if j:  # the first one tells of the prompt's progress
+                    seed = None if params.seed is None else choice_seed(params.seed, j)
+                    params = msgspec.structs.replace(params, seed=seed, prompt_progress=False)
+                assembler = TextAssembler(
+                    runtime.tokenizer,
+                    options,
+                    context=prompt.context,
+                    logprobs=params.logprobs is not None,
+                )
+                choices.append(
+                    Choice(
+                        index=i * n + j,
+                        prompt=i,
+                        prompt_token_ids=prompt.token_ids,
+                        stream=runtime.engine.add(
+                            prompt.token_ids,
+                            params,
+                            salt=salt,
+                            segments=prompt.segments,
+                            adapter=served.adapter,
+                            priority=priority,
+                        ),
+                        assembler=assembler,
+                        timer=ChoiceTimer(metrics),
+                        echo=prompt.echo,
+                        parser=prompt.new_parser() if prompt.new_parser else None,
+                    )
+                )
+    except BaseException:
+        for choice in choices:
+            choice.stream.abort()
+        raise
+    return choices

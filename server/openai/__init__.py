@@ -1,1 +1,0 @@
-"""The OpenAI API: request bodies, response bodies, one file per endpoint group."""

@@ -1,0 +1,1 @@
+"""Text and token ids: tokenizer, templates, turns, the parts of an answer."""
