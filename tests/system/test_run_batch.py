@@ -32,7 +32,7 @@ def test_an_engine_that_is_killed_costs_no_line(default_flags, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "headstart.server.cli.main",
+        "headstart.server.cli",
         "run-batch",
         str(source),
         str(output),

@@ -94,6 +94,13 @@ def test_a_forced_call(tiny_folder, tmp_path, start_server):
     assert json.loads(answer.output[0].arguments)["city"] in ("Rome", "Paris")
 
 
-def test_tools_need_a_template_that_writes_them(client):
-    with pytest.raises(openai.BadRequestError, match="chat template"):
-        client.responses.create(model=MODEL, input="Where?", tools=[LOOK], tool_choice="required")
+def test_a_template_without_tools_writes_ours(client):
+    response = client.responses.create(
+        model=MODEL,
+        input="Where?",
+        tools=[LOOK],
+        tool_choice="required",
+        parallel_tool_calls=False,
+    )
+    assert [item.type for item in response.output] == ["function_call"]
+    assert response.output[0].name == LOOK["name"]
