@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -93,23 +93,33 @@ class ToolUse:
         return [function["name"] for function in self.functions]
 
 
+def check_number(tools: Sequence[Any], settings: ServerSettings) -> None:
+    """Raise APIError for too many tools."""
+    if len(tools) > settings.max_tools:
+        raise bad_request(
+            f"tools has {len(tools)} entries; at most {settings.max_tools} are allowed", "tools"
+        )
+
+
+def check_size(tool: Mapping[str, Any], path: str, settings: ServerSettings) -> None:
+    """Raise APIError for a tool that is too large, as JSON."""
+    if len(msgspec.json.encode(tool)) > settings.max_tool_bytes:
+        raise bad_request(f"{path} is larger than {settings.max_tool_bytes} bytes", path)
+
+
 def checked_tools(tools: Any, settings: ServerSettings) -> list[tuple[str, dict[str, Any]]]:
     """The tools of a request and their paths, within the limits; raises APIError."""
     if tools is None:
         return []
     if not isinstance(tools, list):
         raise invalid("tools", "must be a list of tools")
-    if len(tools) > settings.max_tools:
-        raise bad_request(
-            f"tools has {len(tools)} entries; at most {settings.max_tools} are allowed", "tools"
-        )
+    check_number(tools, settings)
     found: list[tuple[str, dict[str, Any]]] = []
     for i, tool in enumerate(tools):
         path = f"tools[{i}]"
         if not isinstance(tool, dict):
             raise invalid(path, "must be an object")
-        if len(msgspec.json.encode(tool)) > settings.max_tool_bytes:
-            raise bad_request(f"{path} is larger than {settings.max_tool_bytes} bytes", path)
+        check_size(tool, path, settings)
         found.append((path, tool))
     return found
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import msgspec
 from pydantic import FailFast
 
-from headstart.server.api.tools import named_functions, written_arguments
+from headstart.server.api.tools import check_number, check_size, named_functions, written_arguments
 from headstart.server.http.errors import bad_request
 from headstart.server.http.policy import Advisory, Body
 from headstart.server.settings import ServerSettings
@@ -89,10 +88,7 @@ ToolList = Annotated[list[Tool] | None, FailFast()]
 def functions_of(tools: Sequence[Tool] | None, settings: ServerSettings) -> list[Function]:
     """Tools as functions, checked; raises APIError."""
     tools = tools or ()
-    if len(tools) > settings.max_tools:
-        raise bad_request(
-            f"tools has {len(tools)} entries; at most {settings.max_tools} are allowed", "tools"
-        )
+    check_number(tools, settings)
     found: list[tuple[Function, str]] = []
     for i, tool in enumerate(tools):
         path = f"tools[{i}].{tool.type}"
@@ -100,10 +96,7 @@ def functions_of(tools: Sequence[Tool] | None, settings: ServerSettings) -> list
         if given is None:
             raise bad_request(f"{path} is required", path, "missing_required_parameter")
         function = given.function(path) if isinstance(given, CustomTool) else given.function()
-        if len(msgspec.json.encode(function)) > settings.max_tool_bytes:
-            raise bad_request(
-                f"tools[{i}] is larger than {settings.max_tool_bytes} bytes", f"tools[{i}]"
-            )
+        check_size(function, f"tools[{i}]", settings)
         found.append((function, path))
     return named_functions(found)
 

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import msgspec
 from pydantic import WithJsonSchema
 
 from headstart.server.api.fields import Ignored
-from headstart.server.api.tools import NAME, ToolChoice, checked_choice, named_functions
+from headstart.server.api.tools import NAME, ToolChoice, check_size, checked_choice, named_functions
 from headstart.server.http.errors import APIError, bad_request, invalid
 from headstart.server.http.policy import Advisory, Body, Notes, body_at
 from headstart.server.settings import ServerSettings
@@ -171,8 +170,7 @@ def offered_tools(tools: Any, settings: ServerSettings, notes: Notes) -> Offered
             continue
         if len(functions) == settings.max_tools:
             raise bad_request(f"tools: at most {settings.max_tools} are allowed", "tools")
-        if len(msgspec.json.encode(tool)) > settings.max_tool_bytes:
-            raise bad_request(f"{path} is larger than {settings.max_tool_bytes} bytes", path)
+        check_size(tool, path, settings)
         if kind == "function":
             function = _function(body_at(FunctionBody, tool, path, notes))
         else:
