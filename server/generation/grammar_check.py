@@ -76,6 +76,7 @@ class GrammarChecker:
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         self._busy = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
+        self._killed: list[asyncio.subprocess.Process] = []
 
     async def check(self, grammar: str, vocab_size: int, eos_token_ids: list[int]) -> None:
         """Raises RequestError with what is wrong with ``grammar``."""
@@ -96,15 +97,16 @@ class GrammarChecker:
                 self._remember(digest, await self._ask(grammar, vocab_size, eos_token_ids))
 
     async def close(self) -> None:
-        """End the process, if there is one."""
-        process = self._process
+        """End the process, if there is one, and wait for all that were ended."""
         self._kill()
-        if process is not None:
+        for process in self._killed:
             await process.wait()
 
     def _kill(self) -> None:
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
+            self._killed = [killed for killed in self._killed if killed.returncode is None]
+            self._killed.append(process)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
 
