@@ -15,7 +15,7 @@ INSTALL := $(BIN)/python deploy/install.py $(if $(CUDA),--cuda)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 .PHONY: help serve test test-all test-gpu-interpreter lint format install bench bench-serve bench-steps \
-	bench-tokens perplexity peers container-test install-test aarch64-test clients gpu-check gpu-bench fuzz soak clean
+	bench-tokens perplexity peers container-test install-test aarch64-test x86-test clients gpu-check gpu-bench fuzz soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 test test-all: export PYTHONPYCACHEPREFIX = $(CURDIR)/.venv/pycache
 
 test: $(TESTING) ## run the tests, 10 to 16 minutes on two cores
-	$(BIN)/pytest -n 2 --no-loadscope-reorder -m 'not slow and not interpreter' $(ARGS)
+	$(BIN)/pytest -n 2 --no-loadscope-reorder --session-timeout=4500 -m 'not slow and not interpreter' $(ARGS)
 
 test-all: $(TESTING) ## run every test, with as many random examples as they ask for: up to an hour on two cores
 	$(BIN)/pytest -n 2 --no-loadscope-reorder --hypothesis-profile=all $(ARGS)
@@ -118,6 +118,9 @@ install-test: ## as root: the README's commands in a bare Debian
 
 aarch64-test: ## cross-build the kernels, run their tests under qemu
 	deploy/aarch64_test.sh
+
+x86-test: $(TESTING) ## every x86 instruction set's kernels on a CPU with AVX2, emulated
+	deploy/x86_test.sh $(ARGS)
 
 # Some 20,000 requests made of /openapi.json, at a server with adapters that may be loaded.
 FUZZ_PORT ?= 8765

@@ -9,6 +9,8 @@ import hashlib
 import itertools
 import json
 import os
+import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +35,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from xdist.scheduler import LoadScopeScheduling
 
+from headstart.kernels import _cpu
+
 # How long an example takes says more about the machine than about the code. "all" is chosen by
 # `make test-all`: tests that want more or fewer examples say so as multiples of the profile's.
 hypothesis.settings.register_profile("all", deadline=None)
@@ -41,6 +45,7 @@ hypothesis.settings.load_profile("tests")
 
 
 TESTS = Path(__file__).parent
+CPUINFO = Path("/proc/cpuinfo")
 COLLECTED = 32
 """Tests after which engines that nobody holds any more are looked for."""
 finished = itertools.count(1)
@@ -60,6 +65,14 @@ class WholeFiles(LoadScopeScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         return "shared" if asks_shared(nodeid) else nodeid.partition("::")[0]
+
+
+def pytest_report_header() -> str:
+    """A log says by itself which machine it is from."""
+    text = CPUINFO.read_text() if CPUINFO.exists() else ""
+    found = [re.search(rf"{name}\s*: (.*)", text) for name in ("model name", "cpu family", "model")]
+    cpu = " ".join(match[1] for match in found if match) or platform.machine()
+    return f"machine: {os.cpu_count()} x {cpu}; kernels: {', '.join(_cpu.supported())}"
 
 
 @pytest.hookimpl(optionalhook=True)

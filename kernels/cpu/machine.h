@@ -24,6 +24,9 @@ inline std::vector<MachineSet> machine_sets() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(HEADSTART_EMULATED)  // tests/kernels/cpu/emulated.h
+  const bool avx512 = avx2, vnni = avx2, bf16 = avx2, avx_vnni = avx2;
+#else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
@@ -31,6 +34,7 @@ inline std::vector<MachineSet> machine_sets() {
   // Neither compiler's __builtin_cpu_supports has known AVX-VNNI's name for long.
   unsigned a, b, c, d;
   const bool avx_vnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#endif
   return {{"avx512_bf16", "avx512_vnni", bf16}, {"avx512_vnni", "avx512", vnni}, {"avx512", nullptr, avx512},
           {"avx_vnni", "avx2", avx_vnni},       {"avx2", nullptr, avx2},         {"portable", nullptr, true}};
 #elif defined(__aarch64__)
