@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
+from starlette.types import Scope
 
 from headstart.engine.process.messages import ModelInfo
 from headstart.engine.sampling.params import MAX_LOGPROBS, SamplingParams
@@ -17,8 +18,9 @@ from headstart.server.generation.structure import (
     StructuredOutputs,
     guided_structure,
 )
-from headstart.server.http.access_log import REQUEST_ID_PATTERN
+from headstart.server.http.access_log import REQUEST_ID_PATTERN, name_request
 from headstart.server.http.cache_scope import CacheBody
+from headstart.server.http.deadline import Watch
 from headstart.server.http.errors import ContextLengthError, bad_request
 from headstart.server.http.policy import Advisory, Body, Refused
 from headstart.server.http.runtime import Runtime
@@ -150,6 +152,12 @@ class GenerationBody(Described, CacheBody):
     use_beam_search: Annotated[Any, Refused("see n and best_of", harmless=(False,))] = None
     watermarking: Annotated[Any, Refused(harmless=(False,))] = None
 
+    def note(self, scope: Scope, settings: ServerSettings) -> None:
+        super().note(scope, settings)
+        Watch.of(scope).limit(self.timeout)
+        if self.request_id is not None:
+            name_request(scope, self.request_id)
+
     def check(self, settings: ServerSettings) -> None:
         """Raise APIError for fields that do not go together, and limits passed."""
         if self.stream_options is not None:
@@ -203,7 +211,7 @@ class GenerationBody(Described, CacheBody):
         )
 
     def truncated(
-        self, token_ids: Sequence[int], max_tokens: int | None, model: ModelInfo, *, spans: bool
+        self, max_tokens: int | None, model: ModelInfo, token_ids: Sequence[int], spans: bool
     ) -> Sequence[int]:
         """The end of a prompt, if ``truncate_prompt_tokens`` asks for it. -1: as much as leaves
         room for the answer. ``spans``: the prompt has some, whose places would be lost."""

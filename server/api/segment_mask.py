@@ -24,11 +24,6 @@ from headstart.server.text.tokenizer import Place
 FIELD = "segment_mask"
 UNITS = ("characters", "tokens")
 
-NOT_DECLARED = (
-    "segment_mask: neither a config nor --segment-mask declares segments for this model; "
-    "one that was not tuned for them answers worse with them"
-)
-
 _PAIRS = {
     "type": "array",
     "items": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},

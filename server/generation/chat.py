@@ -1,8 +1,8 @@
 """A checked chat on its way to the engine: what all endpoints that take chats have in common.
 
-    Chat -> encode_chat (the template) -> read_answer (parts, grammar) -> start_choices
+    Chat -> encode_chat (the template) -> _read_answer (parts, grammar) -> answer (start.py)
 
-``start_chat`` is these steps for those that ask for one answer and nothing of vLLM's.
+``answer_chat`` is all of it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fastapi import Request
 from headstart.engine.ranges.segments import Span, turn_spans
 from headstart.engine.sampling.params import SamplingParams
 from headstart.server.api.tools import ToolUse
-from headstart.server.generation.start import Prompt, start_choices
+from headstart.server.generation.start import Prompt, answer
 from headstart.server.generation.structure import Structure
 from headstart.server.http.errors import bad_request
-from headstart.server.http.reply import Choice
+from headstart.server.http.reply import Echo, Format, Reply
 from headstart.server.http.runtime import Runtime, Served
 from headstart.server.text.answer import AnswerParser
 from headstart.server.text.assembler import TextOptions
@@ -88,7 +88,7 @@ async def encode_chat(runtime: Runtime, chat: Chat) -> tuple[Sequence[int], list
     return await runtime.with_chat(size, encode), []
 
 
-async def read_answer(runtime: Runtime, chat: Chat, token_ids: Sequence[int]) -> AnswerReading:
+async def _read_answer(runtime: Runtime, chat: Chat, token_ids: Sequence[int]) -> AnswerReading:
     """How the answer to a prompt is read; raises APIError for what cannot be followed."""
     answers, use = runtime.answers, chat.use
     inside = answers.inside(runtime.tokenizer.decode_all(token_ids[-CONTEXT_IDS:]))
@@ -119,25 +119,50 @@ async def _structure(runtime: Runtime, chat: Chat) -> Structure | None:
     return Structure(grammar, "tools", schemas)
 
 
-async def start_chat(
+async def answer_chat(
     runtime: Runtime,
     request: Request,
     served: Served,
     chat: Chat,
+    format: Format,
     new_params: Callable[[int, str | None], SamplingParams],
-) -> list[Choice]:
-    """The one choice of a chat. ``new_params`` of the prompt's length and the grammar."""
+    *,
+    stream: bool,
+    truncate: Callable[[Sequence[int], bool], Sequence[int]] | None = None,
+    echo: bool = False,
+    n: int = 1,
+    priority: int = 0,
+) -> Reply:
+    """The answer to a chat, in the API's ``format``; raises APIError and RequestError.
+
+    new_params  of the prompt's length and the grammar
+    truncate    the prompt's ids; it also gets whether there are segments
+    echo        the text that the answer continues comes before it
+    """
     chat.check()
     token_ids, segments = await encode_chat(runtime, chat)
-    reading = await read_answer(runtime, chat, token_ids)
+    if truncate is not None:
+        token_ids = truncate(token_ids, bool(segments))
+    reading = await _read_answer(runtime, chat, token_ids)
     prompt = Prompt(
         token_ids,
         new_params(len(token_ids), reading.grammar),
         segments,
         context=chat.context(token_ids),
+        echo=Echo(chat.messages[-1]["content"], token_ids) if echo else None,
         new_parser=reading.new_parser,
     )
-    return start_choices(runtime, request, served, [prompt], n=1, options=reading.options)
+    return answer(
+        runtime,
+        request,
+        served,
+        [prompt],
+        format,
+        options=reading.options,
+        stream=stream,
+        n=n,
+        priority=priority,
+    )
 
 
 def chat_size(messages: Sequence[Message], tools: Tools | None) -> int:

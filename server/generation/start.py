@@ -13,10 +13,15 @@ from headstart.engine.sampling.params import SamplingParams
 from headstart.server.api.fields import choice_seed
 from headstart.server.http.cache_scope import salt_of
 from headstart.server.http.metrics import ChoiceTimer
-from headstart.server.http.reply import Choice, Echo
+from headstart.server.http.reply import Choice, Echo, Format, Reply
 from headstart.server.http.runtime import Runtime, Served
 from headstart.server.text.answer import AnswerParser
 from headstart.server.text.assembler import TextAssembler, TextOptions
+
+NOT_DECLARED = (
+    "segment_mask: neither a config nor --segment-mask declares segments for this model; "
+    "one that was not tuned for them answers worse with them"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +37,37 @@ class Prompt:
     new_parser: Callable[[], AnswerParser] | None = None
 
 
-def start_choices(
+def answer(
     runtime: Runtime,
     request: Request,
     served: Served,
     prompts: Sequence[Prompt],
+    format: Format,
     *,
-    n: int,
     options: TextOptions,
+    stream: bool,
+    n: int = 1,
     priority: int = 0,
-) -> list[Choice]:
-    """``n`` choices of each prompt, seeds counting up from the request's.
+) -> Reply:
+    """The answer to a request: ``n`` choices of each prompt, in the API's ``format``.
 
     Raises EngineDeadError; nothing is left running then.
     """
+    choices = _start_choices(runtime, request, served, prompts, n, options, priority)
+    declared = served.for_segments or not any(prompt.segments for prompt in prompts)
+    return Reply(choices, format, stream=stream, warning=None if declared else NOT_DECLARED)
+
+
+def _start_choices(
+    runtime: Runtime,
+    request: Request,
+    served: Served,
+    prompts: Sequence[Prompt],
+    n: int,
+    options: TextOptions,
+    priority: int,
+) -> list[Choice]:
+    """Seeds count up from the request's."""
     choices: list[Choice] = []
     metrics, salt = runtime.metrics.of(served.name), salt_of(request.scope)
     try:

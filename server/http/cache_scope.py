@@ -31,15 +31,12 @@ class CacheBody(Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     shared_cache: bool | None = None
 
-
-def note_salt(scope: Scope, body: CacheBody, settings: ServerSettings) -> None:
-    """Leave what the request keeps its KV apart by for those who start it."""
-    salt = (body.cache_salt or "").encode()
-    keys = settings.keys
-    if keys.several and not (settings.shared_cache or body.shared_cache):
-        # No UTF-8 begins with this byte, so that no salt passes for a key.
-        salt = b"\xff" + _owner(key_digest(sent_key(scope))) + salt
-    scope[_SALT] = salt
+    def note(self, scope: Scope, settings: ServerSettings) -> None:
+        salt = (self.cache_salt or "").encode()
+        if settings.keys.several and not (settings.shared_cache or self.shared_cache):
+            # No UTF-8 begins with this byte, so that no salt passes for a key.
+            salt = b"\xff" + _owner(key_digest(sent_key(scope))) + salt
+        scope[_SALT] = salt
 
 
 def salt_of(scope: Scope) -> bytes:

@@ -27,8 +27,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, PrivateAttr, ValidationError
 from pydantic_core import CoreSchema
+from starlette.types import Scope
 
 from headstart.server.http.errors import APIError, bad_request, from_validation
+from headstart.server.settings import ServerSettings
 
 MAX_NAMED = 32
 """Fields that a header or an error names."""
@@ -166,6 +168,9 @@ class Body(BaseModel):
                 notes.unknown(prefix + name[:80])
         for path, part in inner:
             part.settle(notes, f"{path}.")
+
+    def note(self, scope: Scope, settings: ServerSettings) -> None:
+        """Leave what the body says of its request itself, in its scope, for those who serve it."""
 
 
 B = TypeVar("B", bound=Body)

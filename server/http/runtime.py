@@ -20,7 +20,6 @@ from headstart.server.generation.grammar_check import GrammarChecker
 from headstart.server.generation.structure import Structure
 from headstart.server.http.access_log import note_ignored
 from headstart.server.http.bounds import Bodies, Places, check_messages, check_values
-from headstart.server.http.cache_scope import CacheBody, note_salt
 from headstart.server.http.errors import APIError, bad_request, unavailable
 from headstart.server.http.metrics import Metrics
 from headstart.server.http.policy import Body, Notes
@@ -233,8 +232,7 @@ class Runtime:
             request.scope[_BODY_SIZE] = len(data)
             body = await self.with_body(request, work)
         note_ignored(request.scope, notes)
-        if isinstance(body, CacheBody):
-            note_salt(request.scope, body, self.settings)
+        body.note(request.scope, self.settings)
         return body
 
     def _validated(self, data: bytes, body_type: type[B], notes: Notes) -> B:

@@ -21,9 +21,8 @@ from headstart.server.api.fields import (
     StringsField,
     checked_stops,
 )
-from headstart.server.api.segment_mask import NOT_DECLARED
 from headstart.server.api.tools import ToolsField
-from headstart.server.generation.chat import Chat, encode_chat, start_chat
+from headstart.server.generation.chat import Chat, answer_chat, encode_chat
 from headstart.server.generation.defaults import GenerationDefaults
 from headstart.server.generation.structure import ObjectField, Structure, json_structure
 from headstart.server.http.cache_scope import CacheBody
@@ -192,10 +191,8 @@ def routes(runtime: Runtime) -> APIRouter:
         options = body.options(runtime.settings)
         chat = await runtime.with_body(request, partial(body.chat, runtime, served, options))
         new_params = partial(body.params, runtime.defaults, model)
-        choices = await start_chat(runtime, request, served, chat, new_params)
-        warning = NOT_DECLARED if chat.mask == "turns" and not served.for_segments else None
-        format = MessageFormat(served.name)
-        return Reply(choices, format, stream=bool(body.stream), warning=warning)
+        format, stream = MessageFormat(served.name), bool(body.stream)
+        return await answer_chat(runtime, request, served, chat, format, new_params, stream=stream)
 
     @router.post("/v1/messages/count_tokens", response_class=Response)
     async def count_tokens(request: Request) -> Response:

@@ -20,19 +20,12 @@ from headstart.server.api.openai_chat.messages import MessageList, plain_message
 from headstart.server.api.openai_chat.rendering import ChatRendering
 from headstart.server.api.openai_chat.tools import ToolList, custom_names, functions_of
 from headstart.server.api.openai_chat.writer import ChatFormat
-from headstart.server.api.segment_mask import (
-    NOT_DECLARED,
-    ChatMaskField,
-    chat_mask,
-)
+from headstart.server.api.segment_mask import ChatMaskField, chat_mask
 from headstart.server.api.tools import ToolChoiceField, ToolUse, checked_choice, use_of
-from headstart.server.generation.chat import Chat, encode_chat, read_answer
-from headstart.server.generation.start import Prompt, start_choices
-from headstart.server.http.access_log import name_request
-from headstart.server.http.deadline import Watch
+from headstart.server.generation.chat import Chat, answer_chat
 from headstart.server.http.errors import bad_request
 from headstart.server.http.policy import Refused
-from headstart.server.http.reply import Echo, Reply
+from headstart.server.http.reply import Reply
 from headstart.server.http.runtime import Runtime
 from headstart.server.settings import ServerSettings
 
@@ -91,11 +84,7 @@ class ChatBody(ChatRendering, GenerationBody):
         )
 
     def params(
-        self,
-        num_prompt: int,
-        model: ModelInfo,
-        runtime: Runtime,
-        grammar: str | None,
+        self, model: ModelInfo, runtime: Runtime, num_prompt: int, grammar: str | None
     ) -> SamplingParams:
         """The engine's view of the request."""
         name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
@@ -118,9 +107,6 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_chat_completion(request: Request) -> Reply:
         """Answer a chat; streamed with ``stream: true``."""
         body = await runtime.parse(request, ChatBody)
-        Watch.of(request.scope).limit(body.timeout)
-        if body.request_id is not None:
-            name_request(request.scope, body.request_id)
         served = runtime.served(body.model)
         body.check_chat(runtime.settings)
         mask = chat_mask(body.segment_mask) or served.chat_mask
@@ -142,40 +128,28 @@ def routes(runtime: Runtime) -> APIRouter:
             variables=variables,
         )
         body.notes.check()
-        chat.check()
-        token_ids, segments = await encode_chat(runtime, chat)
-        wanted = body.max_completion_tokens or body.max_tokens or runtime.defaults.max_tokens
-        token_ids = body.truncated(token_ids, wanted, model, spans=bool(segments))
-        reading = await read_answer(runtime, chat, token_ids)
-        params = body.params(len(token_ids), model, runtime, reading.grammar)
         format = ChatFormat(
             served.name,
             runtime.tokenizer,
             body.shown,
-            logprobs=params.logprobs is not None,
+            logprobs=bool(body.logprobs),
             prompt_logprobs=body.prompt_logprobs,
             reasoning=body.shows_reasoning,
             custom=custom_names(body.tools),
         )
-        choices = start_choices(
+        wanted = body.max_completion_tokens or body.max_tokens or runtime.defaults.max_tokens
+        return await answer_chat(
             runtime,
             request,
             served,
-            [
-                Prompt(
-                    token_ids,
-                    params,
-                    segments,
-                    context=chat.context(token_ids),
-                    echo=Echo(messages[-1]["content"], token_ids) if body.echo else None,
-                    new_parser=reading.new_parser,
-                )
-            ],
+            chat,
+            format,
+            partial(body.params, model, runtime),
+            stream=bool(body.stream),
+            truncate=partial(body.truncated, wanted, model),
+            echo=bool(body.echo),
             n=body.n or 1,
-            options=reading.options,
             priority=body.priority or 0,
         )
-        warning = NOT_DECLARED if mask == "turns" and not served.for_segments else None
-        return Reply(choices, format, stream=bool(body.stream), warning=warning)
 
     return router

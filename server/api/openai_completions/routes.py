@@ -34,14 +34,11 @@ from headstart.server.api.openai_completions.prompts import (
     most_ids,
 )
 from headstart.server.api.segment_mask import (
-    NOT_DECLARED,
     CompletionMaskField,
     Spans,
     completion_spans,
 )
-from headstart.server.generation.start import Prompt, start_choices
-from headstart.server.http.access_log import name_request
-from headstart.server.http.deadline import Watch
+from headstart.server.generation.start import Prompt, answer
 from headstart.server.http.errors import bad_request
 from headstart.server.http.policy import Refused
 from headstart.server.http.reply import Choice, Echo, Reply, Usage
@@ -296,7 +293,7 @@ async def _checked_prompts(
             )
         if not token_ids:
             raise bad_request(f"{path} is empty", path)
-        kept = body.truncated(token_ids, body.wanted_tokens, model, spans=spans is not None)
+        kept = body.truncated(body.wanted_tokens, model, token_ids, spans is not None)
         whole, token_ids = len(kept) == len(token_ids), kept
         echo = None
         if body.echo:
@@ -347,9 +344,6 @@ def routes(runtime: Runtime) -> APIRouter:
     async def create_completion(request: Request) -> Reply:
         """Continue one or more prompts; streamed with ``stream: true``."""
         body = await runtime.parse(request, CompletionBody)
-        Watch.of(request.scope).limit(body.timeout)
-        if body.request_id is not None:
-            name_request(request.scope, body.request_id)
         served = runtime.served(body.model)
         body.check_completion(runtime.settings)
         spans = completion_spans(body.segment_mask, runtime.settings)
@@ -364,16 +358,16 @@ def routes(runtime: Runtime) -> APIRouter:
             prompt_logprobs=body.prompt_logprobs,
             n=body.n or 1,
         )
-        choices = start_choices(
+        return answer(
             runtime,
             request,
             served,
             prompts,
-            n=body.num_choices,
+            format,
             options=options,
+            stream=bool(body.stream),
+            n=body.num_choices,
             priority=body.priority or 0,
         )
-        warning = NOT_DECLARED if spans and not served.for_segments else None
-        return Reply(choices, format, stream=bool(body.stream), warning=warning)
 
     return router

@@ -15,8 +15,7 @@ from headstart.server.api.openai_responses.listing import json_response, page_of
 from headstart.server.api.openai_responses.prompt import Asked, fitted, read_prompt
 from headstart.server.api.openai_responses.store import Item, Stored
 from headstart.server.api.openai_responses.writer import ResponseFormat
-from headstart.server.api.segment_mask import NOT_DECLARED
-from headstart.server.generation.chat import encode_chat, start_chat
+from headstart.server.generation.chat import answer_chat, encode_chat
 from headstart.server.http.errors import bad_request
 from headstart.server.http.reply import Reply
 from headstart.server.http.runtime import Runtime
@@ -44,7 +43,6 @@ def routes(runtime: Runtime) -> APIRouter:
             room = min(body.max_output_tokens or 1, model.max_model_len // 2)
             chat = await fitted(runtime, chat, model.max_model_len - room)
         new_params = partial(body.params, runtime.defaults, model)
-        choices = await start_chat(runtime, request, served, chat, new_params)
         head = body.head(served.name, runtime.defaults)
         format = ResponseFormat(
             head,
@@ -53,8 +51,8 @@ def routes(runtime: Runtime) -> APIRouter:
             logprobs=body.shows_logprobs,
             keep=partial(_keep, stored, request, body, asked, head["id"]),
         )
-        warning = NOT_DECLARED if chat.mask == "turns" and not served.for_segments else None
-        return Reply(choices, format, stream=bool(body.stream), warning=warning)
+        stream = bool(body.stream)
+        return await answer_chat(runtime, request, served, chat, format, new_params, stream=stream)
 
     @router.post("/v1/responses/input_tokens", response_class=Response)
     async def count_tokens(request: Request) -> Response:
