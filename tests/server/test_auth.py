@@ -212,7 +212,7 @@ def test_every_key_is_compared_whichever_is_sent(key, monkeypatch):
 
 
 def settings_of(*flags: str) -> ServerSettings:
-    return cli.server_settings(cli.build_parser().parse_args(["serve", "m", *flags]))
+    return cli.server_settings(cli.parse("serve", "m", *flags))
 
 
 def test_where_keys_come_from(tmp_path, monkeypatch):
@@ -277,7 +277,7 @@ def test_other_flags():
     )
     assert settings.allowed_origins == ("https://a.example:8443", "http://b")
     assert (settings.body_timeout, settings.access_log_format) == (2.5, "json")
-    assert cli.build_parser().parse_args(["serve", "m"]).keep_alive_timeout == 5
+    assert cli.parse("serve", "m").keep_alive_timeout == 5
 
 
 @pytest.mark.parametrize(

@@ -175,5 +175,5 @@ async def test_no_salt_passes_for_a_key(make_app) -> None:
 
 @pytest.mark.parametrize("flags", [[], ["--shared-cache"]])
 def test_the_flag(flags) -> None:
-    settings = cli.server_settings(cli.build_parser().parse_args(["serve", "m", *flags]))
+    settings = cli.server_settings(cli.parse("serve", "m", *flags))
     assert settings.shared_cache is bool(flags)

@@ -24,14 +24,13 @@ from headstart.engine.models.store import FORMAT
 from headstart.kernels.backend import KV_FORMATS, WEIGHT_FORMATS
 from headstart.kernels.devices import instruction_sets
 from headstart.server.cli import main as cli
-from headstart.server.cli.flags.limits import LIMITS, SERVER_LIMITS
-from headstart.server.cli.flags.runahead import SECRET_VARIABLE
-from headstart.server.settings import ServerSettings
+from headstart.server.cli.configure import SECRET_VARIABLE
+from headstart.server.settings import Limits, ServerSettings, SharedLimits, settings_of
 from headstart.server.text.templates import ChatTemplate
 
-
-def parse(*argv: str):
-    return cli.build_parser().parse_args(argv)
+parse = cli.parse
+SHARED = {field.name: setting for field, setting in settings_of(SharedLimits)}
+LIMITS = {field.name: setting for field, setting in settings_of(Limits)} | SHARED
 
 
 @pytest.mark.parametrize(
@@ -138,23 +137,23 @@ def test_every_limit_has_a_flag_that_is_read():
         "grammar_timeout",
         "template_timeout",
     }
-    limits = (*LIMITS, *SERVER_LIMITS)
-    assert sorted(limit.setting for limit in limits) == sorted(wanted)
-    values = {limit.setting: 1000 + i for i, limit in enumerate(limits)}
-    argv = [word for limit in limits for word in (limit.flag, str(values[limit.setting]))]
+    flags = {name: setting.flag_of(name) for name, setting in LIMITS.items()}
+    assert sorted(flags) == sorted(wanted)
+    values = {name: 1000 + i for i, name in enumerate(flags)}
+    argv = [word for name, flag in flags.items() for word in (flag, str(values[name]))]
     settings = cli.server_settings(parse("serve", "m", *argv))
     assert {name: getattr(settings, name) for name in values} == values
-    for limit in limits:
+    for flag in flags.values():
         with pytest.raises(SystemExit):
-            parse("serve", "m", limit.flag, "0")
+            parse("serve", "m", flag, "0")
 
 
 def test_limits_of_all_requests_together_do_not_concern_a_file(capsys):
-    settings = cli.answer_settings(parse("run-batch", "in", "out"))
-    for limit in SERVER_LIMITS:
-        assert getattr(settings, limit.setting) == sys.maxsize
+    settings = cli.batch_settings(parse("run-batch", "in", "out"))
+    for name, setting in SHARED.items():
+        assert getattr(settings, name) == sys.maxsize
         with pytest.raises(SystemExit):
-            parse("run-batch", "in", "out", limit.flag, "1")
+            parse("run-batch", "in", "out", setting.flag_of(name), "1")
     assert "unrecognized arguments: --max-waiting-grammars" in capsys.readouterr().err
 
 
@@ -169,9 +168,13 @@ def test_the_help_has_the_default_of_every_limit(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         parse("serve", "--help")
     text = " ".join(capsys.readouterr().out.split())
-    for limit in (*LIMITS, *SERVER_LIMITS):
-        default = getattr(ServerSettings(), limit.setting)
-        assert f"{limit.flag} {limit.metavar} {limit.help} (default: {default})" in text
+    for name, setting in LIMITS.items():
+        value = getattr(ServerSettings(), name)
+        default = f"{value:g}" if isinstance(value, float) else str(value)
+        if setting.metavar == "SIZE":
+            default = {8 << 20: "8MiB", 64 << 20: "64MiB", 65536: "64KiB"}[value]
+        flag = f"{setting.flag_of(name)} {setting.metavar} {setting.help}"
+        assert f"{flag} (default: {default})" in text
 
 
 def test_times(monkeypatch):
@@ -224,7 +227,7 @@ def test_tensor_parallel(tmp_path):
     assert cli.engine_config(args, tmp_path).tensor_parallel == 3
     args = parse("serve", "m", "--tensor-parallel", "3", "--runahead", "env")
     with pytest.raises(ConfigError, match="--tensor-parallel and --runahead cannot be combined"):
-        args.run(args)
+        cli.run_serve(args)
 
 
 def test_the_secret_may_come_from_the_environment(tmp_path, monkeypatch):
@@ -359,7 +362,7 @@ def test_defaults_are_those_of_the_config(tmp_path):
     args = parse("serve", "m")
     expected = EngineConfig(model_path=str(tmp_path), cache_dir=str(args.cache_dir))
     assert cli.engine_config(args, tmp_path) == expected
-    served = dataclasses.replace(ServerSettings(), allowed_hosts=("127.0.0.1",))
+    served = ServerSettings(allowed_hosts=("127.0.0.1",))
     assert cli.server_settings(args) == served
     # "plan" has the engine's flags, too, but its output is all there should be to read.
     args = parse("plan")

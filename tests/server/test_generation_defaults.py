@@ -7,8 +7,8 @@ import json
 import pytest
 
 from headstart.engine.errors import ConfigError, ModelError
-from headstart.server.cli.flags.model import generation_defaults
-from headstart.server.cli.main import build_parser
+from headstart.server.cli.configure import generation_defaults
+from headstart.server.cli.main import parse
 from headstart.server.generation.defaults import OPENAI, GenerationDefaults
 from headstart.server.http.app import create_app
 
@@ -146,7 +146,7 @@ def test_what_is_off_in_a_file_is_off(tmp_path):
 
 def test_the_flag(tmp_path):
     def defaults(*flags):
-        return generation_defaults(build_parser().parse_args(["serve", "x", *flags]), tmp_path)
+        return generation_defaults(parse("serve", "x", *flags), tmp_path)
 
     assert defaults() == OPENAI
     (tmp_path / "generation_config.json").write_text(json.dumps(QWEN))

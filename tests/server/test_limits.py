@@ -14,12 +14,11 @@ import pytest
 from fastapi import FastAPI
 
 import headstart
-from headstart.server.cli.flags.limits import LIMITS, SERVER_LIMITS
 from headstart.server.generation.chat import MUCH, chat_size
 from headstart.server.generation.grammar_check import GrammarChecker
 from headstart.server.http.app import create_app
 from headstart.server.http.bounds import PIECE, has_values
-from headstart.server.settings import ServerSettings
+from headstart.server.settings import Limits, ServerSettings, SharedLimits, settings_of
 from headstart.server.text.tokenizer import Tokenizer
 
 CHAT, TEXT, TOKENS = "/v1/chat/completions", "/v1/completions", "/tokenize"
@@ -190,7 +189,7 @@ def test_no_setting_is_left_out() -> None:
     named = {field.name for field in dataclasses.fields(ServerSettings)}
     assert named == {*CASES, *BY_THEMSELVES, *NO_LIMITS}
     assert not {*CASES, *BY_THEMSELVES} & NO_LIMITS
-    flags = {limit.setting for limit in (*LIMITS, *SERVER_LIMITS)}
+    flags = {field.name for one in (Limits, SharedLimits) for field, _ in settings_of(one)}
     assert flags < {*CASES, *BY_THEMSELVES}
 
 
@@ -200,12 +199,13 @@ def test_the_page_of_operators_has_each_flag_and_its_default() -> None:
         re.findall(r"^\| `(--[a-z-]+) [A-Z]+` \| ([^|]+?) \|", _limits_of(root), re.MULTILINE)
     )
     defaults = ServerSettings()
-    for limit in (*LIMITS, *SERVER_LIMITS):
-        value = getattr(defaults, limit.setting)
-        shown = f"{value // 1024} KiB" if limit.metavar == "SIZE" else f"{value:,}"
-        shown = f"{value // 1024**2} MiB" if limit.metavar == "SIZE" and value >= 2**20 else shown
-        shown = f"{value:g} s" if limit.metavar == "SECONDS" else shown
-        assert rows.get(limit.flag) == shown, limit.flag
+    for field, setting in (*settings_of(Limits), *settings_of(SharedLimits)):
+        value, kind = getattr(defaults, field.name), setting.metavar
+        shown = f"{value // 1024} KiB" if kind == "SIZE" else f"{value:,}"
+        shown = f"{value // 1024**2} MiB" if kind == "SIZE" and value >= 2**20 else shown
+        shown = f"{value:g} s" if kind == "SECONDS" else shown
+        flag = setting.flag_of(field.name)
+        assert rows.get(flag) == shown, flag
 
 
 def _limits_of(root: Path) -> str:

@@ -387,14 +387,12 @@ def test_wrong_usage(argv, status, message, capsys, tmp_path, monkeypatch):
 
 
 def test_flags_get_where_they_belong(tmp_path):
-    args = cli.build_parser().parse_args(
-        [
-            *("run-batch", "in", "out", "--model", "m", "--max-running", "8", "--max-n", "2"),
-            *("--served-model-name", "x", "--pooling", "mean", "--segment-mask", "turns"),
-        ]
+    args = cli.parse(
+        *("run-batch", "in", "out", "--model", "m", "--max-running", "8", "--max-n", "2"),
+        *("--served-model-name", "x", "--pooling", "mean", "--segment-mask", "turns"),
     )
     assert cli.engine_config(args, tmp_path).max_running == 8
     assert cli.model_names(args) == ["x"]
-    settings = cli.answer_settings(args)
+    settings = cli.batch_settings(args)
     assert (settings.max_n, settings.pooling, settings.segment_mask) == (2, "mean", "turns")
     assert not settings.keys.api

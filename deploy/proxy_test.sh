@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# A prompt that takes longer than a minute to compute, asked for by curl through an nginx with its
+# default times (60 s without a byte end a request there), streamed.
+#
+#   deploy/proxy_test.sh          (needs nginx and curl; Debian: nginx-light)
+#
+# Checked: the head comes within 2 s; pings fill the silence; the answer is whole; a GET through the
+# proxy still works beside it; the request is one line of log with its times. All on loopback.
+#
+# HEADSTART   the command to start (default: headstart)
+# WORDS       of the prompt (default 7200, on one thread)
+set -euo pipefail
+
+words=${WORDS:-7200}
+work=$(mktemp -d)
+read -ra headstart <<<"${HEADSTART:-headstart}"
+PATH=$PATH:/usr/sbin
+pids=()
+
+fail() {
+    echo "proxy test: $*" >&2
+    tail -n 20 "$work"/*.log >&2
+    exit 1
+}
+
+clean_up() {
+    local status=$?
+    for pid in "${pids[@]}"; do
+        kill "$pid" 2>/dev/null || true
+        wait "$pid" || true
+    done
+    rm -rf "$work"
+    exit "$status"
+}
+trap clean_up EXIT
+
+for tool in nginx curl python3 "${headstart[0]}"; do
+    command -v "$tool" >/dev/null || { echo "proxy test: no $tool in PATH" >&2; exit 1; }
+done
+
+free_port() {
+    python3 -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+server=127.0.0.1:$(free_port)
+proxy=127.0.0.1:$(free_port)
+cat >"$work/nginx.conf" <<END
+daemon off;
+pid $work/pid;
+error_log $work/nginx.log;
+events {}
+http {
+    access_log off;
+    client_body_temp_path $work/body;
+    proxy_temp_path $work/proxy;
+    fastcgi_temp_path $work/fastcgi;
+    uwsgi_temp_path $work/uwsgi;
+    scgi_temp_path $work/scgi;
+    server {
+        listen $proxy;
+        location / { proxy_pass http://$server; }
+    }
+}
+END
+# One thread, and no cache of the prompt: it takes as long as it can.
+"${headstart[@]}" serve smollm2-135m --port "${server#*:}" --kv-memory 512MiB --threads 1 --no-prefix-caching \
+    >"$work/headstart.log" 2>&1 &
+pids+=($!)
+nginx -c "$work/nginx.conf" -e "$work/nginx.log" >"$work/nginx.out.log" 2>&1 &
+pids+=($!)
+end=$((SECONDS + 900))
+until curl -fsS --max-time 5 "http://$proxy/health" >/dev/null 2>&1; do
+    ((SECONDS < end)) || fail "headstart is not ready behind nginx after 900 s"
+    sleep 0.5
+done
+
+python3 -c "
+import json
+text = ' '.join(f'word{i % 7}' if i % 3 == 0 else 'stone' for i in range($words // 2))
+body = {'model': 'smollm2-135m', 'stream': True, 'max_tokens': 8, 'ignore_eos': True,
+        'messages': [{'role': 'user', 'content': text}], 'tools': None}
+print(json.dumps(body))" >"$work/body.json"
+curl -sN -D "$work/head" -o "$work/answer" -w '%{time_starttransfer} %{time_total} %{http_code}\n' \
+    -H 'Content-Type: application/json' -d "@$work/body.json" "http://$proxy/v1/chat/completions" >"$work/times" &
+asked=$!
+sleep 5
+curl -fsS --max-time 5 "http://$proxy/v1/models" >/dev/null || fail "no answer beside the long prompt"
+wait "$asked" || fail "curl ended with $?: $(cat "$work/times")"
+read -r head total status <"$work/times"
+[ "$status" = 200 ] || fail "status $status: $(cat "$work/answer")"
+python3 - "$head" "$total" "$work/answer" <<'END' || fail "the stream"
+import json, sys
+head, total, lines = float(sys.argv[1]), float(sys.argv[2]), open(sys.argv[3]).read().splitlines()
+pings = sum(line.startswith(":") for line in lines)
+events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+assert total > 60, f"the prompt took {total:.0f} s only: set WORDS"
+assert head < 2.5, f"the head came after {head:.1f} s"
+assert pings >= total // 10 - 2, f"{pings} pings in {total:.0f} s"
+assert lines[-2:] == ["data: [DONE]", ""] or lines[-1] == "data: [DONE]", lines[-2:]
+assert events[-1]["choices"][0]["finish_reason"] == "length", events[-1]
+print(f"head after {head:.2f} s, {pings} pings, answer after {total:.0f} s")
+END
+sleep 0.5
+[ "$(grep -c 'POST /v1/chat/completions' "$work/headstart.log")" = 1 ] || fail "not one line of log"
+grep 'POST /v1/chat/completions' "$work/headstart.log"
+echo "passed"

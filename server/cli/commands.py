@@ -1,0 +1,135 @@
+"""What each command of ``headstart`` is told: its settings, and what only it has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from headstart.server import settings
+from headstart.server.settings import setting
+from headstart.server.values import host_port, positive
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(settings.Cache):
+    HELP: ClassVar[str]
+    DESCRIPTION: ClassVar[str | None] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing(Command, settings.Engine):
+    """A command that computes with a model."""
+
+    model: str = setting(MISSING, "as for serve", metavar="MODEL", positional=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(
+    settings.Runahead,
+    settings.Parallel,
+    settings.Answers,
+    settings.Adapters,
+    settings.Engine,
+    settings.Visitors,
+    settings.Access,
+    settings.SharedLimits,
+    settings.Limits,
+    settings.Model,
+    settings.Requests,
+    settings.Listen,
+    Command,
+):
+    HELP: ClassVar = "serve a model over HTTP, fetching it first"
+
+    model: str = setting(
+        MISSING, "name, hub id, or path of a model", metavar="MODEL", positional=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunBatch(
+    settings.Runahead,
+    settings.Parallel,
+    settings.Answers,
+    settings.Adapters,
+    settings.Engine,
+    settings.Limits,
+    settings.Model,
+    Command,
+):
+    HELP: ClassVar = "answer the requests of a file"
+    DESCRIPTION: ClassVar = (
+        "Answers each line of INPUT, a request in OpenAI's batch format, with a line of OUTPUT, in "
+        "the order in which they end. Exit status 1 if any line failed."
+    )
+
+    input: Path = setting(MISSING, "a JSON object per line", Path, metavar="INPUT", positional=True)
+    output: Path = setting(MISSING, "file to write", Path, metavar="OUTPUT", positional=True)
+    model: str = setting(DEFAULT_MODEL, "as MODEL of serve")
+    concurrency: int | None = setting(
+        None, "lines at a time (default: as many as --max-running)", positive, "N"
+    )
+    resume: bool = setting(
+        False, "go on with an OUTPUT that exists: what it has is not asked again"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Computing):
+    HELP: ClassVar = "predict what reading a shared prefix once saves on this machine"
+    DESCRIPTION: ClassVar = (
+        "Predicts the time of one decoding step of BATCH requests that have PREFIX tokens in "
+        "common and SUFFIX of their own each, with RelayAttention and without."
+    )
+
+    model: str = setting(DEFAULT_MODEL, "as for serve", metavar="MODEL", positional=True)
+    prefix: int = setting(2048, "tokens in common", positive)
+    batch: int = setting(16, "requests at a time", positive)
+    suffix: int = setting(128, "tokens of its own each has", positive)
+    measure: bool = setting(False, "run such steps, too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunaheadRank(Computing, settings.Rank):
+    HELP: ClassVar = "compute the beginnings of long prompts for a server on another machine"
+    DESCRIPTION: ClassVar = (
+        "A prefill rank of KV-Runahead. The server that names it in --runahead-hosts has to have "
+        "the same model, weights and version, and the same secret."
+    )
+
+    listen: str = setting(
+        MISSING,
+        "an address of this machine that the other ranks reach; KV comes and goes through further "
+        "ports of HOST, in the clear: a private network",
+        host_port,
+        "HOST:PORT",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunaheadTune(Computing, settings.Runahead):
+    HELP: ClassVar = "search where prompts are best cut for a chain of ranks, and keep that"
+    DESCRIPTION: ClassVar = (
+        "Measures the time to the first token with cuts around even ones, ever nearer to the best, "
+        "and keeps the result for --runahead-cuts auto and predicted."
+    )
+
+    lengths: Sequence[int] = setting(
+        (1024, 2048, 4096, 8000),
+        "of prompts; those between are interpolated",
+        positive,
+        "TOKENS",
+        many=True,
+    )
+    repeats: int = setting(2, "of each measurement", positive)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pull(Command):
+    HELP: ClassVar = "fetch and convert a model"
+
+    model: str = setting(MISSING, "what to fetch", metavar="NAME|HUB-ID|PATH", positional=True)
