@@ -23,7 +23,11 @@ WORKLOADS = {
     "streams16-1748": "16 streams, 1,748 shared",
     "streams32-6048": "32 streams, 6,048 shared",
 }
-MACHINES = {"Zen 4": "AVX512 with BF16 and VNNI (Zen 4)", "Zen 3": "AVX2 only (Zen 3)"}
+MACHINES = {
+    "Zen 4": "AVX512 with BF16 and VNNI (Zen 4)",
+    "Zen 3": "AVX2 only (Zen 3)",
+    "Zen 1": "AVX2 in halves (Zen 1)",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -189,12 +189,14 @@ def peers_plot(
 
     ``ratios`` per machine: those of the workloads that were measured there.
     """
-    figure = Figure(figsize=(8.6, 0.62 * len(workloads) + 1.3), layout="constrained")
+    figure = Figure(
+        figsize=(8.6, 0.31 * len(workloads) * max(len(ratios), 2) + 1.3), layout="constrained"
+    )
     figure.set_facecolor("white")
     axes = figure.add_subplot()
     axes.set_xscale("log", base=2)
     height = 0.8 / len(ratios)
-    colours = dict(zip(ratios, ("#2a6f97", "#e07a1f"), strict=True))
+    colours = dict(zip(ratios, ("#2a6f97", "#e07a1f", "#8a5a9e"), strict=False))
     for place, (machine, measured) in enumerate(ratios.items()):
         for row, name in enumerate(workloads):
             if name not in measured:
@@ -210,7 +212,7 @@ def peers_plot(
                 textcoords="offset points",
                 ha="left" if ahead else "right",
                 va="center",
-                fontsize=9,
+                fontsize=9 if len(ratios) < 3 else 8,
             )
     axes.axvline(1.0, color="black", linewidth=1.0)
     axes.set_xlim(0.16, 8)
