@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the kernels of every x86 instruction set, AVX-512's and AVX-VNNI's too, on a CPU that has AVX2
 # alone: their instructions are emulated (tests/kernels/cpu/emulated.h). First the C++ test program,
-# then the Python tests of kernels and of equal bits, with a module built in the same way. Says
-# nothing of speed.
+# then the Python tests of kernels and of equal bits (not with the default model: minutes a test),
+# with a module built in the same way. Says nothing of speed.
 #
 #   deploy/x86_test.sh [PYTEST ARGUMENT...]    (Debian: libsimde-dev; an environment made by `make test`)
 set -euo pipefail
@@ -39,5 +39,6 @@ packages=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 printf '%s\n' "$work/src" "$packages" >"$("$work/venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/emulated.pth"
 cd "$repository"
 export HEADSTART_HOME=$work/home
-"$work/venv/bin/python" -m pytest -n "$processors" -m "not interpreter" --ignore=tests/kernels/gpu --ignore=tests/kernels/test_cpp.py \
+"$work/venv/bin/python" -m pytest -n "$processors" -m "not interpreter and not model" \
+    --ignore=tests/kernels/gpu --ignore=tests/kernels/test_cpp.py \
     tests/kernels tests/engine/test_invariance.py tests/engine/test_formats.py "$@"
