@@ -92,7 +92,11 @@ def certificate(options: Access) -> Certificate | None:
     if certfile is None or keyfile is None:
         raise ConfigError("TLS needs both --ssl-certfile and --ssl-keyfile")
     try:
-        password = "" if password_file is None else password_file.read_text().rstrip("\r\n")
+        password = (
+            ""
+            if password_file is None
+            else password_file.read_text(encoding="utf-8-sig").rstrip("\r\n")
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--ssl-keyfile-password-file: {error}") from error
     return Certificate(certfile, keyfile, password)
@@ -103,7 +107,7 @@ def runahead_secret(options: Rank) -> str | None:
     if (path := options.runahead_secret_file) is None:
         return os.environ.get(SECRET_VARIABLE)
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--runahead-secret-file: {error}") from error
 
@@ -132,7 +136,7 @@ def tokenizer_of(options: Serve | RunBatch, folder: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_folder(folder)
     if (file := options.chat_template) is not None:
         try:
-            tokenizer.chat_template = file.read_text(encoding="utf-8")
+            tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
             tokenizer.tool_template = None
         except (OSError, ValueError) as error:
             raise ConfigError(f"--chat-template {file}: {error}") from error

@@ -123,7 +123,7 @@ def variable(field: Field[Any], setting: Setting) -> str:
 def _of_file(path: Path, command: type[Any], commands: Sequence[type[Any]]) -> dict[str, Any]:
     where = f"--config {path}"
     try:
-        lines = yaml.safe_load(path.read_text(encoding="utf-8"))
+        lines = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error
     except yaml.YAMLError as error:

@@ -16,6 +16,7 @@ the lines in flight.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import os
 import signal
@@ -215,6 +216,8 @@ class BatchInput:
     def __iter__(self) -> Iterator[BatchRequest]:
         written = self._output.written
         for number, raw in enumerate(self._lines(), 1):
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
             if not raw.strip():
                 continue
             try:

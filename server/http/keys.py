@@ -58,7 +58,7 @@ def read_keys(flag: str, given: Sequence[str], file: Path | None, variable: str)
     sources = {flag: list(given), variable: os.environ.get(variable, "").split(",")}
     if file is not None:
         try:
-            lines = [line.strip() for line in file.read_text().splitlines()]
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{flag}-file: {error}") from error
         sources[f"{flag}-file"] = [line for line in lines if line and not line.startswith("#")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -236,6 +237,7 @@ class Runtime:
         return body
 
     def _validated(self, data: bytes, body_type: type[B], notes: Notes) -> B:
+        data = data.removeprefix(codecs.BOM_UTF8)  # as of a file that a client sends as it is
         check_values(data, self.settings.max_body_values)
         if len(data) > INLINE_BODY:
             check_messages(data, self.settings.max_messages)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tokenizers
 from tokenizers import AddedToken
@@ -33,6 +35,12 @@ async def test_whole_answer(client, engine, body, say):
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
     assert engine.added[0].token_ids == say("the fox")
     assert engine.added[0].params.max_tokens == 16
+
+
+async def test_a_byte_order_mark_is_no_part_of_a_body(client, body):
+    sent = b"\xef\xbb\xbf" + json.dumps(body()).encode()
+    assert (await client.post(URL, content=sent)).status_code == 200
+    assert (await client.post(URL, content=b"\xef\xbb\xbf" + sent)).status_code == 400
 
 
 async def test_default_max_tokens_fits_the_context(client, engine, body):

@@ -73,6 +73,13 @@ async def test_every_line_has_an_answer(batch, engine, say):
     assert (engine.started, engine.stopped) == (1, 1)
 
 
+async def test_a_byte_order_mark_is_no_part_of_the_first_line(batch):
+    tally, _ = await batch([b"\xef\xbb\xbf" + line("one").encode() + b"\n", line("two")])
+    assert (tally.done, tally.failed) == (2, 0)
+    tally, _ = await batch([line("one"), b"\xef\xbb\xbf{}\n"], resume=True)
+    assert (tally.done, tally.failed) == (0, 1)
+
+
 async def test_every_endpoint(batch, engine):
     engine.vector = [1.0] * 8
     chat = [{"role": "user", "content": "hi"}]

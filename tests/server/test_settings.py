@@ -13,6 +13,7 @@ from headstart.engine.errors import ConfigError
 from headstart.server.cli import main as cli
 from headstart.server.cli.commands import Serve
 from headstart.server.cli.flags import SECRETS, variable
+from headstart.server.http.keys import Keys
 from headstart.server.settings import settings_of
 
 SETTINGS = {variable(field, setting): (field, setting) for field, setting in settings_of(Serve)}
@@ -138,6 +139,18 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "odd").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="odd"):
         cli.parse("serve", "m", "--config", str(tmp_path / "odd"))
+
+
+def test_byte_order_marks_are_of_no_file(tmp_path, model_folder):
+    file = tmp_path / "file"
+    file.write_bytes(b"\xef\xbb\xbfmax-n: 3\n")
+    assert cli.parse("serve", "m", "--config", str(file)).max_n == 3
+    file.write_bytes(b"\xef\xbb\xbfa-key-of-16-chars\n")
+    options = cli.parse("serve", "m", "--api-key-file", str(file))
+    assert cli.server_settings(options).keys == Keys.of(api=["a-key-of-16-chars"])
+    file.write_bytes(b"\xef\xbb\xbf{{ messages }}")
+    options = cli.parse("serve", "m", "--chat-template", str(file))
+    assert cli.tokenizer_of(options, model_folder).chat_template == "{{ messages }}"
 
 
 def test_what_is_wrong_with_a_variable_is_one_line(monkeypatch, capsys):
