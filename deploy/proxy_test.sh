@@ -8,10 +8,10 @@
 # proxy still works beside it; the request is one line of log with its times. All on loopback.
 #
 # HEADSTART   the command to start (default: headstart)
-# WORDS       of the prompt (default 7200, on one thread)
+# WORDS       of the prompt (default 11000: 7,400 tokens, on one thread)
 set -euo pipefail
 
-words=${WORDS:-7200}
+words=${WORDS:-11000}
 work=$(mktemp -d)
 read -ra headstart <<<"${HEADSTART:-headstart}"
 PATH=$PATH:/usr/sbin
@@ -46,6 +46,7 @@ server=127.0.0.1:$(free_port)
 proxy=127.0.0.1:$(free_port)
 cat >"$work/nginx.conf" <<END
 daemon off;
+user $(id -un) $(id -gn);
 pid $work/pid;
 error_log $work/nginx.log;
 events {}
