@@ -6,6 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
+from headstart.engine.errors import ConfigError
 from headstart.server.api.adapter_names import check_adapter_name
 
 UNITS = {"": 1} | {
@@ -89,6 +90,14 @@ def origin(text: str) -> str:
     if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[!-.0-~]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no origin such as https://chat.example.com")
     return text
+
+
+def text_of(flag: str, path: Path) -> str:
+    """A file that ``flag`` names, without a byte-order mark; raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{flag}: {error}") from error
 
 
 def existing_folder(text: str) -> Path:

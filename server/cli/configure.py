@@ -17,6 +17,7 @@ from headstart.server.http.keys import Keys, read_keys
 from headstart.server.http.tls import Certificate
 from headstart.server.settings import Access, Adapters, Rank, ServerSettings, SharedLimits
 from headstart.server.text.tokenizer import Tokenizer
+from headstart.server.values import text_of
 
 SECRET_VARIABLE = "HEADSTART_RUNAHEAD_SECRET"
 
@@ -91,25 +92,17 @@ def certificate(options: Access) -> Certificate | None:
         return None
     if certfile is None or keyfile is None:
         raise ConfigError("TLS needs both --ssl-certfile and --ssl-keyfile")
-    try:
-        password = (
-            ""
-            if password_file is None
-            else password_file.read_text(encoding="utf-8-sig").rstrip("\r\n")
-        )
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--ssl-keyfile-password-file: {error}") from error
-    return Certificate(certfile, keyfile, password)
+    if password_file is None:
+        return Certificate(certfile, keyfile, "")
+    password = text_of("--ssl-keyfile-password-file", password_file)
+    return Certificate(certfile, keyfile, password.rstrip("\r\n"))
 
 
 def runahead_secret(options: Rank) -> str | None:
     """Raises ConfigError for a file that cannot be read."""
     if (path := options.runahead_secret_file) is None:
         return os.environ.get(SECRET_VARIABLE)
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--runahead-secret-file: {error}") from error
+    return text_of("--runahead-secret-file", path).strip()
 
 
 def generation_defaults(options: Serve | RunBatch, folder: Path) -> GenerationDefaults:
@@ -135,11 +128,8 @@ def tokenizer_of(options: Serve | RunBatch, folder: Path) -> Tokenizer:
     """The model's, with the chat template asked for. Raises ConfigError and ModelError."""
     tokenizer = Tokenizer.from_folder(folder)
     if (file := options.chat_template) is not None:
-        try:
-            tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
-            tokenizer.tool_template = None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--chat-template {file}: {error}") from error
+        tokenizer.chat_template = text_of(f"--chat-template {file}", file)
+        tokenizer.tool_template = None
     return tokenizer
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from headstart.engine.errors import ConfigError
 from headstart.server.settings import MIB, Setting, settings_of
-from headstart.server.values import byte_size
+from headstart.server.values import byte_size, text_of
 
 C = TypeVar("C")
 
@@ -123,8 +123,8 @@ def variable(field: Field[Any], setting: Setting) -> str:
 def _of_file(path: Path, command: type[Any], commands: Sequence[type[Any]]) -> dict[str, Any]:
     where = f"--config {path}"
     try:
-        lines = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        lines = yaml.safe_load(text_of(where, path))
+    except ValueError as error:  # such as a date that is none
         raise ConfigError(f"{where}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is no YAML: {' '.join(str(error).split())}") from error

@@ -58,10 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = given.pop("command")
     command, run = COMMANDS[name]
     try:
-        try:
-            return run(read_settings(command, given, ALL))
-        except UsageError as error:
-            commands_of(parser)[name].error(str(error))
+        return run(read_settings(command, given, ALL))
+    except UsageError as error:
+        commands_of(parser)[name].error(str(error))
     except HeadstartError as error:
         print(f"headstart: error: {error}", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from headstart.engine.errors import ConfigError
+from headstart.server.values import text_of
 
 MIN_KEY_CHARS = 16
 
@@ -57,10 +58,7 @@ def read_keys(flag: str, given: Sequence[str], file: Path | None, variable: str)
     """
     sources = {flag: list(given), variable: os.environ.get(variable, "").split(",")}
     if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{flag}-file: {error}") from error
+        lines = [line.strip() for line in text_of(f"{flag}-file", file).splitlines()]
         sources[f"{flag}-file"] = [line for line in lines if line and not line.startswith("#")]
         if not sources[f"{flag}-file"]:
             raise ConfigError(f"{flag}-file: there is no key in {file}")

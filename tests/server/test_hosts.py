@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 from headstart.server.cli import main as cli
 from headstart.server.http.app import create_app
 from headstart.server.http.hosts import canonical, described
-from headstart.server.settings import ServerSettings
+from headstart.server.settings import ServerSettings, SharedLimits
 
 KEY = "api-key-of-sixteen"
 BOUND = "192.168.1.5"
@@ -210,7 +211,13 @@ async def test_refusals_are_logged_and_have_an_id(make_app, caplog) -> None:
 
 def test_an_app_without_a_socket_looks_at_neither() -> None:
     assert ServerSettings().allowed_hosts is None
-    assert cli.batch_settings(cli.parse("run-batch", "a", "b")).allowed_hosts is None
+    batch = cli.batch_settings(cli.parse("run-batch", "a", "b"))
+    serve = cli.server_settings(cli.parse("serve", "m"))
+    assert batch.allowed_hosts is None
+    # What decides answers is the same, whichever way they are asked for.
+    for field in fields(ServerSettings):
+        if field.name not in {"allowed_hosts", *(shared.name for shared in fields(SharedLimits))}:
+            assert getattr(batch, field.name) == getattr(serve, field.name), field.name
 
 
 @pytest.mark.parametrize(
