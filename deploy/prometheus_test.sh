@@ -10,42 +10,9 @@
 set -euo pipefail
 
 folder=$(cd "$(dirname "$0")" && pwd)
-work=$(mktemp -d)
-read -ra headstart <<<"${HEADSTART:-headstart}"
-pids=()
-
-fail() {
-    echo "prometheus test: $*" >&2
-    tail -n 20 "$work"/*.log >&2
-    exit 1
-}
-
-clean_up() {
-    local status=$?
-    for pid in "${pids[@]}"; do
-        kill "$pid" 2>/dev/null || true
-        wait "$pid" || true
-    done
-    rm -rf "$work"
-    exit "$status"
-}
-trap clean_up EXIT
-
-for tool in prometheus promtool curl python3 "${headstart[0]}"; do
-    command -v "$tool" >/dev/null || { echo "prometheus test: no $tool in PATH" >&2; exit 1; }
-done
-
-free_port() {
-    python3 -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
-}
-
-await() { # await SECONDS WHAT COMMAND...: until the command succeeds
-    local end=$((SECONDS + $1)) what=$2
-    until "${@:3}" >/dev/null 2>&1; do
-        ((SECONDS < end)) || fail "$what: not after $1 s"
-        sleep 0.5
-    done
-}
+what="prometheus test"
+. "$folder/test_lib.sh"
+need prometheus promtool curl python3 "${headstart[0]}"
 
 server=127.0.0.1:$(free_port)
 prometheus=127.0.0.1:$(free_port)

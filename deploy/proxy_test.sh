@@ -12,35 +12,10 @@
 set -euo pipefail
 
 words=${WORDS:-11000}
-work=$(mktemp -d)
-read -ra headstart <<<"${HEADSTART:-headstart}"
 PATH=$PATH:/usr/sbin
-pids=()
-
-fail() {
-    echo "proxy test: $*" >&2
-    tail -n 20 "$work"/*.log >&2
-    exit 1
-}
-
-clean_up() {
-    local status=$?
-    for pid in "${pids[@]}"; do
-        kill "$pid" 2>/dev/null || true
-        wait "$pid" || true
-    done
-    rm -rf "$work"
-    exit "$status"
-}
-trap clean_up EXIT
-
-for tool in nginx curl python3 "${headstart[0]}"; do
-    command -v "$tool" >/dev/null || { echo "proxy test: no $tool in PATH" >&2; exit 1; }
-done
-
-free_port() {
-    python3 -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
-}
+what="proxy test"
+. "$(dirname "$0")/test_lib.sh"
+need nginx curl python3 "${headstart[0]}"
 
 server=127.0.0.1:$(free_port)
 proxy=127.0.0.1:$(free_port)
@@ -69,17 +44,13 @@ END
 pids+=($!)
 nginx -c "$work/nginx.conf" -e "$work/nginx.log" >"$work/nginx.out.log" 2>&1 &
 pids+=($!)
-end=$((SECONDS + 900))
-until curl -fsS --max-time 5 "http://$proxy/health" >/dev/null 2>&1; do
-    ((SECONDS < end)) || fail "headstart is not ready behind nginx after 900 s"
-    sleep 0.5
-done
+await 900 "headstart ready behind nginx" curl -fsS --max-time 5 "http://$proxy/health"
 
 python3 -c "
 import json
 text = ' '.join(f'word{i % 7}' if i % 3 == 0 else 'stone' for i in range($words // 2))
 body = {'model': 'smollm2-135m', 'stream': True, 'max_tokens': 8, 'ignore_eos': True,
-        'messages': [{'role': 'user', 'content': text}], 'tools': None}
+        'messages': [{'role': 'user', 'content': text}]}
 print(json.dumps(body))" >"$work/body.json"
 curl -sN -D "$work/head" -o "$work/answer" -w '%{time_starttransfer} %{time_total} %{http_code}\n' \
     -H 'Content-Type: application/json' -d "@$work/body.json" "http://$proxy/v1/chat/completions" >"$work/times" &
