@@ -6,6 +6,7 @@ gets the model and its settings on its command line, and answers JSON lines.
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -70,7 +71,8 @@ class WorkerTarget:
 
     async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        if self.process.returncode is None:  # else `_answer` says how it ended
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
         return await _answer(self.name, self.process, self.timeout)
 
 
@@ -98,7 +100,10 @@ async def _answer(name: str, process: asyncio.subprocess.Process, timeout: float
                     return reply
     except TimeoutError as error:
         raise BenchError(f"{name}: no answer within {timeout:.0f} s") from error
-    raise BenchError(f"{name}: the worker ended with status {await process.wait()} (see above)")
+    status = await process.wait()
+    killed = "was killed, which happens when memory runs out"
+    how = killed if status == -signal.SIGKILL else f"ended with status {status} (see above)"
+    raise BenchError(f"{name}: the worker {how}")
 
 
 @asynccontextmanager

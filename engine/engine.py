@@ -177,6 +177,7 @@ class Engine:
         self._forced_tokens = 0
         self.model = ModelInfo(
             max_model_len=max_model_len,
+            trained_context=model.max_position_embeddings,
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
             page_size=backend.page_size,

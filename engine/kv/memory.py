@@ -18,6 +18,9 @@ KV_SHARE = 0.5
 DEVICE_KV_SHARE = 0.9
 """The same of a device's own memory, which nothing else is expected to want."""
 
+SHORTEST_CONTEXT = 2048
+"""Tokens of context that a server without --max-model-len has at the least."""
+
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes this process may still use: free memory, or less in a container with a limit.
@@ -37,7 +40,7 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of each part, and what the KV pool holds."""
+    """Bytes of each part, and what the KV pool holds. All of one of ``processes``."""
 
     weights: int
     activations: int
@@ -45,11 +48,30 @@ class MemoryPlan:
     kv: int
     num_pages: int
     page_size: int
+    bytes_per_page: int
+    processes: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """That the KV pool holds."""
+        return self.num_pages * self.page_size
+
+    def require(self, tokens: int) -> None:
+        """Raise ConfigError, with figures, where the pool cannot hold a sequence so long."""
+        if self.tokens >= tokens:
+            return
+        needed = -(-tokens // self.page_size) * self.bytes_per_page
+        raise ConfigError(
+            f"too little memory: one sequence of {tokens} tokens needs "
+            f"{_size(self.processes * needed)} of KV pool and "
+            f"{_size(self.processes * self.kv)} are there; "
+            "use a smaller --max-model-len or a larger --kv-memory"
+        )
 
     def __str__(self) -> str:
         return (
             f"memory: weights {_size(self.weights)}, KV pool {_size(self.kv)} "
-            f"({self.num_pages * self.page_size} tokens), activations {_size(self.activations)}, "
+            f"({self.tokens} tokens), activations {_size(self.activations)}, "
             f"attention's partial results {_size(self.scratch)}"
         )
 
@@ -63,10 +85,9 @@ def plan_memory(
     bytes_per_page: int,
     page_size: int,
     kv_memory: int | None,
-    max_model_len: int,
     processes: int = 1,
 ) -> MemoryPlan:
-    """Size the KV pool. Raises ConfigError, with figures, where it cannot hold one sequence.
+    """Size the KV pool. Raises ConfigError where more is asked for than is there.
 
     Figures are of one process; ``kv_memory`` is for all ``processes``. ``scratch``: what attention
     takes beside activations (``Backend.attention_scratch``). ``available``: free bytes of
@@ -83,16 +104,16 @@ def plan_memory(
             f"--kv-memory asks for {_size(kv_memory)}; {_size(available)} of memory are available"
         )
     num_pages = max(budget, 0) // bytes_per_page
-    needed = -(-max_model_len // page_size)
-    if num_pages < needed:
-        raise ConfigError(
-            f"too little memory: one sequence of {max_model_len} tokens needs "
-            f"{_size(processes * needed * bytes_per_page)} of KV pool and "
-            f"{_size(max(budget * processes, 0))} are there; "
-            "use a smaller --max-model-len or a larger --kv-memory"
-        )
-    kv = num_pages * bytes_per_page
-    return MemoryPlan(weights, activations, scratch, kv, num_pages, page_size)
+    return MemoryPlan(
+        weights=weights,
+        activations=activations,
+        scratch=scratch,
+        kv=num_pages * bytes_per_page,
+        num_pages=num_pages,
+        page_size=page_size,
+        bytes_per_page=bytes_per_page,
+        processes=processes,
+    )
 
 
 def _size(size: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from headstart.engine.config import EngineConfig
 from headstart.engine.costs.measurements import KeptChoices
 from headstart.engine.errors import ConfigError
-from headstart.engine.kv.memory import plan_memory
+from headstart.engine.kv.memory import SHORTEST_CONTEXT, MemoryPlan, plan_memory
 from headstart.engine.models.adapters import Adapters
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
@@ -43,7 +43,8 @@ steps should not take so long that those who decode notice."""
 class Setup:
     """What is decided before weights are read. ``settings``: with nothing left open.
 
-    ``weights_reason``: why their format was chosen.
+    ``weights_reason``: why their format was chosen. ``shortest``: tokens of context that there has
+    to be room for, where there is none for ``max_model_len``.
     """
 
     settings: EngineConfig
@@ -52,6 +53,7 @@ class Setup:
     model: ModelConfig
     backend: Backend
     max_model_len: int
+    shortest: int
     max_batched_tokens: int
     max_running: int
 
@@ -60,8 +62,8 @@ class Setup:
         weights, length = self.settings.weights, self.max_model_len
         return load_decoder(self.folder, self.model, self.backend, weights, length, share, ranks)
 
-    def num_pages(self, decoder: Decoder, share: Share) -> int:
-        """How many KV pages each process gets. Raises ConfigError where they are too few."""
+    def plan(self, decoder: Decoder, share: Share) -> MemoryPlan:
+        """Memory of each process. Raises ConfigError where there is too little."""
         settings, model, backend = self.settings, decoder.config, self.backend
         # A step's, or those of a tile of a segment that is longer than a step.
         longest = self.max_model_len
@@ -80,11 +82,17 @@ class Setup:
             bytes_per_page=backend.kv_bytes_per_page(shape, model.num_layers),
             page_size=backend.page_size,
             kv_memory=settings.kv_memory,
-            max_model_len=longest,
             processes=share.ranks,
         )
+        plan.require(self.shortest)
         logger.info("%s%s", plan, ", of each rank" if share.ranks > 1 else "")
-        return plan.num_pages
+        if plan.tokens < longest:
+            logger.warning(
+                "context: %d of the model's %d tokens, as many as the KV pool holds; "
+                "--kv-memory and --kv-format change it",
+                *(plan.tokens, longest),
+            )
+        return plan
 
     def smoothing(self) -> list[dict[str, Tensor]] | None:
         """What the layers' inputs are divided by, of the whole model; None: by nothing."""
@@ -135,7 +143,7 @@ def load_model(config: EngineConfig, shared: bool = False) -> LoadedModel:
         runner = _lead(setup, share)
     else:
         decoder = setup.decoder(share, OneRank())
-        runner = ModelRunner(decoder, backend, setup.num_pages(decoder, share))
+        runner = ModelRunner(decoder, backend, setup.plan(decoder, share).num_pages)
     return LoadedModel(
         folder=setup.folder,
         config=setup.model,
@@ -145,7 +153,7 @@ def load_model(config: EngineConfig, shared: bool = False) -> LoadedModel:
         weights_reason=setup.weights_reason,
         device=f"cpu {settings.isa}" if settings.backend == "cpu" else settings.backend,
         threads=settings.threads or 1,
-        max_model_len=setup.max_model_len,
+        max_model_len=min(setup.max_model_len, runner.num_pages * backend.page_size),
         max_batched_tokens=setup.max_batched_tokens,
         max_running=setup.max_running,
         share=share,
@@ -200,7 +208,19 @@ def set_up(config: EngineConfig, shared: bool = False) -> Setup:
         max_batched_tokens=tokens,
         max_running=sequences,
     )
-    return Setup(settings, reason, folder, model, backend, max_model_len, tokens, sequences)
+    # All ranks of a chain hold the same positions, whatever memory each has.
+    fits = config.max_model_len is None and not shared
+    return Setup(
+        settings=settings,
+        weights_reason=reason,
+        folder=folder,
+        model=model,
+        backend=backend,
+        max_model_len=max_model_len,
+        shortest=min(max_model_len, SHORTEST_CONTEXT) if fits else max_model_len,
+        max_batched_tokens=tokens,
+        max_running=sequences,
+    )
 
 
 def _lead(setup: Setup, share: Share) -> ModelRunner:
@@ -214,7 +234,7 @@ def _lead(setup: Setup, share: Share) -> ModelRunner:
     try:
         decoder = setup.decoder(share, leader.ranks)
         leader.wait_until_loaded()  # so that the memory they take is known
-        num_pages = setup.num_pages(decoder, share)
+        num_pages = setup.plan(decoder, share).num_pages
         leader.allocate(num_pages)
         runner = ModelRunner(decoder, setup.backend, num_pages, leader)
         leader.connect(setup.backend.kv_pages(runner.kv).device)

@@ -168,6 +168,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     ``weights_reason``: why their format was chosen; empty where it was asked for.
     ``threads``: of the kernels, in each of ``processes``. ``kv_bytes``: of the pages of all of
     them. ``relay``: RelayAttention's mode, once it has been checked.
+    ``trained_context``: tokens that the model itself is made for; 0 where it does not matter.
     ``no_text``: why it answers with vectors alone, in words; None where it writes text, too.
     """
 
@@ -181,6 +182,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights: str
     version: str
     weights_reason: str = ""
+    trained_context: int = 0
     max_running: int = 64  # sequences computed in one step
     threads: int = 1
     processes: int = 1

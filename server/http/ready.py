@@ -23,7 +23,7 @@ def summary(runtime: Runtime, model: ModelInfo, url: str, seconds: float) -> str
         "kernels": f"{model.backend}, {_count(model.threads, 'thread')}{several}",
         "KV cache": f"{tokens:,} tokens in {model.kv_bytes / 2**30:.2f} GiB",
         "memory": _resident(),
-        "context": f"{model.max_model_len:,} tokens",
+        "context": _context(model),
         "relay": model.relay,
         "answers": str(runtime.answers),
         "defaults": str(runtime.defaults),
@@ -36,6 +36,11 @@ def summary(runtime: Runtime, model: ModelInfo, url: str, seconds: float) -> str
     lines = [f"ready after {seconds:.1f} s"]
     lines += [f"  {name:<10}{value}" for name, value in rows.items()]
     return "\n".join(lines)
+
+
+def _context(model: ModelInfo) -> str:
+    tokens, of_model = model.max_model_len, model.trained_context
+    return f"{tokens:,} tokens" + (f" of the model's {of_model:,}" if tokens < of_model else "")
 
 
 def _resident() -> str:

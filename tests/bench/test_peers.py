@@ -37,6 +37,12 @@ for line in sys.stdin:
     print(json.dumps(reply), flush=True)
 """
 
+KILLED = """
+import json, os, signal
+print(json.dumps({"ready": True, "version": "1.0", "load_s": 0.1}), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 FAKE_SERVE = """
 import http.server, signal, sys, pathlib
 port = int(sys.argv[sys.argv.index("--port") + 1])
@@ -184,6 +190,11 @@ async def test_a_worker_that_dies(worker: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="openvino: the worker ended with status 3"):
         async with start_worker("openvino", python, tmp_path / "m", {}, timeout=300):
             pass
+    worker.write_text(KILLED)
+    async with start_worker("openvino", python, tmp_path / "m", {}, timeout=300) as target:
+        await target.process.wait()
+        with pytest.raises(BenchError, match="openvino: the worker was killed, .* memory"):
+            await target.count([])
     with pytest.raises(BenchError, match=r"settings of llama: .*'depth'"):
         async with start_worker("llama", python, tmp_path / "m", {"depth": 1}, timeout=300):
             pass

@@ -130,10 +130,13 @@ def test_the_summary(engine, tokenizer):
         "  URL       http://a:1",
     ]
     app = create_app(engine, tokenizer, model_names=["tiny"])
-    chosen = msgspec.structs.replace(engine.model, weights="int8", weights_reason="it is good")
+    chosen = msgspec.structs.replace(
+        engine.model, weights="int8", weights_reason="it is good", trained_context=131072
+    )
     lines = summary(app.state.runtime, chosen, "http://a:1", 0).splitlines()
     assert "  weights   int8: it is good" in lines
     assert "  keys      none: whoever reaches the URL may do everything" in lines
+    assert "  context   256 tokens of the model's 131,072" in lines
     assert not any("asked as" in line for line in lines)  # nothing looks at it
     settings = ServerSettings(allowed_hosts=("0.0.0.0", "llm"))
     app = create_app(engine, tokenizer, model_names=["tiny"], settings=settings)
