@@ -31,7 +31,7 @@ from headstart.bench.server_process import default_gguf, start_headstart, start_
 from headstart.bench.worker_target import WORKERS, start_worker
 from headstart.bench.workloads import WORKLOADS, Workload, alternate, by_name, calibrate, check
 from headstart.engine.config import default_home
-from headstart.engine.models.gguf_weights import huggingface_folder
+from headstart.engine.models.files.gguf_weights import huggingface_folder
 from headstart.engine.models.store import resolve
 
 PEERS = (*WORKERS, "vllm")

@@ -16,7 +16,13 @@ import sys
 from headstart.engine.config import default_home
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.formats.choice import INT8_TOLERANCE
-from headstart.engine.models.quality import WINDOW, excess, perplexity, text_losses, text_tokens
+from headstart.engine.models.formats.quality import (
+    WINDOW,
+    excess,
+    perplexity,
+    text_losses,
+    text_tokens,
+)
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.models.store import resolve
 from headstart.kernels.cpu.backend import ACTIVATIONS

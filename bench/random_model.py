@@ -26,9 +26,9 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
 from headstart.engine.config import default_home
-from headstart.engine.models.gguf_file import GGUFFile
+from headstart.engine.models.files.gguf_file import GGUFFile
+from headstart.engine.models.files.weights import SINGLE_FILE, TensorFile
 from headstart.engine.models.store import fetch, resolve
-from headstart.engine.models.weights import SINGLE_FILE, TensorFile
 
 TOKENIZER = "smollm2-135m"
 """The model whose tokenizer is taken."""

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from headstart.bench.segment_task import Question
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.gguf_weights import huggingface_folder
+from headstart.engine.models.files.gguf_weights import huggingface_folder
 from headstart.engine.ranges.segments import Segments, turn_spans
 from headstart.server.text.templates import ChatTemplate
 from headstart.server.text.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ import gguf
 import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from headstart.engine.models.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED
+from headstart.engine.models.files.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED
 
 NORMAL, BYTE = 1, 6
 SIZE = 1300

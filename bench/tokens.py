@@ -26,10 +26,10 @@ from headstart.bench.line_process import LineProcess
 from headstart.bench.server_process import default_gguf
 from headstart.bench.token_texts import digest, texts
 from headstart.bench.token_vocabularies import byte_pairs, sentence_pieces
-from headstart.engine.models.gguf_file import GGUFFile
-from headstart.engine.models.gguf_tokenizer import write_tokenizer
-from headstart.engine.models.pre_tokenizers import PRE_TOKENIZERS
-from headstart.engine.models.quality import TEXTS
+from headstart.engine.models.files.gguf_file import GGUFFile
+from headstart.engine.models.files.gguf_tokenizer import write_tokenizer
+from headstart.engine.models.files.pre_tokenizers import PRE_TOKENIZERS
+from headstart.engine.models.formats.quality import TEXTS
 
 WORKER = Path(__file__).with_name("llama_worker.py")
 TIMEOUT = 300.0

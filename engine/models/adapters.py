@@ -30,9 +30,9 @@ from torch import Tensor
 
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.models.config import ModelConfig, read_json, segment_mask
+from headstart.engine.models.files.weights import Weights
 from headstart.engine.models.share import WHOLE, Share
 from headstart.engine.models.spec import DOWN, GATE_UP, MATRICES, QKV, O
-from headstart.engine.models.weights import Weights
 from headstart.engine.process.messages import AdapterInfo
 from headstart.kernels.backend import Backend, LoraPart
 

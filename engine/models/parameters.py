@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.weights import GGUF_LINK, Weights
+from headstart.engine.models.files.weights import GGUF_LINK, Weights
 from headstart.kernels.packing import Int8Panels
 
 if TYPE_CHECKING:
-    from headstart.engine.models.gguf_weights import GGUFWeights
+    from headstart.engine.models.files.gguf_weights import GGUFWeights
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ class Checkpoint:
         self._weights: Weights | GGUFWeights
         if (folder / GGUF_LINK).is_symlink():
             # Loaded where there is such a file only.
-            from headstart.engine.models.gguf_weights import GGUFWeights
+            from headstart.engine.models.files.gguf_weights import GGUFWeights
 
             self._weights = GGUFWeights.linked(folder, config)
         else:

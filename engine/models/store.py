@@ -43,7 +43,7 @@ from typing import Any
 
 from headstart.engine.errors import ModelError
 from headstart.engine.models.config import MODULES_FILE, POOLING_FILE, ModelConfig
-from headstart.engine.models.tokenizer import TokenizerConversion
+from headstart.engine.models.files.tokenizer import TokenizerConversion
 
 logger = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ def _quantize(folder: Path, report: Progress) -> None:
     ModelError if its weights are damaged.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "headstart.engine.models.quantize", folder],
+        [sys.executable, "-m", "headstart.engine.models.formats.quantize", folder],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -337,10 +337,10 @@ def _quantize(folder: Path, report: Progress) -> None:
 def _convert_gguf(source: Path, target: Path, report: Progress) -> list[str]:
     """What is damaged is refused before any work; the weights stay in the file."""
     # numpy and gguf are loaded for conversions only.
-    from headstart.engine.models.gguf import hf_config, pooling_config, tensor_entries
-    from headstart.engine.models.gguf_file import GGUFFile
-    from headstart.engine.models.gguf_tokenizer import write_tokenizer
-    from headstart.engine.models.weights import GGUF_LINK
+    from headstart.engine.models.files.gguf import hf_config, pooling_config, tensor_entries
+    from headstart.engine.models.files.gguf_file import GGUFFile
+    from headstart.engine.models.files.gguf_tokenizer import write_tokenizer
+    from headstart.engine.models.files.weights import GGUF_LINK
 
     file = GGUFFile(source)
     config = hf_config(file)
@@ -362,7 +362,7 @@ def _convert_gguf(source: Path, target: Path, report: Progress) -> list[str]:
 
 def _link_weights(source: Path, target: Path, report: Progress) -> None:
     """Config files are copied, weights linked: they are already what the engine reads."""
-    from headstart.engine.models.weights import INDEX_FILE, check_headers, weight_files
+    from headstart.engine.models.files.weights import INDEX_FILE, check_headers, weight_files
 
     check_headers(source)  # refuses damaged files now instead of at every start
     for name in ("config.json", "generation_config.json", MODULES_FILE, INDEX_FILE):

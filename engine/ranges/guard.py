@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from headstart.engine.batch import Batch, SharedRange, build_batch
-from headstart.engine.models.quality import text_tokens
+from headstart.engine.models.formats.quality import text_tokens
 from headstart.engine.models.runner import ModelRunner
 from headstart.engine.ranges.shared import Relay, RelayPlan
 from headstart.engine.sampling.params import SamplingParams

@@ -15,10 +15,10 @@ from headstart import __version__
 from headstart.engine.batch import build_batch
 from headstart.engine.costs.measurements import keep, load_kept
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.files.weights import weight_files
 from headstart.engine.models.formats import int8
 from headstart.engine.models.loading import LoadedModel
 from headstart.engine.models.runner import ModelRunner
-from headstart.engine.models.weights import weight_files
 from headstart.engine.runahead.costs import RankCosts
 from headstart.engine.runahead.messages import Identity
 from headstart.engine.sampling.params import SamplingParams

@@ -193,7 +193,7 @@ async def test_a_worker_that_dies(worker: Path, tmp_path: Path) -> None:
     worker.write_text(KILLED)
     async with start_worker("openvino", python, tmp_path / "m", {}, timeout=300) as target:
         await target.process.wait()
-        with pytest.raises(BenchError, match="openvino: the worker was killed, .* memory"):
+        with pytest.raises(BenchError, match=r"openvino: the worker was killed, .* memory"):
             await target.count([])
     with pytest.raises(BenchError, match=r"settings of llama: .*'depth'"):
         async with start_worker("llama", python, tmp_path / "m", {"depth": 1}, timeout=300):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from headstart.bench import perplexity
-from headstart.engine.models.quantize import quantize
+from headstart.engine.models.formats.quantize import quantize
 
 
 def test_every_format_has_a_line(

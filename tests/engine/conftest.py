@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headstart.engine.models.gguf_weights import huggingface_folder
+from headstart.engine.models.files.gguf_weights import huggingface_folder
 from headstart.engine.ranges.segments import Span
 
 TIE = 1e-3

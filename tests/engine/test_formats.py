@@ -14,8 +14,8 @@ from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
-from headstart.engine.models import quantize as quantizing
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.formats import quantize as quantizing
 from headstart.engine.models.runner import ModelRunner, attention_shape, load_decoder
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sequence import ScheduledSequence, Sequence

@@ -26,9 +26,9 @@ from torch import Tensor
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.files.weights import TensorFile
 from headstart.engine.models.formats.int8 import FOLDER, WEIGHTS, matrix_sizes, tensor_specs
-from headstart.engine.models.quantize import quantize
-from headstart.engine.models.weights import TensorFile
+from headstart.engine.models.formats.quantize import quantize
 from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sampling.sampler import Sampled

@@ -25,7 +25,7 @@ from headstart.engine.engine import Engine
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.formats.choice import INT8_TOLERANCE
 from headstart.engine.models.formats.int8 import read_quality
-from headstart.engine.models.quality import perplexity, text_losses, text_tokens
+from headstart.engine.models.formats.quality import perplexity, text_losses, text_tokens
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sequence import ScheduledSequence, Sequence

@@ -106,7 +106,7 @@ async def test_the_ids_of_a_prompt_are_those_the_engine_gets(ask, post, engine):
 
 async def test_the_ids_of_the_default_model_are_those_of_llama_cpp(ask, engine, smollm2):
     """`bench.tokens --write` has kept llama.cpp's."""
-    file = Path(__file__).parents[1] / "engine" / "models" / "llama_cpp_tokens.json"
+    file = Path(__file__).parents[1] / "engine" / "models" / "files" / "llama_cpp_tokens.json"
     kept = json.loads(file.read_text(encoding="utf-8"))["default model"]
     app = create_app(engine, Tokenizer.from_folder(smollm2), model_names=["smollm2"])
     answer = await ask("/tokenize", app, prompt="List:\n\n1. a")

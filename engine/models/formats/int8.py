@@ -23,8 +23,8 @@ from torch import Tensor
 
 from headstart.engine.errors import ModelError
 from headstart.engine.models.config import ModelConfig
+from headstart.engine.models.files.weights import FLOATS, Weights
 from headstart.engine.models.parameters import LayerParameters, Parameters
-from headstart.engine.models.weights import FLOATS, Weights
 from headstart.kernels.packing import PANEL, Int8Panels, panels_shape
 
 FOLDER = "int8"

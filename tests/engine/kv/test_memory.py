@@ -1,4 +1,4 @@
-"""The context that fits: without --max-model-len, what the KV pool holds is as long as it may be."""
+"""The context that fits: without --max-model-len it is what the KV pool holds."""
 
 from collections.abc import Callable
 from pathlib import Path

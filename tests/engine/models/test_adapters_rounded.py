@@ -22,15 +22,15 @@ from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ModelError, RequestError
-from headstart.engine.models import quantize as quantizing
 from headstart.engine.models.adapters import Adapter, load_adapter
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.float_pass import FloatPass
+from headstart.engine.models.formats import quantize as quantizing
+from headstart.engine.models.formats.float_pass import FloatPass
 from headstart.engine.models.formats.int8 import read_smoothing
+from headstart.engine.models.formats.quality import windows
+from headstart.engine.models.formats.quantize import quantize, smooth_layer
 from headstart.engine.models.parameters import read_float
-from headstart.engine.models.quality import windows
-from headstart.engine.models.quantize import quantize, smooth_layer
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.sampling.params import SamplingParams

@@ -9,9 +9,9 @@ import transformers
 from tokenizers import Tokenizer
 
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.gguf_file import GGUFFile
-from headstart.engine.models.gguf_weights import GGUFWeights
-from headstart.engine.models.quantize import known_quality
+from headstart.engine.models.files.gguf_file import GGUFFile
+from headstart.engine.models.files.gguf_weights import GGUFWeights
+from headstart.engine.models.formats.quantize import known_quality
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.store import fetch
 

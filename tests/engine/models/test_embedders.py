@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ModelError, RequestError
-from headstart.engine.models.quantize import UnsuitableError, quantize
+from headstart.engine.models.formats.quantize import UnsuitableError, quantize
 from headstart.engine.sampling.params import POOLINGS, Pooling, PoolingParams, SamplingParams
 
 TinyModel = Callable[..., Path]

@@ -20,11 +20,11 @@ from tokenizers import Tokenizer
 from headstart.engine.errors import ModelError
 from headstart.engine.models import store
 from headstart.engine.models.config import POOLING_FILE, ModelConfig, declared_pooling
+from headstart.engine.models.files.gguf_weights import huggingface_folder
+from headstart.engine.models.files.tokenizer import TokenizerConversion
+from headstart.engine.models.files.weights import Weights
 from headstart.engine.models.formats.int8 import read_int8
-from headstart.engine.models.gguf_weights import huggingface_folder
 from headstart.engine.models.store import KNOWN_MODELS, PackagedModel, pull, resolve
-from headstart.engine.models.tokenizer import TokenizerConversion
-from headstart.engine.models.weights import Weights
 
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 

@@ -19,8 +19,8 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.costs.attention import AttentionCosts
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
-from headstart.engine.models.quality import text_tokens
-from headstart.engine.models.quantize import quantize
+from headstart.engine.models.formats.quality import text_tokens
+from headstart.engine.models.formats.quantize import quantize
 from headstart.engine.process.messages import RelayStats
 from headstart.engine.ranges import guard as relay_guard
 from headstart.engine.ranges import shared as relay_module

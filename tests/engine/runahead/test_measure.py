@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headstart.engine.models.quantize import quantize
+from headstart.engine.models.formats.quantize import quantize
 from headstart.engine.runahead.measure import weights_digest
 from headstart.engine.runahead.messages import Hello
 

@@ -20,14 +20,13 @@ from headstart.engine.batch import build_batch
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ModelError
-from headstart.engine.models import quantize as quantizing
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.float_pass import FloatPass
+from headstart.engine.models.formats import quantize as quantizing
+from headstart.engine.models.formats.float_pass import FloatPass
 from headstart.engine.models.formats.int8 import read_int8, read_quality, read_smoothing
-from headstart.engine.models.parameters import Checkpoint, Matrix, read_float
-from headstart.engine.models.quality import excess, windows
-from headstart.engine.models.quantize import (
+from headstart.engine.models.formats.quality import excess, windows
+from headstart.engine.models.formats.quantize import (
     ALPHA,
     model_digest,
     quantize,
@@ -35,6 +34,7 @@ from headstart.engine.models.quantize import (
     smooth_layer,
     smoothing,
 )
+from headstart.engine.models.parameters import Checkpoint, Matrix, read_float
 from headstart.engine.models.rope import rope_tables
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.sampling.params import SamplingParams

@@ -27,9 +27,9 @@ from gguf import dequantize
 
 from headstart.engine.errors import ModelError
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.gguf import TensorEntry, tensor_entries
-from headstart.engine.models.gguf_file import GGUFFile
-from headstart.engine.models.weights import (
+from headstart.engine.models.files.gguf import TensorEntry, tensor_entries
+from headstart.engine.models.files.gguf_file import GGUFFile
+from headstart.engine.models.files.weights import (
     GGUF_LINK,
     SINGLE_FILE,
     TensorFile,

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file
 
 from headstart.engine.errors import ModelError
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.gguf import TYPES, hf_config
-from headstart.engine.models.gguf_file import GGUFFile
-from headstart.engine.models.gguf_tokenizer import write_tokenizer
-from headstart.engine.models.gguf_weights import GGUFWeights, write_safetensors
+from headstart.engine.models.files.gguf import TYPES, hf_config
+from headstart.engine.models.files.gguf_file import GGUFFile
+from headstart.engine.models.files.gguf_tokenizer import write_tokenizer
+from headstart.engine.models.files.gguf_weights import GGUFWeights, write_safetensors
 from headstart.engine.models.rope import rope_tables
 
 pytestmark = pytest.mark.covering

@@ -15,9 +15,9 @@ from headstart.bench.token_texts import digest, texts
 from headstart.bench.token_vocabularies import Vocabulary
 from headstart.bench.tokens import comparable, ours
 from headstart.engine.errors import ModelError
-from headstart.engine.models.gguf_file import GGUFFile
-from headstart.engine.models.gguf_tokenizer import MAX_ADDED, MAX_PIECE, write_tokenizer
-from headstart.engine.models.pre_tokenizers import DEFAULT, PRE_TOKENIZERS
+from headstart.engine.models.files.gguf_file import GGUFFile
+from headstart.engine.models.files.gguf_tokenizer import MAX_ADDED, MAX_PIECE, write_tokenizer
+from headstart.engine.models.files.pre_tokenizers import DEFAULT, PRE_TOKENIZERS
 
 KEPT = Path(__file__).with_name("llama_cpp_tokens.json")
 GROUPS: dict[Any, list[str]] = {}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from safetensors import SafetensorError, safe_open
 
 from headstart.engine.errors import ModelError
+from headstart.kernels.packing import PANEL
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +37,6 @@ MAX_NAMED = 5
 """Tensors listed in one error; the rest are counted."""
 CHUNK_ELEMENTS = 1 << 22
 """Elements of a large matrix that are read at a time: 16 MB of float32."""
-PANEL_ROWS = 32
-"""Runs of rows hold whole panels of packed weights (kernels/packing.py)."""
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "I32": 4}
 
 
@@ -188,7 +187,7 @@ def check_shape(name: str, path: Path, stored: tuple[int, ...], shape: tuple[int
 
 def row_runs(shape: tuple[int, int], elements: int = CHUNK_ELEMENTS) -> list[slice]:
     """A matrix of this shape in runs of about so many elements, of whole panels of rows."""
-    step = max(1, elements // shape[1] // PANEL_ROWS) * PANEL_ROWS
+    step = max(1, elements // shape[1] // PANEL) * PANEL
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 

@@ -19,7 +19,7 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from headstart.engine.errors import ModelError
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.gguf_file import GGUFFile, TensorInfo
+from headstart.engine.models.files.gguf_file import GGUFFile, TensorInfo
 
 ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),

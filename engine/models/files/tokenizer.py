@@ -1,6 +1,6 @@
 """Turns any tokenizer transformers can read into tokenizer.json, in a process of its own.
 
-    python -m headstart.engine.models.tokenizer SOURCE TARGET PARENT
+    python -m headstart.engine.models.files.tokenizer SOURCE TARGET PARENT
 
 SOURCE is a folder with a tokenizer: tokenizer.json, or SentencePiece's tokenizer.model. (Those of
 GGUF files: gguf_tokenizer.py.) TARGET gets tokenizer.json, tokenizer_config.json and, if the model
@@ -34,7 +34,7 @@ class TokenizerConversion:
             [
                 sys.executable,
                 "-m",
-                "headstart.engine.models.tokenizer",
+                "headstart.engine.models.files.tokenizer",
                 source,
                 target,
                 str(os.getpid()),

@@ -1,6 +1,6 @@
 """int8 weights with smoothing: made once at pull time, with their perplexity beside them.
 
-    python -m headstart.engine.models.quantize FOLDER
+    python -m headstart.engine.models.formats.quantize FOLDER
 
 A linear layer runs in int8 as  y = scale_w * scale_x * (W_q x_q):  one scale per output channel
 for the weights, one per row for the activations, taken on the fly. A few input channels are so
@@ -37,7 +37,8 @@ from torch import Tensor
 
 from headstart.engine.errors import HeadstartError
 from headstart.engine.models.config import ModelConfig
-from headstart.engine.models.float_pass import FloatPass, largest
+from headstart.engine.models.files.weights import GGUF_LINK, TensorFile, row_runs
+from headstart.engine.models.formats.float_pass import FloatPass, largest
 from headstart.engine.models.formats.int8 import (
     FOLDER,
     QUALITY,
@@ -46,8 +47,7 @@ from headstart.engine.models.formats.int8 import (
     matrix_sizes,
     tensor_specs,
 )
-from headstart.engine.models.parameters import AnyMatrix, Checkpoint, LayerParameters, Matrix
-from headstart.engine.models.quality import (
+from headstart.engine.models.formats.quality import (
     WINDOW,
     excess,
     perplexity,
@@ -55,9 +55,9 @@ from headstart.engine.models.quality import (
     text_tokens,
     windows,
 )
+from headstart.engine.models.parameters import AnyMatrix, Checkpoint, LayerParameters, Matrix
 from headstart.engine.models.runner import ModelRunner, load_decoder
 from headstart.engine.models.store import DAMAGED
-from headstart.engine.models.weights import GGUF_LINK, TensorFile, row_runs
 from headstart.engine.process.cores import usable_cores
 from headstart.kernels.devices import load_backend
 from headstart.kernels.packing import check_int8_shape, pack_int8

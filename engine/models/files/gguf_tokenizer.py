@@ -30,9 +30,9 @@ from tokenizers import (
 )
 
 from headstart.engine.errors import ModelError
-from headstart.engine.models.gguf import END_TOKENS
-from headstart.engine.models.gguf_file import GGUFFile
-from headstart.engine.models.pre_tokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
+from headstart.engine.models.files.gguf import END_TOKENS
+from headstart.engine.models.files.gguf_file import GGUFFile
+from headstart.engine.models.files.pre_tokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """Of ``tokenizer.ggml.token_type``: those found in text before anything else is done to it."""

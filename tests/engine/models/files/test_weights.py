@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from headstart.engine.errors import ModelError
-from headstart.engine.models.weights import Weights
+from headstart.engine.models.files.weights import Weights
 
 
 @pytest.fixture
