@@ -50,6 +50,17 @@ def test_imports_go_one_way(folder: str) -> None:
                 assert parts[1] in ALLOWED[folder], f"{path} imports {name}"
 
 
+@pytest.mark.parametrize(
+    ("folder", "above"),
+    [("text", {"generation", "http", "api", "cli"}), ("generation", {"api", "cli"})],
+)
+def test_the_servers_rooms_know_none_above_them(folder: str, above: set[str]) -> None:
+    for path in modules(f"server/{folder}"):
+        for name in imports(path):
+            parts = name.split(".")
+            assert parts[:2] != ["headstart", "server"] or parts[2] not in above, f"{path}: {name}"
+
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT.parent.parent).with_suffix("").parts
     return ".".join(("headstart", *parts)).removesuffix(".__init__")

@@ -11,6 +11,7 @@ from starlette.types import Scope
 from headstart.engine.process.messages import ModelInfo
 from headstart.engine.sampling.params import MAX_LOGPROBS, SamplingParams
 from headstart.server.api.choices.shown import Shown
+from headstart.server.generation.start import SEED_RANGE, choice_seed
 from headstart.server.generation.structure import (
     AnyField,
     ResponseFormat,
@@ -29,8 +30,6 @@ from headstart.server.text.assembler import TextOptions
 from headstart.server.text.tokenizer import Tokenizer
 
 INT32_MAX = 2**31 - 1
-SEED_RANGE = 2**63
-
 
 Ignored = Annotated[Any, Advisory()]
 """A field that cannot change which tokens are right."""
@@ -377,11 +376,6 @@ def is_number(value: object) -> bool:
 
 def is_token_id(value: object) -> bool:
     return type(value) is int and 0 <= value <= INT32_MAX
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """Seed of choice ``index`` of a request: never negative, never beyond 63 bits."""
-    return (seed + index) % SEED_RANGE
 
 
 def _or_default(value: float | None, default: float) -> float:

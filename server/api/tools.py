@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import WithJsonSchema
 
+from headstart.server.generation.chat import ToolUse
 from headstart.server.http.bounds import has_values
 from headstart.server.http.errors import APIError, bad_request, invalid
 from headstart.server.http.policy import Notes
@@ -71,26 +72,6 @@ class ToolChoice:
     mode: str = "auto"
     only: Sequence[str] | None = None
     once: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ToolUse:
-    """What a chat may do with its tools.
-
-    ``tools``: as the template gets them. ``functions``: those whose calls are read. ``forced``: one
-    of them has to be called. ``followed``: calls are right, and of these, if there are any.
-    ``parallel``: there may be several calls.
-    """
-
-    tools: Tools | None = None
-    functions: Sequence[Function] = ()
-    forced: bool = False
-    followed: bool = False
-    parallel: bool = True
-
-    @property
-    def names(self) -> list[str]:
-        return [function["name"] for function in self.functions]
 
 
 def check_number(tools: Sequence[Any], settings: ServerSettings) -> None:

@@ -18,7 +18,6 @@ from fastapi import Request
 
 from headstart.engine.ranges.segments import Span, turn_spans
 from headstart.engine.sampling.params import SamplingParams
-from headstart.server.api.tools import ToolUse
 from headstart.server.generation.start import Prompt, answer
 from headstart.server.generation.structure import Structure
 from headstart.server.http.errors import bad_request
@@ -27,11 +26,32 @@ from headstart.server.http.runtime import Runtime, Served
 from headstart.server.text.answer import AnswerParser
 from headstart.server.text.assembler import TextOptions
 from headstart.server.text.templates import Ending, Message, Tools
+from headstart.server.text.tool_formats.schemas import Function
 
 # The end of a prompt that may open the answer's thoughts.
 CONTEXT_IDS = 16
 
 MUCH = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """What a chat may do with its tools.
+
+    ``tools``: as the template gets them. ``functions``: those whose calls are read. ``forced``: one
+    of them has to be called. ``followed``: calls are right, and of these, if there are any.
+    ``parallel``: there may be several calls.
+    """
+
+    tools: Tools | None = None
+    functions: Sequence[Function] = ()
+    forced: bool = False
+    followed: bool = False
+    parallel: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        return [function["name"] for function in self.functions]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from fastapi import Request
 
 from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import SamplingParams
-from headstart.server.api.fields import choice_seed
 from headstart.server.http.cache_scope import salt_of
 from headstart.server.http.metrics import ChoiceTimer
 from headstart.server.http.reply import Choice, Echo, Format, Reply
@@ -22,6 +21,7 @@ NOT_DECLARED = (
     "segment_mask: neither a config nor --segment-mask declares segments for this model; "
     "one that was not tuned for them answers worse with them"
 )
+SEED_RANGE = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +107,8 @@ def _start_choices(
             choice.stream.abort()
         raise
     return choices
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """Seed of choice ``index`` of a request: never negative, never beyond 63 bits."""
+    return (seed + index) % SEED_RANGE

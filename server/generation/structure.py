@@ -21,13 +21,10 @@ from pydantic import Field, WithJsonSchema
 from headstart.server.http.errors import bad_request
 from headstart.server.http.policy import Advisory, Body, Refused
 from headstart.server.settings import ServerSettings
+from headstart.server.text.tool_formats.schemas import WHITESPACE
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
-
-WHITESPACE = r"\r?\n([ ]{0,32}|\t{0,8})|[ ]{1,2}"
-"""What may be between two tokens of JSON: an indented line, or a space. It ends: small models
-would go on for ever."""
 
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
 """In the library's error; where the schema is a part of a grammar there is more around it."""

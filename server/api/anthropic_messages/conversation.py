@@ -13,8 +13,8 @@ from headstart.server.api.anthropic_messages.blocks import (
     ToolResultBlock,
     ToolUseBlock,
 )
+from headstart.server.api.conversation import Conversation
 from headstart.server.api.fields import ContentField, Ignored
-from headstart.server.api.openai_responses.conversation import Conversation
 from headstart.server.api.tools import arguments_object
 from headstart.server.http.errors import bad_request, invalid
 from headstart.server.http.policy import Advisory, Body, Notes

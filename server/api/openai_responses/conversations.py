@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from headstart.server.api.conversation import Conversation
 from headstart.server.api.fields import Ignored
 from headstart.server.api.openai_responses.body import InputField, Metadata
-from headstart.server.api.openai_responses.conversation import Conversation
 from headstart.server.api.openai_responses.items import (
     add_items,
     item_list,

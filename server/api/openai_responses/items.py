@@ -10,8 +10,8 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from headstart.server.api.conversation import Conversation
 from headstart.server.api.fields import Ignored
-from headstart.server.api.openai_responses.conversation import Conversation
 from headstart.server.api.openai_responses.store import Item
 from headstart.server.api.openai_responses.tools import qualified
 from headstart.server.api.tools import written_arguments

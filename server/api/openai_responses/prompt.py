@@ -8,8 +8,8 @@ from itertools import takewhile
 
 from starlette.requests import Request
 
+from headstart.server.api.conversation import Conversation
 from headstart.server.api.openai_responses.body import PromptBody
-from headstart.server.api.openai_responses.conversation import Conversation
 from headstart.server.api.openai_responses.items import (
     add_items,
     item_list,

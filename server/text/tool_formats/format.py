@@ -12,10 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from headstart.server.generation.structure import WHITESPACE
 from headstart.server.text.answer import Reader
 from headstart.server.text.tool_formats.reader import CallReader, call_id
-from headstart.server.text.tool_formats.schemas import Function, arguments_schema
+from headstart.server.text.tool_formats.schemas import WHITESPACE, Function, arguments_schema
 
 Call = tuple[str, str]
 """A name, and the JSON text of the arguments."""

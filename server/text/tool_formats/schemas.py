@@ -10,6 +10,10 @@ Function = dict[str, Any]
 
 Schema = Mapping[str, Any]
 
+WHITESPACE = r"\r?\n([ ]{0,32}|\t{0,8})|[ ]{1,2}"
+"""What may be between two tokens of JSON: an indented line, or a space. It ends: small models
+would go on for ever."""
+
 MAX_DEPTH = 64
 _ONE = ("items", "additionalProperties")
 _LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
