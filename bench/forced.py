@@ -28,8 +28,8 @@ from headstart.engine.engine import Engine
 from headstart.engine.models.store import resolve
 from headstart.engine.sampling.grammar import Constraint
 from headstart.engine.sampling.params import SamplingParams
-from headstart.server.generation.structure import WHITESPACE
 from headstart.server.text.tool_formats import FORMATS
+from headstart.server.text.tool_formats.schemas import WHITESPACE
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

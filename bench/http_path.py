@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import socket
@@ -211,6 +212,8 @@ async def measure(num_streams: int, num_tokens: int, step_seconds: float) -> dic
         client = spawn.Process(
             target=read_streams, args=(port, num_streams, num_tokens, first_bytes)
         )
+        gc.collect()
+        gc.freeze()  # as serve does
         wall, cpu = time.perf_counter(), time.process_time()
         client.start()
         seconds = sorted(await asyncio.to_thread(first_bytes.get, True, PATIENCE))

@@ -142,19 +142,20 @@ def create_app(
         redirect_slashes=False,  # the redirect would be made of the client's Host header
     )
     app.state.runtime = runtime
+    # Those that are asked most come first: routes are tried in order.
     modules = (
-        models,
         chat,
         completions,
+        responses,
+        messages,
         embeddings,
         cohere_embed,
         score,
-        adapters,
         tokens,
-        responses,
-        messages,
+        models,
+        adapters,
     )
-    groups = [_operations(runtime), *(module.routes(runtime) for module in modules)]
+    groups = [*(module.routes(runtime) for module in modules), _operations(runtime)]
     for router in groups:
         app.include_router(router)
     routes = [r for router in groups for r in router.routes if isinstance(r, APIRoute)]

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from headstart.server.api.fields import Ignored
 from headstart.server.api.tools import (
     ToolChoice,
-    ToolUse,
     checked_tools,
     named_functions,
     use_of,
 )
+from headstart.server.generation.chat import ToolUse
 from headstart.server.http.errors import APIError, bad_request
 from headstart.server.http.policy import Advisory, Body, Notes, body_at
 from headstart.server.http.runtime import Runtime

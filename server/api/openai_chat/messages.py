@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, PrivateAttr, WithJsonSchema
+from pydantic import FailFast, Field, WithJsonSchema
 
 from headstart.server.api.fields import Ignored
 from headstart.server.api.openai_chat.tools import ToolCallList
@@ -69,11 +69,12 @@ class ChatMessage(Body):
     cache_control: Ignored = None
     audio: Annotated[Any, Refused("this model reads text")] = None
     function_call: Annotated[Any, Refused("use tool_calls")] = None
-    _said: list[str] = PrivateAttr(default_factory=list)
+    __slots__ = ("_said",)  # as Body's
 
     def settle(self, notes: Notes, prefix: str = "") -> None:
         super().settle(notes, prefix)
-        self._said = list(_texts(self.content, f"{prefix}content", notes))
+        texts = list(_texts(self.content, f"{prefix}content", notes))
+        object.__setattr__(self, "_said", texts)
 
     def plain(self, path: str) -> Message:
         """The message as templates take it; raises APIError."""
@@ -88,7 +89,7 @@ class ChatMessage(Body):
         refusal = [self.refusal] if self.refusal else []
         message: Message = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": "\n".join(self._said + refusal),
+            "content": "\n".join([*object.__getattribute__(self, "_said"), *refusal]),
         }
         if self.name is not None:
             message["name"] = self.name

@@ -21,8 +21,8 @@ from headstart.server.api.openai_chat.rendering import ChatRendering
 from headstart.server.api.openai_chat.tools import ToolList, custom_names, functions_of
 from headstart.server.api.openai_chat.writer import ChatFormat
 from headstart.server.api.segment_mask import ChatMaskField, chat_mask
-from headstart.server.api.tools import ToolChoiceField, ToolUse, checked_choice, use_of
-from headstart.server.generation.chat import Chat, answer_chat
+from headstart.server.api.tools import ToolChoiceField, checked_choice, use_of
+from headstart.server.generation.chat import Chat, ToolUse, answer_chat
 from headstart.server.http.errors import bad_request
 from headstart.server.http.policy import Refused
 from headstart.server.http.reply import Reply

@@ -1,5 +1,6 @@
 """The context that fits: without --max-model-len it is what the KV pool holds."""
 
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_the_context_is_what_the_pool_holds(config, caplog):
         # A sequence as long as that has its pages.
         new = 4
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-        engine.add(1, [5 + i % 90 for i in range(tokens - new)], params)
+        engine.add(1, array("i", (5 + i % 90 for i in range(tokens - new))), params)
         outputs = []
         while engine.has_work:
             outputs += engine.step()

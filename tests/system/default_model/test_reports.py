@@ -145,8 +145,7 @@ def test_a_prompt_beyond_the_context_has_its_code(send):
 
 def test_an_empty_line_is_the_token_that_the_model_knows(send):
     tokens = send("/tokenize", prompt="List:\n\n1. a", add_special_tokens=False).json()["tokens"]
-    # llama.cpp's ids of the same file: "List", ":", "\n\n", "1", ".", " a".
-    assert tokens == [4604, 42, 198, 198, 33, 30, 253] or len(tokens) == 6, tokens
+    assert tokens == [6106, 42, 1116, 33, 30, 253]  # llama.cpp's of the same file
 
 
 def test_a_special_token_ends_the_answer(send):
