@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from safetensors import SafetensorError, safe_open
 
 from headstart.engine.errors import ModelError
-from headstart.kernels.packing import PANEL
 
 if TYPE_CHECKING:
     import torch
@@ -187,6 +186,8 @@ def check_shape(name: str, path: Path, stored: tuple[int, ...], shape: tuple[int
 
 def row_runs(shape: tuple[int, int], elements: int = CHUNK_ELEMENTS) -> list[slice]:
     """A matrix of this shape in runs of about so many elements, of whole panels of rows."""
+    from headstart.kernels.packing import PANEL  # torch: who links files only does without
+
     step = max(1, elements // shape[1] // PANEL) * PANEL
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
