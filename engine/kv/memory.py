@@ -40,7 +40,8 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of each part, and what the KV pool holds. All of one of ``processes``."""
+    """Bytes of each part, and what the KV pool holds. All of one of ``processes``. ``room``: what
+    there was for the pool, a part of a page included."""
 
     weights: int
     activations: int
@@ -49,6 +50,7 @@ class MemoryPlan:
     num_pages: int
     page_size: int
     bytes_per_page: int
+    room: int
     processes: int = 1
 
     @property
@@ -64,7 +66,7 @@ class MemoryPlan:
         raise ConfigError(
             f"too little memory: one sequence of {tokens} tokens needs "
             f"{_size(self.processes * needed)} of KV pool and "
-            f"{_size(self.processes * self.kv)} are there; "
+            f"{_size(self.processes * self.room)} are there; "
             "use a smaller --max-model-len or a larger --kv-memory"
         )
 
@@ -103,7 +105,8 @@ def plan_memory(
         raise ConfigError(
             f"--kv-memory asks for {_size(kv_memory)}; {_size(available)} of memory are available"
         )
-    num_pages = max(budget, 0) // bytes_per_page
+    room = max(budget, 0)
+    num_pages = room // bytes_per_page
     return MemoryPlan(
         weights=weights,
         activations=activations,
@@ -112,6 +115,7 @@ def plan_memory(
         num_pages=num_pages,
         page_size=page_size,
         bytes_per_page=bytes_per_page,
+        room=room,
         processes=processes,
     )
 
