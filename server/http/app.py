@@ -309,6 +309,8 @@ def _add_error_handlers(app: FastAPI, routes: Sequence[APIRoute]) -> None:
             message = f"{request.method} is not allowed on {request.scope['path'][:200]!r}"
             # Where a path has several routes, Starlette names the first one's methods.
             here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+            # A path of its own is no id of the path beside it: /v1/responses/input_tokens.
+            here = [route for route in here if route.path == request.scope["path"]] or here
             if methods := {m for route in here for m in route.methods or ()}:
                 headers = {"Allow": ", ".join(sorted(methods))}
         shown = APIError(error.status_code, message, headers=headers)

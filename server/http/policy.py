@@ -139,6 +139,20 @@ class Body(BaseModel):
     # A slot: pydantic's private attributes double the time that a small body takes to be made.
     __slots__ = ("_notes",)
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Whatever may be left out may be null."""
+        found = handler(schema)
+        properties = handler.resolve_ref_schema(found).get("properties", {})
+        properties |= {
+            name: _or_null(value)
+            for name, value in properties.items()
+            if value.get("default", ...) is None
+        }
+        return found
+
     @property
     def notes(self) -> Notes:
         """What is ignored of the request that this is the body, or a part, of: once settled."""
@@ -177,6 +191,17 @@ class Body(BaseModel):
 
 
 B = TypeVar("B", bound=Body)
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a field, null allowed."""
+    about = {name: schema[name] for name in ("default", "title", "description") if name in schema}
+    rest = {name: value for name, value in schema.items() if name not in about}
+    null = {"type": "null"}
+    choices = rest["anyOf"] if rest.keys() == {"anyOf"} else [rest]
+    if not rest or any(choice == null or None in choice.get("enum", ()) for choice in choices):
+        return schema
+    return about | {"anyOf": [*choices, null]}
 
 
 def _without_indices(path: str) -> str:

@@ -232,6 +232,22 @@ async def test_openapi_describes_the_bodies(client):
     ]
 
 
+async def test_whatever_may_be_left_out_may_be_null(client):
+    schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
+    for name, field in (("ResponsesBody", "tools"), ("ConversationCreateBody", "items")):
+        assert {"type": "null"} in schemas[name]["properties"][field]["anyOf"]
+    response = await client.post("/v1/conversations", json={"items": None, "metadata": None})
+    assert response.status_code == 200, response.text
+
+
+async def test_methods_are_those_of_the_path_itself(client):
+    response = await client.options("/v1/responses/input_tokens")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    response = await client.options("/v1/responses/resp_1")
+    assert response.headers["allow"] == "DELETE, GET, HEAD"
+
+
 def test_the_server_imports_no_torch():
     code = (
         "import sys, headstart.server.http.app, headstart.server.cli.main;"
