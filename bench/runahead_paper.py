@@ -28,14 +28,8 @@ from headstart.bench.links import parse_link
 from headstart.bench.report import markdown
 from headstart.bench.runahead_report import ALONE, BASELINES, NOT_THE_MODEL, Row
 from headstart.bench.serve import at_least, positive
-from headstart.engine.runahead.costs import (
-    Chain,
-    LinkCosts,
-    RankCosts,
-    jitter,
-    simulate,
-    simulate_gathered,
-)
+from headstart.engine.costs.prefill import PrefillCosts
+from headstart.engine.runahead.costs import Chain, LinkCosts, jitter, simulate, simulate_gathered
 from headstart.engine.runahead.cuts import Positions, even_cuts, modelled_cuts
 
 RANKS = (2, 4, 8)
@@ -64,7 +58,7 @@ class Calibration(msgspec.Struct, frozen=True):
 
     layers: int
     token_bytes: int
-    rank: RankCosts
+    rank: PrefillCosts
     link: LinkCosts
 
     def chain(self, ranks: int) -> Chain:
@@ -88,7 +82,7 @@ class Model:
         return Calibration(
             self.layers,
             self.token_bytes,
-            RankCosts(
+            PrefillCosts(
                 fixed=0.0,
                 per_token=2 * self.weights / (PEAK * LINEAR_EFFICIENCY),
                 per_pair=4 * self.layers * self.width / (PEAK * ATTENTION_EFFICIENCY),
@@ -240,12 +234,12 @@ link is what holds up the chain; from then on more ranks gain nothing, and noise
 much as the ring. How strong the paper's noise was it does not say: that factor is assumed."""
 
 
-def measured_costs(rows: Sequence[Row]) -> RankCosts:
+def measured_costs(rows: Sequence[Row]) -> PrefillCosts:
     """Of the ranks that were measured, from prompts that one of them computed alone."""
     alone = [(0, row.prompt_tokens, row.ttft) for row in rows if row.method == "local"]
     if not alone:
         raise ValueError("there are no rows of `local`, which the simulation is calibrated by")
-    return RankCosts.fit(alone)
+    return PrefillCosts.fit(alone)
 
 
 def beside_measured(rows: Sequence[Row], layers: int, token_bytes: int) -> str:
@@ -317,7 +311,7 @@ def calibrated(command: argparse.ArgumentParser, args: argparse.Namespace) -> Ca
     return Calibration(
         args.layers or 30,
         args.kv_bytes or 768,
-        RankCosts(0.0, args.per_token, args.per_pair or 0.0),
+        PrefillCosts(0.0, args.per_token, args.per_pair or 0.0),
         LinkCosts(args.latency or LATENCY, 1 / (args.bandwidth or BANDWIDTHS[-1])),
     )
 

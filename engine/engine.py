@@ -28,6 +28,7 @@ from headstart.engine.batch import Batch, InFlight, Read, SharedRange, build_bat
 from headstart.engine.config import EngineConfig
 from headstart.engine.costs.attention import load_costs
 from headstart.engine.costs.forecast import Forecast, forecast
+from headstart.engine.costs.prefill import ObservedCosts
 from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.kv.pages_ahead import PagesAhead
 from headstart.engine.kv.pool import PagePool
@@ -58,7 +59,13 @@ from headstart.engine.sampling.device import DeviceSampler
 from headstart.engine.sampling.grammar import RUN_SECONDS, Grammar, Grammars, Masks
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
 from headstart.engine.sampling.sampler import Sampled, Sampler, Sampling
-from headstart.engine.schedule.scheduler import NOTHING, NewToken, Scheduler, SchedulerOutput
+from headstart.engine.schedule.scheduler import (
+    NOTHING,
+    NewToken,
+    Pace,
+    Scheduler,
+    SchedulerOutput,
+)
 from headstart.engine.sequence import Adapter, FinishReason, Sequence, Status
 from headstart.engine.work import LongChunk
 
@@ -126,6 +133,11 @@ class Engine:
         self._pool = PagePool(num_pages, backend.page_size)
         self._cache = RadixCache(self._pool)
         self.runahead: Chain | None = None
+        self._costs = ObservedCosts()
+        # A device computes beside the host: how long its chunks take is not seen here.
+        paced = config.step_time > 0 and not backend.asynchronous
+        pace = Pace(config.step_time, self._costs.costs, model.num_layers) if paced else None
+        self._step_time = config.step_time if paced else 0.0
         self._scheduler = Scheduler(
             self._pool,
             self._cache,
@@ -135,6 +147,7 @@ class Engine:
             eos_token_ids=model.eos_token_ids,
             prefix_caching=config.prefix_caching,
             runs_ahead=self._runs_ahead,
+            pace=pace,
         )
         self._relay = Relay(
             config.relay if config.prefix_caching else "off",
@@ -210,7 +223,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Have ready what the first requests would wait for: weights, kernels, RelayAttention."""
-        warm_up(self._runner)
+        self._costs.observe(0, *warm_up(self._runner))
         self._check_relay()
         self.model = msgspec.structs.replace(self.model, relay=self._relay.mode)
 
@@ -373,8 +386,10 @@ class Engine:
         if self._overlaps:
             self._in_flight, launched = launched, in_flight
         outputs = self._commit(launched) if launched else []
+        if self._step_time and not self._overlaps:
+            self._observe(scheduled, time.perf_counter() - begin)
         if self._beside:
-            outputs += self._compute_beside(scheduled)
+            outputs += self._compute_beside(scheduled, begin)
         outputs += self._progress.outputs(self._beside)
         self._steps += 1
         self._step_seconds += time.perf_counter() - begin
@@ -481,16 +496,29 @@ class Engine:
         self._forced_tokens += len(taken)
         return taken
 
-    def _compute_beside(self, step: SchedulerOutput) -> list[Output]:
-        """Compute as much of the first chunk beside the steps as is left of a step's work, and
-        commit it if that is all."""
+    def _observe(self, step: SchedulerOutput, seconds: float) -> None:
+        """What a chunk of a prompt costs, where it was all of a step."""
+        if len(step.scheduled) == 1 and step.scheduled[0].num_tokens > 1:
+            self._costs.observe(step.scheduled[0].start, step.scheduled[0].num_tokens, seconds)
+
+    def _compute_beside(self, step: SchedulerOutput, begin: float) -> list[Output]:
+        """Compute as much of the first chunk beside the steps as is left of a step's work, or of
+        its time since ``begin``, and commit it if that is all."""
         self._beside = [chunk for chunk in self._beside if self._goes_on(chunk)]
         if not self._beside:
             return []
         chunk = self._beside[0]
-        logits = chunk.advance(chunk.pieces(self._max_batched_tokens - step.num_prefilled))
+        if self._step_time and isinstance(chunk, LongChunk):
+            now = time.perf_counter()
+            # Where those that decode take all of a step's time, half as much is added to it.
+            logits = chunk.advance_until(max(begin + self._step_time, now + (now - begin) / 2))
+        else:
+            pieces = chunk.pieces(self._max_batched_tokens - step.num_prefilled)
+            logits = chunk.advance(pieces)
         if logits is not None:
             del self._beside[0]
+            if isinstance(chunk, LongChunk) and chunk.seconds:
+                self._costs.observe(chunk.entry.start, chunk.entry.num_tokens, chunk.seconds)
             # What runs ahead is not read.
             reads = chunk.reads if isinstance(chunk, LongChunk) else ()
             alone = SchedulerOutput([chunk.entry], 0)

@@ -8,6 +8,7 @@ what is left of a prompt that runs ahead on other processes, layer by layer (eng
 
 from __future__ import annotations
 
+import time
 from typing import Protocol
 
 from torch import Tensor
@@ -70,6 +71,8 @@ class LongChunk:
         self._sent = -1
         self.waits = False
         """Whether the last ``advance`` ended for want of a neighbour."""
+        self.seconds = 0.0
+        """That ``advance_until`` has taken."""
 
     @property
     def seq(self) -> Sequence:
@@ -104,6 +107,16 @@ class LongChunk:
                 logits: Tensor = end.value
                 return logits
         return None
+
+    def advance_until(self, moment: float) -> Tensor | None:
+        """The same until so much of ``time.perf_counter``, but one tile at least."""
+        begin = time.perf_counter()
+        while True:
+            logits = self.advance(1)
+            now = time.perf_counter()
+            if logits is not None or self.waits or now >= moment:
+                self.seconds += now - begin
+                return logits
 
     def synchronize(self) -> None:
         """Wait until what it launched is computed, for its time to be known."""

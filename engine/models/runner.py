@@ -177,11 +177,16 @@ def attention_shape(config: ModelConfig) -> AttentionShape:
     return AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
 
 
-def warm_up(runner: ModelRunner) -> None:
-    """Touch every weight and kernel once, so that the first request does not pay for it."""
+def warm_up(runner: ModelRunner) -> tuple[int, float]:
+    """Touch every weight and kernel once, so that the first request does not pay for it. How many
+    tokens the last pass had, and its seconds."""
+    seconds, rows = 0.0, 1
     for rows in (1, min(16, runner.num_pages * runner.backend.page_size)):
+        begin = time.perf_counter()
         runner.run(_first_rows(rows, runner.backend.page_size))
-    runner.backend.synchronize()
+        runner.backend.synchronize()
+        seconds = time.perf_counter() - begin
+    return rows, seconds
 
 
 def measured_activations(decoder: Decoder, backend: Backend, rows: int) -> int | None:

@@ -39,6 +39,7 @@ from torch import Tensor
 from zmq.utils.monitor import recv_monitor_message
 
 from headstart.engine.config import EngineConfig
+from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.errors import ConfigError
 from headstart.engine.kv.pool import PagePool
 from headstart.engine.models.loading import LoadedModel
@@ -169,7 +170,7 @@ class Ahead:
         return logits
 
 
-def _mixed(pace: float, seconds: float, measured: costs.RankCosts, start: int, end: int) -> float:
+def _mixed(pace: float, seconds: float, measured: PrefillCosts, start: int, end: int) -> float:
     """A rank's pace after it took ``seconds`` for a chunk; short chunks tell nothing."""
     if end - start < LEAST_CHUNK:
         return pace
@@ -638,7 +639,7 @@ class Chain:
         table.save(self._config.machine_folder, self._about())
         return self._config.machine_folder
 
-    def _paced(self) -> tuple[costs.RankCosts, ...]:
+    def _paced(self) -> tuple[PrefillCosts, ...]:
         """What chunks cost each rank, by what they have cost lately."""
         ranks = [
             rank.welcome.costs.times(rank.pace) for rank in self._live if rank.welcome is not None

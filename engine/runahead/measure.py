@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 from headstart import __version__
 from headstart.engine.batch import build_batch
 from headstart.engine.costs.measurements import keep, load_kept
+from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.files.weights import weight_files
 from headstart.engine.models.formats import int8
 from headstart.engine.models.loading import LoadedModel
 from headstart.engine.models.runner import ModelRunner
-from headstart.engine.runahead.costs import RankCosts
 from headstart.engine.runahead.messages import Identity
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sequence import ScheduledSequence, Sequence
@@ -90,10 +90,10 @@ def identity(loaded: LoadedModel) -> Identity:
     )
 
 
-def rank_costs(loaded: LoadedModel, own: Identity, folder: Path | None) -> RankCosts:
+def rank_costs(loaded: LoadedModel, own: Identity, folder: Path | None) -> PrefillCosts:
     """What chunks cost here: as kept in ``folder``, or measured now and kept there."""
     about = about_prefill(loaded, own)
-    costs = load_kept(folder, "prefill", about, RankCosts)
+    costs = load_kept(folder, "prefill", about, PrefillCosts)
     if costs is None:
         begin = time.perf_counter()
         costs = measure_rank(loaded.runner)
@@ -113,7 +113,7 @@ def about_prefill(loaded: LoadedModel, own: Identity) -> dict[str, Any]:
     }
 
 
-def measure_rank(runner: ModelRunner) -> RankCosts:
+def measure_rank(runner: ModelRunner) -> PrefillCosts:
     """Compute chunks at the beginning and far into a prompt; overwrites the first KV pages."""
     page_size = runner.backend.page_size
     room = min(runner.num_pages * page_size, runner.decoder.max_len)
@@ -128,7 +128,7 @@ def measure_rank(runner: ModelRunner) -> RankCosts:
     far = (min(LONG, room) - chunk) // page_size * page_size
     if far > 0:
         samples.append((far, chunk, min(_seconds(runner, far, chunk) for _ in range(2))))
-    return RankCosts.fit(samples)
+    return PrefillCosts.fit(samples)
 
 
 def _seconds(runner: ModelRunner, start: int, num_tokens: int) -> float:

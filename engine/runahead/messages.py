@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from headstart.engine.runahead.costs import LinkCosts, RankCosts
+from headstart.engine.costs.prefill import PrefillCosts
+from headstart.engine.runahead.costs import LinkCosts
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -63,7 +64,7 @@ class Welcome(msgspec.Struct, tag=True, array_like=True, frozen=True):
     links.Pool."""
 
     session: int
-    costs: RankCosts
+    costs: PrefillCosts
     shares: bool
     store_port: int
     host: str

@@ -19,8 +19,9 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.ranges.segments import Segments
-from headstart.engine.runahead.costs import Chain, RankCosts, first_token_seconds
+from headstart.engine.runahead.costs import Chain, first_token_seconds
 from headstart.engine.runahead.cuts import CutTable, Plan, Positions, even_cuts, plan
 
 CUTS = ("auto", "even", "predicted", "modelled")
@@ -70,7 +71,7 @@ class Planner:
     chunks cost the engine while no rank computes beside it. ``table``: of searched cuts."""
 
     def __init__(
-        self, way: str, always: bool, page_size: int, local: RankCosts, table: CutTable
+        self, way: str, always: bool, page_size: int, local: PrefillCosts, table: CutTable
     ) -> None:
         self.table = table
         self._way = way

@@ -29,6 +29,17 @@ with each, and until it is committed those steps hold nothing but the rows of se
     rows           d d d      d d d d     d d d       d d d  p p p p ...
     long chunk     layers 0..9   10..19      20..29                          committed
 
+Where it is known what chunks of prompts cost (``Pace``), a step is a time, too: chunks are cut to
+what fits. One that does not fit is computed beside the steps, as a long segment is; then others
+have half of each step's time, so that neither a long prompt nor those behind it stand still:
+
+    step           n                    n + 1                n + 2
+    rows           d d d  p p p         d d d  p p           d d d d
+    long chunk     layers 0..9          10..19               20..29                committed
+
+There is one such chunk at a time. Prompts have their turns by the seconds that are left of them,
+the least first, less half of those since they came: a short one passes a long one, none starves.
+
 A prompt that *runs ahead* (engine/runahead) is computed by other processes but for its end, which
 is computed beside the steps, too. It has pages for all its tokens from the start. Meanwhile others
 get half the budget, and further prompts may run ahead behind it. If that fails, ``fall_back`` makes
@@ -53,6 +64,7 @@ same step waits a step for it.
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import insort
 from collections import Counter
@@ -61,6 +73,7 @@ from collections.abc import Sequence as Items
 from operator import attrgetter
 from typing import NamedTuple
 
+from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.errors import RequestError
 from headstart.engine.kv.pool import AccountingError, PagePool
 from headstart.engine.kv.tree import Match, Node, RadixCache
@@ -94,6 +107,13 @@ class SchedulerOutput(NamedTuple):
 NOTHING = SchedulerOutput([], 0)
 """No step."""
 
+LONG_SHARE = 0.5
+"""Of a step's time, for a long chunk; the rest is for the chunks of others."""
+
+AGEING = 0.5
+"""Seconds by which what is left of a prompt counts less, for each second that it has been here: no
+prompt waits longer than about twice as long as it takes."""
+
 LONGEST_RUN = 32
 """Tokens of an output that are computed like a decoding one; more are a chunk like any other."""
 
@@ -104,6 +124,15 @@ class NewToken(NamedTuple):
     seq: Sequence
     token_id: int | None
     finished: bool
+
+
+class Pace(NamedTuple):
+    """``seconds``: what the prompts in a step may take. ``costs``: what they do take, as known now.
+    ``layers``: of the model, one of which is the least that is computed of a long chunk."""
+
+    seconds: float
+    costs: Callable[[], PrefillCosts]
+    layers: int
 
 
 class _Step:
@@ -118,10 +147,12 @@ class _Step:
         "preempted",
         "prefills",
         "scheduled",
+        "seconds",
     )
 
-    def __init__(self, budget: int, before: SchedulerOutput) -> None:
+    def __init__(self, budget: int, seconds: float, before: SchedulerOutput) -> None:
         self.budget = budget  # below 0 after a segment that is longer than what was left
+        self.seconds = seconds  # for chunks of prompts
         # What the step in flight computes.
         self.before = {entry.seq: entry for entry in before.scheduled}
         self.prefills = False  # whether part of a prompt is in it
@@ -158,6 +189,7 @@ class Scheduler:
     max_model_len:       a sequence ends when prompt and output are this long
     runs_ahead:          whether a sequence, cached up to a position, should run ahead now, behind
                          so many others
+    pace:                what a step may take; None: as long as its tokens do
     """
 
     def __init__(
@@ -171,6 +203,8 @@ class Scheduler:
         eos_token_ids: Collection[int],
         prefix_caching: bool = True,
         runs_ahead: Callable[[Sequence, int, int], bool] = lambda seq, start, num_ahead: False,
+        pace: Pace | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_batched_tokens < 1 or max_running < 1:
             raise ValueError(f"nothing can run: {max_batched_tokens=}, {max_running=}")
@@ -183,11 +217,14 @@ class Scheduler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._prefix_caching = prefix_caching
         self._runs_ahead = runs_ahead
+        self._pace = pace
+        self._clock = clock
         # Both in order.
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._by_id: dict[int, Sequence] = {}
         self._long: Sequence | None = None  # whose long chunk is being computed
+        self._long_end = 0
         self._ahead: list[Sequence] = []  # those that run ahead
         self._num_arrived = 0
         self.prompt_tokens = 0
@@ -254,7 +291,8 @@ class Scheduler:
 
         ``in_flight``: a step whose ``commit`` is to come, before that of the one decided here.
         """
-        step = _Step(self._max_batched_tokens, in_flight)
+        seconds = math.inf if self._pace is None else self._pace.seconds
+        step = _Step(self._max_batched_tokens, seconds, in_flight)
         spare = max(step.budget - len(self._running), 0)  # beside a token for everybody
         prefilling = []
         for seq, entry in step.before.items():
@@ -278,20 +316,16 @@ class Scheduler:
             if lacking <= 0 or self._take_pages(step, seq, lacking):
                 spare -= run - 1
                 self._put(step, seq, start, run)
-        if self._long is not None:
+        if self._long is not None and self._pace is None:
             step.budget = 0
+        elif self._long is not None:
+            step.seconds *= 1 - LONG_SHARE
+            self._note_in_flight(step, self._long, self._long_end)
         elif self._ahead:
             step.budget -= self._max_batched_tokens // 2
         for seq in self._ahead:
             self._note_in_flight(step, seq, len(seq.token_ids))
-        for seq in prefilling:
-            if step.budget <= 0:
-                break
-            if seq.status is Status.RUNNING:
-                self._continue_prefill(step, seq)
-        # What was just preempted for want of pages would only come and go.
-        if self._waiting and not step.preempted:
-            self._admit(step)
+        self._prefill(step, prefilling)
         self.preemptions += step.preempted
         return SchedulerOutput(
             list(step.scheduled.values()), step.preempted, step.long_chunk, step.ahead
@@ -301,12 +335,31 @@ class Scheduler:
         end = start + num_tokens
         samples = seq.generates and end == step.num_tokens(seq)
         entry = ScheduledSequence(seq, start, num_tokens, samples)
-        if num_tokens > self._max_batched_tokens:
-            step.budget, step.long_chunk, self._long = 0, entry, seq
+        if num_tokens > self._max_batched_tokens or self._is_long(step, seq, start, num_tokens):
+            self._begin_long(step, entry)
             return
         step.budget -= num_tokens
+        if self._pace is not None and num_tokens > 1:
+            step.seconds -= self._pace.costs().seconds(start, num_tokens)
         step.scheduled[seq] = entry
         self._note_in_flight(step, seq, end)
+
+    def _is_long(self, step: _Step, seq: Sequence, start: int, num_tokens: int) -> bool:
+        """Whether a chunk takes longer than what is left of the step, and may be computed beside
+        it instead."""
+        if self._pace is None or self._long is not None:
+            return False
+        # A commit may exchange pages for equal ones, which a long chunk would go on reading.
+        in_flight = seq in step.before
+        return not in_flight and self._pace.costs().seconds(start, num_tokens) > step.seconds
+
+    def _begin_long(self, step: _Step, entry: ScheduledSequence) -> None:
+        step.long_chunk, self._long, self._long_end = entry, entry.seq, entry.end
+        if self._pace is None:
+            step.budget = 0
+            return
+        step.seconds = min(step.seconds, self._pace.seconds * (1 - LONG_SHARE))
+        self._note_in_flight(step, entry.seq, entry.end)
 
     def _note_in_flight(self, step: _Step, seq: Sequence, end: int) -> None:
         """The page after what the cache has of ``seq`` is being computed, if ``end`` is beyond."""
@@ -335,6 +388,41 @@ class Scheduler:
         seq.pages += self._allocate(n)
         return True
 
+    def _prefill(self, step: _Step, prefilling: list[Sequence]) -> None:
+        """Chunks for those that run, and for those that wait while there is room for them."""
+        # A copy of the head: admitting changes the list, and those passed over are bounded.
+        waiting = self._waiting[: self._max_running]
+        reserved: int | None = None  # pages that those running will take; None: not counted yet
+        for seq in self._in_turn(prefilling, waiting):
+            if seq.status is Status.RUNNING:
+                if step.budget > 0:
+                    self._continue_prefill(step, seq)
+                continue
+            # What was just preempted for want of pages would only come and go.
+            if step.preempted or not waiting:
+                continue
+            if reserved is None:
+                reserved = sum(map(self._pages_to_come, self._running))
+            pages = self._admit(step, seq, reserved)
+            if pages is None:
+                waiting = []  # nobody behind it, either
+            else:
+                reserved += pages
+
+    def _in_turn(self, prefilling: list[Sequence], waiting: list[Sequence]) -> list[Sequence]:
+        """By what is left of each and how long it has been here, where that is known; else those
+        that run first."""
+        if self._pace is None or not prefilling + waiting:
+            return prefilling + waiting
+        costs, now = self._pace.costs(), self._clock()
+
+        def key(seq: Sequence) -> tuple[int, float]:
+            start = seq.num_computed_tokens
+            left = costs.seconds(start, max(len(seq.token_ids) - start, 0))
+            return seq.priority, left - AGEING * (now - seq.began)
+
+        return sorted(prefilling + waiting, key=key)
+
     def _continue_prefill(self, step: _Step, seq: Sequence) -> None:
         if seq.node is not None:
             self._jump_ahead(step, seq, self._match(seq.node, seq))
@@ -357,35 +445,34 @@ class Scheduler:
             step.prefills = True
             self._put(step, seq, start, num_tokens)
 
-    def _admit(self, step: _Step) -> None:
-        reserved = sum(self._pages_to_come(seq) for seq in self._running)
-        # A copy of the head: admitting changes the list, and those passed over are bounded.
-        for seq in self._waiting[: self._max_running]:
-            if len(self._running) >= self._max_running:
-                return
-            if step.budget <= 0 and not self._may_run_ahead(seq, 0):
-                return
-            if self._prefix_caching:
-                node, pages = self._match(self._cache.root(seq.namespace), seq)
-                if self._is_in_flight(step, seq, node):
-                    continue
-                self._cache.lock(node)  # before anything is evicted to make room
-                seq.node, seq.pages = node, pages
-            start = len(seq.pages) * self._page_size
-            ahead = self._may_run_ahead(seq, start)
-            if ahead:
-                num_tokens = len(seq.token_ids) - start
-            else:
-                num_tokens = self._next_chunk(step, seq, start) if step.budget > 0 else 0
-            short = self._pages_to_come(seq) + reserved > self._available
-            if not num_tokens or (self._running and short):
-                if seq.node is not None:
-                    self._cache.unlock(seq.node)
-                    seq.node, seq.pages = None, []
-                return
-            self._waiting.remove(seq)
-            self._start(step, seq, num_tokens, ahead)
-            reserved += self._pages_to_come(seq)
+    def _admit(self, step: _Step, seq: Sequence, reserved: int) -> int | None:
+        """Let a waiting sequence run, if it can. How many more pages will be wanted then; None: it
+        can't, and nobody that comes behind it shall."""
+        if len(self._running) >= self._max_running:
+            return None
+        if step.budget <= 0 and not self._may_run_ahead(seq, 0):
+            return None
+        if self._prefix_caching:
+            node, pages = self._match(self._cache.root(seq.namespace), seq)
+            if self._is_in_flight(step, seq, node):
+                return 0
+            self._cache.lock(node)  # before anything is evicted to make room
+            seq.node, seq.pages = node, pages
+        start = len(seq.pages) * self._page_size
+        ahead = self._may_run_ahead(seq, start)
+        if ahead:
+            num_tokens = len(seq.token_ids) - start
+        else:
+            num_tokens = self._next_chunk(step, seq, start) if step.budget > 0 else 0
+        short = self._pages_to_come(seq) + reserved > self._available
+        if not num_tokens or (self._running and short):
+            if seq.node is not None:
+                self._cache.unlock(seq.node)
+                seq.node, seq.pages = None, []
+            return 0 if not num_tokens and self._pace is not None else None
+        self._waiting.remove(seq)
+        self._start(step, seq, num_tokens, ahead)
+        return self._pages_to_come(seq)
 
     def _may_run_ahead(self, seq: Sequence, start: int) -> bool:
         return self._long is None and self._runs_ahead(seq, start, len(self._ahead))
@@ -397,7 +484,7 @@ class Scheduler:
         seq.status = Status.RUNNING
         insort(self._running, seq, key=_by_rank)
         if not seq.num_preemptions:
-            seq.scheduled = time.monotonic()
+            seq.scheduled = self._clock()
             self.prompt_tokens += seq.num_prompt_tokens
             self._count_cached(seq, start)
         seq.pages += self._allocate(self._pool.pages_for(start + num_tokens) - len(seq.pages))
@@ -410,7 +497,29 @@ class Scheduler:
         self._put(step, seq, start, num_tokens)
 
     def _next_chunk(self, step: _Step, seq: Sequence, start: int) -> int:
-        """How many tokens of ``seq`` this step may compute; 0: a segment has to wait for its turn.
+        """How many tokens of ``seq`` this step, or a long chunk, may compute; 0: it has to wait."""
+        num_tokens = self._chunk_of_tokens(step, seq, start)
+        if not num_tokens or self._pace is None:
+            return num_tokens
+        costs = self._pace.costs()
+        if num_tokens <= self._max_batched_tokens:
+            if costs.seconds(start, num_tokens) <= step.seconds:
+                return num_tokens
+            if self._is_long(step, seq, start, num_tokens):
+                # So many that a layer of them is a part of a step; a segment is whole, though.
+                seconds = self._pace.seconds * LONG_SHARE * self._pace.layers
+                most = max(int(min(costs.tokens(start, seconds), num_tokens)), self._page_size)
+                return self._chunk(seq, start, most) or num_tokens
+        elif self._long is None:
+            return num_tokens
+        fits = int(min(costs.tokens(start, max(step.seconds, 0.0)), step.budget))
+        if fits < min(self._page_size, len(seq.token_ids) - start):
+            # The first of all goes on, page by page, where nothing does beside it.
+            fits = 0 if step.prefills or self._long is not None else self._page_size
+        return self._chunk(seq, start, fits) if fits else 0
+
+    def _chunk_of_tokens(self, step: _Step, seq: Sequence, start: int) -> int:
+        """How many tokens of ``seq`` the budget has; 0: a segment has to wait for its turn.
 
         One that does not fit into what is left of the budget may go beyond it, but then it is the
         only prompt: the one that runs next, and so never passed over.

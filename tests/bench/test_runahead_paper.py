@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from headstart.bench.runahead_paper import FALCON, LLAMA, Calibration, grid, main, point
-from headstart.engine.runahead.costs import LinkCosts, RankCosts
+from headstart.engine.costs.prefill import PrefillCosts
+from headstart.engine.runahead.costs import LinkCosts
 
 FEW = ["--ranks", "2", "--lengths", "1024"]
 
@@ -24,7 +25,7 @@ def test_the_models_are_what_they_are_called() -> None:
 
 
 def test_what_a_point_says() -> None:
-    calibration = Calibration(4, 8, RankCosts(0.0, 1e-3, 1e-6), LinkCosts(1e-6, 1e-9))
+    calibration = Calibration(4, 8, PrefillCosts(0.0, 1e-3, 1e-6), LinkCosts(1e-6, 1e-9))
     found = point(calibration, 4, 1024)
     assert found.alone == pytest.approx(1.024 + 1e-6 * 1024 * 512)
     assert found.dense > found.causal > found.even > found.ours > found.alone / 4
@@ -50,7 +51,7 @@ def test_all_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_hardware_by_file_and_by_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calibration = Calibration(9, 64, RankCosts(0.0, 1e-3, 1e-7), LinkCosts(1e-4, 1e-9))
+    calibration = Calibration(9, 64, PrefillCosts(0.0, 1e-3, 1e-7), LinkCosts(1e-4, 1e-9))
     file = tmp_path / "calibration.json"
     file.write_bytes(msgspec.json.encode(calibration))
     assert main([*FEW, "--calibration", str(file)]) == 0

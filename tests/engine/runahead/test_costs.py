@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.runahead.costs import (
     KEY_SHARE,
     Chain,
     LinkCosts,
-    RankCosts,
     first_token_seconds,
     jitter,
     simulate,
@@ -21,12 +21,12 @@ from headstart.engine.runahead.costs import (
 )
 
 FREE = LinkCosts(0.0, 0.0)
-LINEAR = RankCosts(0.0, 1.0, 0.0)
+LINEAR = PrefillCosts(0.0, 1.0, 0.0)
 """A token takes a second, and attention nothing."""
 
 
 def chain(
-    *ranks: RankCosts, layers: int = 2, link: LinkCosts = FREE, back: LinkCosts = FREE
+    *ranks: PrefillCosts, layers: int = 2, link: LinkCosts = FREE, back: LinkCosts = FREE
 ) -> Chain:
     return Chain(layers, 1, ranks, (link,) * (len(ranks) - 1), back)
 
@@ -35,7 +35,7 @@ def chain(
 
 
 def test_seconds_of_a_chunk() -> None:
-    costs = RankCosts(5.0, 2.0, 0.5)
+    costs = PrefillCosts(5.0, 2.0, 0.5)
     assert costs.seconds(0, 4) == 5 + 2 * 4 + 0.5 * 4 * 2
     assert costs.seconds(10, 4) == 5 + 2 * 4 + 0.5 * 4 * 12
     assert costs.seconds(10, 0) == 0
@@ -52,21 +52,21 @@ def test_seconds_of_a_chunk() -> None:
 def test_tokens_is_the_inverse_of_seconds(
     fixed: float, per_token: float, per_pair: float, start: int, num: int
 ) -> None:
-    costs = RankCosts(fixed, per_token, per_pair)
+    costs = PrefillCosts(fixed, per_token, per_pair)
     assert costs.tokens(start, costs.seconds(start, num)) == pytest.approx(num)
     assert costs.tokens(start, fixed) == costs.tokens(start, fixed / 2) == 0
 
 
 def test_tokens_that_take_no_time() -> None:
-    assert RankCosts(1.0, 0.0, 0.0).tokens(5, 2.0) == float("inf")
-    assert RankCosts(1.0, 0.0, 2.0).tokens(0, 17.0) == pytest.approx(4)
+    assert PrefillCosts(1.0, 0.0, 0.0).tokens(5, 2.0) == float("inf")
+    assert PrefillCosts(1.0, 0.0, 2.0).tokens(0, 17.0) == pytest.approx(4)
 
 
 @pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
 def test_costs_are_finite_and_not_negative(wrong: float) -> None:
     for costs in ((wrong, 0.0, 0.0), (0.0, wrong, 0.0), (0.0, 0.0, wrong)):
         with pytest.raises(ValueError, match="0 or more"):
-            RankCosts(*costs)
+            PrefillCosts(*costs)
     for link in ((wrong, 0.0), (0.0, wrong)):
         with pytest.raises(ValueError, match="0 or more"):
             LinkCosts(*link)
@@ -85,10 +85,10 @@ GRID = [(start, num) for start in (0, 500, 3000) for num in (64, 256, 1024)]
 def test_fit_finds_the_costs_that_made_the_samples(
     fixed: float, per_token: float, per_pair: float
 ) -> None:
-    true = RankCosts(fixed, per_token, per_pair)
+    true = PrefillCosts(fixed, per_token, per_pair)
     if true.seconds(0, 1) == 0:
         return
-    found = RankCosts.fit([(start, num, true.seconds(start, num)) for start, num in GRID])
+    found = PrefillCosts.fit([(start, num, true.seconds(start, num)) for start, num in GRID])
     for start, num in [(0, 1), (10_000, 4096), *GRID]:
         assert found.seconds(start, num) == pytest.approx(true.seconds(start, num), rel=1e-4)
 
@@ -100,9 +100,9 @@ def test_fit_is_the_best_of_what_is_not_negative() -> None:
         samples = [(start, num, num * draw.uniform(0.5, 2)) for start, num in GRID]
 
         def error(costs: tuple[float, ...], samples=samples) -> float:  # type: ignore[no-untyped-def]
-            return sum((RankCosts(*costs).seconds(a, n) / s - 1) ** 2 for a, n, s in samples)
+            return sum((PrefillCosts(*costs).seconds(a, n) / s - 1) ** 2 for a, n, s in samples)
 
-        found = RankCosts.fit(samples)
+        found = PrefillCosts.fit(samples)
         best = (found.fixed, found.per_token, found.per_pair)
         for i, step in itertools.product(range(3), (1.0, 1e-2, 1e-5)):
             for change in (step, -step):
@@ -113,14 +113,14 @@ def test_fit_is_the_best_of_what_is_not_negative() -> None:
 
 def test_fit_squares_relative_errors() -> None:
     """The least of (a / 1 - 1)² + (a / 4 - 1)² lies at a = (1 + 1/4) / (1 + 1/16)."""
-    found = RankCosts.fit([(0, 10, 10.0), (0, 10, 40.0)])
+    found = PrefillCosts.fit([(0, 10, 10.0), (0, 10, 40.0)])
     assert found.per_token == pytest.approx(20 / 17)
     assert found.fixed == found.per_pair == 0
 
 
 def test_fit_of_few_samples_leaves_open_what_they_do_not_say() -> None:
     def costs(*samples: tuple[int, int, float]) -> tuple[float, float, float]:
-        found = RankCosts.fit(samples)
+        found = PrefillCosts.fit(samples)
         return found.fixed, found.per_token, found.per_pair
 
     assert costs((1000, 50, 5.0)) == pytest.approx((0, 0.1, 0))
@@ -134,16 +134,16 @@ def test_fit_of_few_samples_leaves_open_what_they_do_not_say() -> None:
 @pytest.mark.parametrize("samples", [[], [(0, 0, 1.0)], [(0, 5, 0.0)], [(0, 5, float("nan"))]])
 def test_fit_refuses_what_is_no_sample(samples: list[tuple[int, int, float]]) -> None:
     with pytest.raises(ValueError, match="samples of some tokens"):
-        RankCosts.fit(samples)
+        PrefillCosts.fit(samples)
 
 
 # ---------------------------------------------------------------- timelines by hand
 
 
 def test_one_rank_takes_what_its_chunk_takes() -> None:
-    alone = chain(RankCosts(1.0, 2.0, 0.5), layers=5)
+    alone = chain(PrefillCosts(1.0, 2.0, 0.5), layers=5)
     found = simulate(alone, [3], [3, 11])
-    assert found.seconds == pytest.approx(RankCosts(1.0, 2.0, 0.5).seconds(3, 8))
+    assert found.seconds == pytest.approx(PrefillCosts(1.0, 2.0, 0.5).seconds(3, 8))
     assert found.idle == (0.0,)
     assert found.received == (0,)
 
@@ -169,11 +169,11 @@ def test_a_long_first_chunk_is_waited_for() -> None:
 
 def test_attention_comes_after_the_keys_that_it_needs() -> None:
     """Only attention: rank 0 sees 10 * 5 pairs, rank 1 sees 10 * 15, in each of two layers."""
-    costs = RankCosts(0.0, 0.0, 2.0)
+    costs = PrefillCosts(0.0, 0.0, 2.0)
     found = simulate(chain(costs, costs), [0, 0], [0, 10, 20])
     # Rank 0 has layer 1's keys after its attention of layer 0; that of layer 1 it leaves out.
     assert found.seconds == pytest.approx(2 * 150)
-    slow = simulate(chain(RankCosts(0.0, 0.0, 8.0), costs), [0, 0], [0, 10, 20])
+    slow = simulate(chain(PrefillCosts(0.0, 0.0, 8.0), costs), [0, 0], [0, 10, 20])
     assert slow.seconds == pytest.approx(8 * 50 / 2 + 150)
     assert slow.idle == pytest.approx((0, 8 * 50 / 2 - 150))
 
@@ -243,7 +243,7 @@ def test_chains_are_checked() -> None:
 
 
 def test_the_last_ranks_of_a_chain() -> None:
-    ranks = tuple(RankCosts(float(i), 0.0, 0.0) for i in range(4))
+    ranks = tuple(PrefillCosts(float(i), 0.0, 0.0) for i in range(4))
     links = tuple(LinkCosts(float(i), 0.0) for i in range(3))
     whole = Chain(3, 7, ranks, links, FREE)
     assert whole.last(4) == whole
@@ -259,7 +259,7 @@ def runs(draw: st.DrawFn) -> tuple[Chain, list[int], list[int]]:
     """A chain, what its ranks hold, and bounds."""
     count = draw(st.integers(1, 5))
     cost = st.floats(0, 2)
-    ranks = st.builds(RankCosts, cost, cost, st.floats(0, 0.01))
+    ranks = st.builds(PrefillCosts, cost, cost, st.floats(0, 0.01))
     links = st.builds(LinkCosts, cost, st.floats(0, 0.1))
     some = Chain(
         draw(st.integers(1, 9)),
@@ -320,7 +320,7 @@ def test_noise_is_drawn_for_each_message() -> None:
 
 def test_gathered_layers_wait_for_each_other() -> None:
     """Two layers, 3 ranks of 10 tokens, one half as fast; two ring steps of 1 + 10 s."""
-    slow = RankCosts(0.0, 2.0, 0.0)
+    slow = PrefillCosts(0.0, 2.0, 0.0)
     three = chain(LINEAR, slow, LINEAR, link=LinkCosts(1.0, 1.0))
     found = simulate_gathered(three, 30, "causal")
     # Keys of layer 0 at 0.2 * 10; gathered 22 s later; the slow rank's of layer 1 after 10 more.
@@ -337,7 +337,7 @@ def test_the_slowest_link_of_the_ring_counts() -> None:
 
 
 def test_dense_attention_sees_all_keys() -> None:
-    costs = RankCosts(0.0, 0.0, 1.0)
+    costs = PrefillCosts(0.0, 0.0, 1.0)
     two = chain(costs, costs, layers=1)
     assert simulate_gathered(two, 20, "causal").seconds == pytest.approx(10 * 15)
     dense = simulate_gathered(two, 20, "dense")
@@ -346,7 +346,7 @@ def test_dense_attention_sees_all_keys() -> None:
 
 
 def test_one_rank_gathers_nothing() -> None:
-    costs = RankCosts(1.0, 2.0, 0.5)
+    costs = PrefillCosts(1.0, 2.0, 0.5)
     alone = chain(costs, back=LinkCosts(9.0, 9.0))
     assert simulate_gathered(alone, 10, "causal").seconds == pytest.approx(costs.seconds(0, 10))
 
@@ -370,6 +370,6 @@ def test_noise_reaches_the_baseline() -> None:
 
 
 def test_costs_of_a_slower_rank() -> None:
-    costs = RankCosts(0.1, 0.002, 3e-6)
+    costs = PrefillCosts(0.1, 0.002, 3e-6)
     assert costs.times(2.5).seconds(640, 320) == pytest.approx(2.5 * costs.seconds(640, 320))
     assert costs.times(1.0) == costs

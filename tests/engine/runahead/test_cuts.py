@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.ranges.segments import Segments
-from headstart.engine.runahead.costs import Chain, LinkCosts, RankCosts, first_token_seconds
+from headstart.engine.runahead.costs import Chain, LinkCosts, first_token_seconds
 from headstart.engine.runahead.cuts import (
     CutTable,
     Plan,
@@ -30,10 +31,10 @@ from headstart.engine.runahead.cuts import (
 
 FREE = LinkCosts(0.0, 0.0)
 SLOW = LinkCosts(1.0, 1.0)
-COSTS = RankCosts(1e-3, 1e-4, 1e-7)
+COSTS = PrefillCosts(1e-3, 1e-4, 1e-7)
 
 
-def chain(count: int, costs: RankCosts = COSTS, link: LinkCosts = FREE) -> Chain:
+def chain(count: int, costs: PrefillCosts = COSTS, link: LinkCosts = FREE) -> Chain:
     return Chain(30, 768, (costs,) * count, (link,) * (count - 1), link)
 
 
@@ -275,9 +276,9 @@ def brute_force(some: Chain, held: Sequence[int], positions: Positions) -> float
 def any_chain(draw: random.Random, count: int) -> Chain:
     """Ranks up to 10 times apart; links from those that cost nothing to what holds all ranks up."""
 
-    def rank() -> RankCosts:
+    def rank() -> PrefillCosts:
         per_token = 1e-4 * draw.uniform(0.3, 3)
-        return RankCosts(
+        return PrefillCosts(
             draw.choice([0, 1e-3, 1e-2]), per_token, per_token / 4096 * draw.choice([0, 0.1, 1, 5])
         )
 
@@ -322,7 +323,7 @@ def test_search_from_even_cuts_does_not_get_stuck() -> None:
     for _ in range(100):
         per_pair = 1e-4 / 4096 * draw.choice([0.5, 1, 5])
         link = LinkCosts(1e-5, 1e-4 / 30 / 768 * draw.choice([0.01, 0.1]))
-        some, held = chain(4, RankCosts(1e-3, 1e-4, per_pair), link), [0] * 4
+        some, held = chain(4, PrefillCosts(1e-3, 1e-4, per_pair), link), [0] * 4
         positions = Positions(0, draw.choice([2048, 4096, 5000]), 200)
 
         def seconds(bounds: list[int], some: Chain = some) -> float:
@@ -358,7 +359,7 @@ def test_earlier_ranks_get_more() -> None:
 
 
 def test_faster_ranks_get_more() -> None:
-    fast, slow = RankCosts(0.0, 1e-4, 0.0), RankCosts(0.0, 3e-4, 0.0)
+    fast, slow = PrefillCosts(0.0, 1e-4, 0.0), PrefillCosts(0.0, 3e-4, 0.0)
     some = Chain(30, 768, (slow, fast), (FREE,), FREE)
     found = modelled_cuts(some, [0, 0], Positions(0, 4096, 16))
     assert found is not None
@@ -374,7 +375,7 @@ def test_the_plan_names_the_last_ranks() -> None:
     assert len(found.bounds) == 4
     assert found.local_seconds == pytest.approx(COSTS.seconds(0, 8192))
     assert found.seconds < found.local_seconds / 2
-    slow_first = Chain(30, 768, (RankCosts(9.0, 9.0, 9.0), COSTS, COSTS), (FREE,) * 2, FREE)
+    slow_first = Chain(30, 768, (PrefillCosts(9.0, 9.0, 9.0), COSTS, COSTS), (FREE,) * 2, FREE)
     found = plan(slow_first, [0, 0, 0], 8192, 16)
     assert found.first == 1
     assert len(found.bounds) == 3
@@ -411,7 +412,7 @@ def test_what_the_first_rank_lacks_is_sent_or_computed_again() -> None:
     found = plan(quick, held, 8192, 16)
     assert found.bounds[0] == 4096
     assert found.seconds == pytest.approx(found.local_seconds / 2, rel=0.05)
-    slow = Chain(30, 768, (RankCosts(0.0, 1e-5, 0.0), COSTS), (FREE,), SLOW)
+    slow = Chain(30, 768, (PrefillCosts(0.0, 1e-5, 0.0), COSTS), (FREE,), SLOW)
     found = plan(slow, held, 8192, 16)
     assert (found.first, found.bounds[0]) == (0, 0)
     assert found.seconds < found.local_seconds

@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 
+from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.ranges.segments import CAUSAL
 from headstart.engine.runahead import cuts
 from headstart.engine.runahead import planner as planner_module
-from headstart.engine.runahead.costs import Chain, LinkCosts, RankCosts, first_token_seconds
+from headstart.engine.runahead.costs import Chain, LinkCosts, first_token_seconds
 from headstart.engine.runahead.cuts import CutTable, Plan, plan
 from headstart.engine.runahead.planner import WORTH, Planner, Prompt
 
 PAGE = 32
 SECONDS = 60.0
-COSTS = RankCosts(0.002, 1e-4, 1e-9)
+COSTS = PrefillCosts(0.002, 1e-4, 1e-9)
 QUICK = LinkCosts(1e-6, 1e-12)
 SLOW = LinkCosts(10.0, 0.0)
 

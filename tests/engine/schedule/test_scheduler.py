@@ -1,6 +1,7 @@
 """Scheduler: rules one by one, then random use against a model that remembers what pages hold."""
 
 import itertools
+import math
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,15 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from headstart.engine.costs.prefill import ObservedCosts, PrefillCosts
 from headstart.engine.errors import RequestError
 from headstart.engine.kv.pool import PagePool
 from headstart.engine.kv.tree import RadixCache
 from headstart.engine.ranges.segments import Segments, Span
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.schedule.scheduler import (
+    LONG_SHARE,
     LONGEST_RUN,
     NOTHING,
     NewToken,
+    Pace,
     Scheduler,
     SchedulerOutput,
 )
@@ -1292,3 +1296,197 @@ TestOverlappingUse = OverlappingUse.TestCase
 TestOverlappingUse.settings = settings(
     max_examples=2 * settings.default.max_examples, stateful_step_count=30, deadline=None
 )
+
+# --------------------------------------------------------------------------- steps that are a time
+
+SECOND = PrefillCosts(0.0, 1.0, 0.0)
+"""A second a token."""
+
+
+class PacedEngine(Engine):
+    """A step has ``seconds`` for prompts; a clock that stands still unless it is set."""
+
+    def __init__(
+        self,
+        num_pages: int = 64,
+        page_size: int = 4,
+        long_steps: int = 1,
+        *,
+        seconds: float = 8.0,
+        costs: PrefillCosts = SECOND,
+        **options: Any,
+    ) -> None:
+        self.now = 0.0
+        self.seconds, self.costs = seconds, costs
+        pace = Pace(seconds, lambda: costs, 8)
+        super().__init__(
+            num_pages, page_size, long_steps, pace=pace, clock=lambda: self.now, **options
+        )
+
+    def schedule(self) -> SchedulerOutput:
+        running = list(self.scheduler._running)
+        shared = self.long is not None and self.long.seq.status is Status.RUNNING
+        output = self.scheduler.schedule()
+        if output.long_chunk is not None:
+            assert self.long is None or self.long.seq.status is Status.FINISHED
+            self.long, self.long_steps_left, shared = output.long_chunk, self.long_steps, False
+        assert output.scheduled or self.long or not self.scheduler.has_work
+        beside = self.long.seq if self.long else None
+        chunks = {entry.seq: entry for entry in output.scheduled}
+        assert beside not in chunks
+        decoding = [seq for seq in running if decodes(seq) and seq is not beside]
+        for seq in decoding:
+            assert seq.status is Status.WAITING or seq in chunks, "must decode"
+        prompts = [e for e in output.scheduled if e.num_tokens > 1 and e.seq not in decoding]
+        self.check_time(prompts, shared)
+        return output
+
+    def check_time(self, prompts: list[ScheduledSequence], shared: bool) -> None:
+        """Chunks take no longer than a step, or, ``shared`` with a long chunk, than their share of
+        it; but for the first one, of a page or a segment."""
+        share = self.seconds * (1 - LONG_SHARE if shared else 1)
+        taken = sum(self.costs.seconds(entry.start, entry.num_tokens) for entry in prompts)
+        if not shared and len(prompts) == 1:
+            [entry] = prompts
+            least = entry.num_tokens <= self.pool.page_size
+            whole = entry.seq.segments.end_of(entry.start + 1) > entry.start + 1
+            if least or whole:
+                return
+        assert taken <= share * (1 + 1e-9), "takes too long"
+
+
+def chunks(output: SchedulerOutput) -> list[tuple[int, int, int]]:
+    return [(entry.seq.id, entry.start, entry.num_tokens) for entry in output.scheduled]
+
+
+def long_chunk(output: SchedulerOutput) -> tuple[int, int, int] | None:
+    entry = output.long_chunk
+    return entry and (entry.seq.id, entry.start, entry.num_tokens)
+
+
+def words(first: int, num: int) -> list[int]:
+    return list(range(first, first + num))
+
+
+def test_what_fits_is_in_the_step():
+    engine = PacedEngine()
+    for i in range(2):
+        engine.scheduler.add(make_sequence(i, words(100 * i, 4)))
+    assert chunks(engine.schedule()) == [(0, 0, 4), (1, 0, 4)]
+
+
+def test_what_does_not_fit_is_computed_beside_the_steps():
+    engine = PacedEngine(long_steps=3)
+    engine.scheduler.add(make_sequence(0, words(0, 40), max_tokens=2))
+    output = engine.schedule()
+    assert (chunks(output), long_chunk(output)) == ([], (0, 0, 16))
+
+
+def test_a_short_prompt_goes_on_beside_a_long_one():
+    engine = PacedEngine(long_steps=3)
+    engine.scheduler.add(make_sequence(0, words(0, 40)))
+    engine.step()
+    engine.scheduler.add(make_sequence(1, words(100, 4), max_tokens=3))
+    new = engine.step()
+    assert [token.seq.id for token in new] == [1]
+    engine.scheduler.add(make_sequence(2, words(200, 7)))
+    assert chunks(engine.schedule()) == [(1, 4, 1), (2, 0, 4)]
+
+
+def test_equal_prompts_are_computed_once():
+    engine = PacedEngine(long_steps=2)
+    for i in range(2):
+        engine.scheduler.add(make_sequence(i, words(0, 24)))
+    engine.drain(40)
+    assert engine.num_computed == 24 + 4  # and the last page of the other
+
+
+def test_the_shortest_is_next_and_none_starves():
+    engine = PacedEngine(seconds=4.0)
+    engine.scheduler.add(make_sequence(0, words(0, 200)))
+    ended: list[int] = []
+    for i in range(1, 200):
+        if i % 2:  # there is always a shorter one, which takes all the time there is
+            engine.scheduler.add(make_sequence(i, words(1000 * i, 8)))
+        engine.now += 8.0
+        ended += [token.seq.id for token in engine.step()]
+        if 0 in ended:
+            break
+    assert len(ended) > 10
+    assert 0 in ended
+
+
+def test_a_short_one_passes_one_that_came_before():
+    engine = PacedEngine(long_steps=1)
+    engine.scheduler.add(make_sequence(0, words(0, 60)))
+    engine.step()
+    engine.scheduler.add(make_sequence(1, words(100, 16)))
+    order = []
+    for _ in range(40):
+        order += [token.seq.id for token in engine.step()]
+    assert order == [1, 0]
+
+
+def test_priorities_come_before_what_is_left():
+    engine = PacedEngine(long_steps=1)
+    engine.scheduler.add(make_sequence(0, words(0, 30), priority=-1))
+    engine.scheduler.add(make_sequence(1, words(100, 12)))
+    order = []
+    for _ in range(40):
+        order += [token.seq.id for token in engine.step()]
+    assert order == [0, 1]
+
+
+class PacedUse(Use):
+    """The same random use, of steps that are a time."""
+
+    @initialize(
+        page_size=st.integers(1, 4),
+        num_pages=st.integers(3, 14),
+        budget=st.integers(1, 12),
+        max_running=st.integers(1, 5),
+        prefix_caching=st.sampled_from([True, True, True, False]),
+        long_steps=st.integers(1, 3),
+        seconds=st.sampled_from([1.0, 3.0, 8.0]),
+        costs=st.sampled_from([SECOND, PrefillCosts(1.0, 0.5, 0.1), PrefillCosts(0.0, 0.0, 0.0)]),
+    )
+    def start(
+        self,
+        page_size: int,
+        num_pages: int,
+        budget: int,
+        max_running: int,
+        prefix_caching: bool,
+        long_steps: int,
+        seconds: float,
+        costs: PrefillCosts,
+    ) -> None:
+        self.engine = PacedEngine(
+            num_pages,
+            page_size,
+            long_steps,
+            seconds=seconds,
+            costs=costs,
+            max_batched_tokens=budget,
+            max_running=max_running,
+            max_model_len=24,
+            prefix_caching=prefix_caching,
+        )
+        self.sequences: list[Sequence] = []
+
+
+TestPacedUse = PacedUse.TestCase
+TestPacedUse.settings = settings(
+    max_examples=2 * settings.default.max_examples, stateful_step_count=40, deadline=None
+)
+
+
+def test_costs_are_those_of_the_last_chunks():
+    observed = ObservedCosts()
+    assert observed.costs().seconds(0, 512) == 0
+    for i in range(40):
+        observed.observe(i * 512, 512, 512 * (0.001 + 1e-6 * (i * 512 + 256)))
+    assert math.isclose(observed.costs().per_token, 0.001, rel_tol=1e-6)
+    for i in range(40):
+        observed.observe(i * 512, 512, 512 * (0.002 + 2e-6 * (i * 512 + 256)))
+    assert math.isclose(observed.costs().per_token, 0.002, rel_tol=1e-6)
