@@ -7,6 +7,8 @@ engine -> server   Ready (once), Step (one per engine step, for all sequences), 
 
 import msgspec
 
+from headstart.engine.costs.backlog import Backlog
+from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.sampling.params import Pooling, PoolingParams, SamplingParams
 
 
@@ -142,6 +144,8 @@ class Stats(msgspec.Struct, array_like=True, frozen=True):
     preemptions: int = 0
     steps: int = 0
     step_seconds: float = 0.0  # total time inside steps
+    prefill: PrefillCosts = PrefillCosts(0.0, 0.0, 0.0)  # of a prompt, alone; all 0: not known
+    backlog: Backlog = Backlog()
     relay: RelayStats = RelayStats()
     runahead: RunaheadStats = RunaheadStats()
 
