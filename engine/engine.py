@@ -508,7 +508,7 @@ class Engine:
         if not self._beside:
             return []
         chunk = self._beside[0]
-        if self._step_time and isinstance(chunk, LongChunk):
+        if self._step_time:
             now = time.perf_counter()
             # Where those that decode take all of a step's time, half as much is added to it.
             logits = chunk.advance_until(max(begin + self._step_time, now + (now - begin) / 2))
@@ -517,28 +517,23 @@ class Engine:
             logits = chunk.advance(pieces)
         if logits is not None:
             del self._beside[0]
-            if isinstance(chunk, LongChunk) and chunk.seconds:
+            if chunk.seconds:
                 self._costs.observe(chunk.entry.start, chunk.entry.num_tokens, chunk.seconds)
-            # What runs ahead is not read.
-            reads = chunk.reads if isinstance(chunk, LongChunk) else ()
             alone = SchedulerOutput([chunk.entry], 0)
             masks = self._start_filling(alone)
-            outputs = self._commit(self._sample(alone, logits, reads, masks))
-            if isinstance(chunk, Ahead) and self.runahead is not None:
-                self.runahead.finish(chunk)
+            outputs = self._commit(self._sample(alone, logits, chunk.reads, masks))
+            chunk.finish()
             return outputs
         if not step.scheduled and chunk.waits and self.runahead is not None:
             self.runahead.wait(WAIT_SECONDS)
         return []
 
     def _goes_on(self, chunk: LongChunk | Ahead) -> bool:
-        """False if it was aborted, or does not run ahead any more."""
+        """False if it was aborted, or has failed: then it is computed in steps."""
         running = chunk.seq.status is Status.RUNNING
-        if isinstance(chunk, LongChunk) or self.runahead is None:
-            return running
         if running and chunk.failed is None:
             return True
-        self.runahead.cancel(chunk)
+        chunk.cancel()
         if running:
             self._scheduler.fall_back(chunk.seq)
         return False

@@ -73,6 +73,8 @@ class LongChunk:
         """Whether the last ``advance`` ended for want of a neighbour."""
         self.seconds = 0.0
         """That ``advance_until`` has taken."""
+        self.failed: str | None = None
+        """It cannot."""
 
     @property
     def seq(self) -> Sequence:
@@ -117,6 +119,12 @@ class LongChunk:
             if logits is not None or self.waits or now >= moment:
                 self.seconds += now - begin
                 return logits
+
+    def finish(self) -> None:
+        """Nobody but this process knew of it."""
+
+    def cancel(self) -> None:
+        """See the class: there is nothing to undo."""
 
     def synchronize(self) -> None:
         """Wait until what it launched is computed, for its time to be known."""

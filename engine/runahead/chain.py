@@ -27,17 +27,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 import zmq
 from torch import Tensor
 from zmq.utils.monitor import recv_monitor_message
 
+from headstart.engine.batch import Read
 from headstart.engine.config import EngineConfig
 from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.errors import ConfigError
@@ -119,8 +120,10 @@ class _Rank:
 
 @dataclass(slots=True, eq=False)
 class Ahead:
-    """A prompt that runs ahead. ``failed``: why the engine has to compute it alone after all."""
+    """A prompt that runs ahead, and what its engine computes of it. ``failed``: why the engine has
+    to compute all of it alone after all."""
 
+    chain: Chain
     id: int
     seq: Sequence
     ranks: list[_Rank]
@@ -140,6 +143,9 @@ class Ahead:
     failed: str | None = None
     local: bool = False  # it is quicker alone: no fault
 
+    reads: ClassVar[Items[Read]] = ()  # such prompts do not run ahead
+    seconds: ClassVar[float] = 0.0  # of no chunk alone: copying what arrives is among ``busy``
+
     @property
     def entry(self) -> ScheduledSequence:
         assert self.chunk is not None
@@ -149,18 +155,36 @@ class Ahead:
     def waits(self) -> bool:
         return self.chunk is None or self.chunk.waits
 
+    @property
+    def num_computed(self) -> int:
+        """About how many tokens are computed: all go through the layers together, here and on the
+        ranks."""
+        cached = self.seq.num_computed_tokens
+        if self.chunk is None:
+            return cached
+        entry = self.chunk.entry
+        share = (self.chunk.num_computed - entry.start) / entry.num_tokens
+        return cached + int((self.seq.num_tokens - cached) * share)
+
     def pieces(self, num_tokens: int) -> int:
         return 0 if self.chunk is None else self.chunk.pieces(num_tokens)
 
     def advance(self, pieces: int) -> Tensor | None:
         """See LongChunk.advance."""
+        return self._timed(lambda chunk: chunk.advance(pieces))
+
+    def advance_until(self, moment: float) -> Tensor | None:
+        """See LongChunk.advance_until."""
+        return self._timed(lambda chunk: chunk.advance_until(moment))
+
+    def _timed(self, advance: Callable[[LongChunk], Tensor | None]) -> Tensor | None:
         if self.chunk is None:
             return None
         begin = time.perf_counter()
         if self.waiting_since is not None:
             self.idle += begin - self.waiting_since
         layer = self.chunk.layer
-        logits = self.chunk.advance(pieces)
+        logits = advance(self.chunk)
         self.chunk.synchronize()
         now = time.perf_counter()
         self.busy += now - begin
@@ -168,6 +192,14 @@ class Ahead:
             self.stuck_since = now
         self.waiting_since = now if logits is None and self.chunk.waits else None
         return logits
+
+    def finish(self) -> None:
+        """The engine has its logits."""
+        self.chain.finish(self)
+
+    def cancel(self) -> None:
+        """It was aborted, or has failed and is computed by the engine alone."""
+        self.chain.cancel(self)
 
 
 def _mixed(pace: float, seconds: float, measured: PrefillCosts, start: int, end: int) -> float:
@@ -326,7 +358,7 @@ class Chain:
     def start(self, seq: Sequence) -> Ahead:
         """Let ``seq`` run ahead; it has pages for all its tokens."""
         now = time.perf_counter()
-        job = Ahead(next(self._ids), seq, list(self._live), now, stuck_since=now)
+        job = Ahead(self, next(self._ids), seq, list(self._live), now, stuck_since=now)
         self._jobs[job.id] = job
         adapter = seq.adapter
         message = Prepare(

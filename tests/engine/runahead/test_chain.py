@@ -1257,6 +1257,14 @@ def test_a_link_or_rank_that_goes_costs_no_request(
     assert cluster.num_ahead == ahead + 1
 
 
+def test_steps_that_are_a_time(make_cluster: MakeCluster, alone: Alone, transport: str) -> None:
+    """The engine's own rows are computed in what is left of each."""
+    cluster = make_cluster(2, transport, engine={"step_time": 0.001})
+    prompts = [Prompt(some(20), new=60), Prompt(some(400)), Prompt(some(300))]
+    cluster.prove(alone, *prompts, outputs=cluster.run(*prompts))
+    assert (cluster.num_ahead, cluster.num_failed) == (2, 0)
+
+
 def test_a_slow_rank_is_waited_for(lasting: Any, alone: Alone, transport: str) -> None:
     cluster, prompt = lasting(2, transport), Prompt(some(400))
     cluster.ranks[0].slowness = 0.1
