@@ -51,6 +51,10 @@ class SteadyStream:
         self.queue: asyncio.Queue[Output] = asyncio.Queue()
         self._sent = 0
 
+    @property
+    def reported(self) -> bool:
+        return True
+
     def tick(self) -> bool:
         """Hand out a token; False after the last."""
         self._sent += 1

@@ -252,6 +252,41 @@ class SharedLimits:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Overload:
+    """``max_queue``: None: 4 for each that may run, 1,024 at most."""
+
+    TITLE: ClassVar = "overload: who is let in"
+
+    max_queue: int | None = setting(
+        None,
+        "choices that may wait beyond the --max-running that are computed; more are refused with a "
+        "503 that says when to come back (default: 4 times --max-running, 1024 at most)",
+        positive,
+        "N",
+    )
+    ttft_slo: float | None = setting(
+        None,
+        "refuse requests whose first token is predicted to come later than this, with a 503 that "
+        "says when to come back (default: no limit)",
+        seconds,
+        "SECONDS",
+    )
+    rate_limit: int | None = setting(
+        None,
+        "requests a minute of each API key or, without keys, address; more are refused with a 429 "
+        "(default: no limit)",
+        positive,
+        "N",
+    )
+    rate_limit_tokens: int | None = setting(
+        None,
+        "tokens a minute of each, prompts and answers together (default: no limit)",
+        positive,
+        "N",
+    )
+
+
 SEEN = (
     "; others on this machine can see them here, unlike those in a file or in the environment's "
     "HEADSTART_API_KEY and HEADSTART_ADMIN_KEY (with commas between)"
@@ -524,7 +559,7 @@ class Runahead(Rank):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerSettings(Limits, SharedLimits, Requests, Visitors, Answers):
+class ServerSettings(Limits, SharedLimits, Overload, Requests, Visitors, Answers):
     """The server's share. ``inline_chars``: longer texts are tokenised in a thread, so that streams
     are not held up. ``keys``: who may ask what; none: everybody may everything."""
 

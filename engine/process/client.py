@@ -74,6 +74,10 @@ class Stream:
         self._arrived = asyncio.Event()
         self._ended = False
 
+    @property
+    def reported(self) -> bool:
+        return self._id <= self._client.heard
+
     def push(self, output: Output) -> None:
         self._outputs.append(output)
         self._arrived.set()
@@ -118,12 +122,14 @@ class EngineClient:
     """Starts the engine process, talks to it, and starts it again when it dies.
 
     ``adapters``: those loaded, by name. While the engine is being started again: those it had.
+    ``heard``: the id of the last request that ``stats`` know.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.model: ModelInfo | None = None
         self.adapters: dict[str, AdapterInfo] = {}
         self.stats = Stats()
+        self.heard = 0
         self.restarts = 0
         self.ready = False
         self._config = config
@@ -324,7 +330,7 @@ class EngineClient:
             message = self._decoder.decode(await socket.recv())
             self._silent = 0
             if isinstance(message, Step):
-                self.stats = message.stats
+                self.stats, self.heard = message.stats, message.heard
                 for output in message.outputs:
                     stream = self._streams.get(output.id)
                     if stream is not None:

@@ -211,10 +211,11 @@ class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Step(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Everything one engine step produced."""
+    """Everything one engine step produced. ``heard``: the id of the last Add before ``stats``."""
 
     outputs: list[Output]
     stats: Stats
+    heard: int = 0
 
 
 class Alive(msgspec.Struct, tag=True, array_like=True, frozen=True):

@@ -64,6 +64,7 @@ class Service:
         self._ranks: list[int] = []
         self._beat = math.inf
         self._spoke = 0.0
+        self._heard = 0  # the last Add
 
     def run(self, config: EngineConfig) -> None:
         """Load the model, say so, and serve until told to stop. Raises HeadstartError."""
@@ -91,7 +92,7 @@ class Service:
                     outputs = engine.step()
                     for request_id, error in engine.take_refused():
                         self._send(Rejected(request_id, str(error), error.param))
-                    self._send(Step(outputs, engine.stats))
+                    self._send(Step(outputs, engine.stats, self._heard))
                     busy = True
                 else:
                     self._attend(engine)
@@ -111,7 +112,7 @@ class Service:
             before = engine.runahead.stats
             engine.attend_chain()
             if engine.runahead.stats != before:
-                self._send(Step([], engine.stats))
+                self._send(Step([], engine.stats, self._heard))
 
     def _send(self, message: ToServer) -> None:
         self._spoke = time.monotonic()
@@ -134,7 +135,7 @@ class Service:
                     self._add(engine, message)
                 case Abort(ids):
                     engine.abort(ids)
-                    self._send(Step([], engine.stats))
+                    self._send(Step([], engine.stats, self._heard))
                 case LoadAdapter() | UnloadAdapter():
                     self._send(_change_adapters(engine, message))
                 case Shutdown():
@@ -142,6 +143,7 @@ class Service:
         return True
 
     def _add(self, engine: Engine, message: Add) -> None:
+        self._heard = message.id
         try:
             tokens = array("i")
             tokens.frombytes(message.token_ids)

@@ -36,6 +36,7 @@ class Serve(
     settings.Engine,
     settings.Visitors,
     settings.Access,
+    settings.Overload,
     settings.SharedLimits,
     settings.Limits,
     settings.Model,

@@ -52,7 +52,7 @@ def server_settings(options: Serve) -> ServerSettings:
 def batch_settings(options: RunBatch) -> ServerSettings:
     """What decides the answers to a file: limits of all requests together are none."""
     shared: dict[str, Any] = {field.name: sys.maxsize for field in fields(SharedLimits)}
-    return ServerSettings(**_given(options), **shared)
+    return ServerSettings(**_given(options), **shared, max_queue=sys.maxsize)
 
 
 def _given(options: Command) -> dict[str, Any]:

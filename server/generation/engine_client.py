@@ -17,6 +17,10 @@ class Stream(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Output]: ...
 
+    @property
+    def reported(self) -> bool:
+        """The engine's latest counters are from after it had heard of the request."""
+
     def abort(self) -> None:
         """Stop the request and free what it holds; may be called again, or after the end."""
 

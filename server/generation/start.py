@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 from fastapi import Request
 
 from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import SamplingParams
+from headstart.server.http.admission import Ticket
 from headstart.server.http.cache_scope import salt_of
 from headstart.server.http.metrics import ChoiceTimer
 from headstart.server.http.reply import Choice, Echo, Format, Reply
@@ -51,7 +53,8 @@ def answer(
 ) -> Reply:
     """The answer to a request: ``n`` choices of each prompt, in the API's ``format``.
 
-    Raises EngineDeadError; nothing is left running then.
+    Raises EngineDeadError, and APIError where it is more than the server lets in; nothing is left
+    running then.
     """
     choices = _start_choices(runtime, request, served, prompts, n, options, priority)
     declared = served.for_segments or not any(prompt.segments for prompt in prompts)
@@ -70,6 +73,9 @@ def _start_choices(
     """Seeds count up from the request's."""
     choices: list[Choice] = []
     metrics, salt = runtime.metrics.of(served.name), salt_of(request.scope)
+    ticket = Ticket.of(request.scope)
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    ticket.settle(request.scope, lengths, n * len(prompts))
     try:
         for i, prompt in enumerate(prompts):
             for j in range(n):
@@ -88,16 +94,20 @@ def _start_choices(
                         index=i * n + j,
                         prompt=i,
                         prompt_token_ids=prompt.token_ids,
-                        stream=runtime.engine.add(
-                            prompt.token_ids,
-                            params,
-                            salt=salt,
-                            segments=prompt.segments,
-                            adapter=served.adapter,
-                            priority=priority,
+                        stream=ticket.asked(
+                            runtime.engine.add(
+                                prompt.token_ids,
+                                params,
+                                salt=salt,
+                                segments=prompt.segments,
+                                adapter=served.adapter,
+                                priority=priority,
+                            )
                         ),
                         assembler=assembler,
-                        timer=ChoiceTimer(metrics),
+                        timer=ChoiceTimer(
+                            metrics, told=partial(ticket.first_token, 0 if j else lengths[i])
+                        ),
                         echo=prompt.echo,
                         parser=prompt.new_parser() if prompt.new_parser else None,
                     )

@@ -55,6 +55,12 @@ def note_usage(scope: Scope, prompt_tokens: int, completion_tokens: int) -> None
     scope[_USAGE] = (prompt_tokens, completion_tokens)
 
 
+def noted_usage(scope: Scope) -> tuple[int, int]:
+    """Tokens of a request's prompts, and of its answer; 0 and 0 where it had none."""
+    usage: tuple[int, int] = scope.get(_USAGE, (0, 0))
+    return usage
+
+
 def note_ignored(scope: Scope, notes: Notes) -> None:
     """Leave what there will be to say of the body's fields, for the answer's head."""
     scope[_IGNORED] = notes
@@ -154,7 +160,7 @@ class AccessLog:
         return path if path in self._paths else "other"
 
     def _log(self, scope: Scope, status: int, seconds: float, error: APIError | None) -> None:
-        level = logging.WARNING if error is not None and error.status >= 500 else logging.INFO
+        level = logging.WARNING if error is not None and error.is_fault else logging.INFO
         if scope["path"] in QUIET_PATHS:
             level = logging.DEBUG
         if logger.isEnabledFor(level):

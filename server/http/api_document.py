@@ -53,10 +53,13 @@ STATUSES = {
     404: "No model of that name",
     408: "The body was not complete in time",
     413: "The body is too large",
+    429: "The key or address has had its requests or tokens of a minute; `retry-after` says when",
     500: "An error of the server, whose log says more",
-    503: "Loading, shutting down, or the engine has ended: try again",
+    503: "Loading, shutting down, overloaded, or the engine has ended: `retry-after` says when",
     504: "The answer was not complete in the time that the request has",
 }
+OVERLOADED = {529: "Overloaded: `retry-after` says when"}
+"""Of /v1/messages, beside these."""
 GET_STATUSES = (401, 403, 404, 500, 503)
 
 _TEXT: Schema = {"type": "string"}
@@ -101,7 +104,13 @@ ANSWERS: dict[str, Schema] = {
     "/health": _STATUS,
     "/live": _STATUS,
     "/ready": _STATUS,
-    "/load": _object(running=_COUNT, waiting=_COUNT, kv_used={"type": "number"}),
+    "/load": _object(
+        running=_COUNT,
+        waiting=_COUNT,
+        in_flight=_COUNT,
+        predicted_seconds={"type": ["number", "null"]},
+        kv_used={"type": "number"},
+    ),
 }
 STREAMED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 PLAIN_TEXT = frozenset({"/metrics"})
@@ -130,13 +139,17 @@ def _described(document: Schema, bodies: Mapping[str, type[BaseModel]]) -> Schem
     for path, operations in document["paths"].items():
         error = MESSAGES_ERROR if path.startswith("/v1/messages") else ERROR
         for method, operation in operations.items():
-            statuses = STATUSES if method == "post" else GET_STATUSES
+            statuses: Mapping[int, str] = STATUSES
+            if method != "post":
+                statuses = {status: STATUSES[status] for status in GET_STATUSES}
+            elif error is MESSAGES_ERROR:
+                statuses = STATUSES | OVERLOADED
             operation["responses"] = {"200": _answer(path)} | {
                 str(status): {
-                    "description": STATUSES[status],
+                    "description": description,
                     "content": {"application/json": {"schema": {"$ref": error}}},
                 }
-                for status in statuses
+                for status, description in statuses.items()
             }
     for path, body in bodies.items():
         document["paths"][path]["post"]["requestBody"] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from fastapi import APIRouter, FastAPI
@@ -41,6 +42,8 @@ from headstart.server.http.access_log import (
     id_headers,
     request_id,
 )
+from headstart.server.http.admission_control import RATE_HEADERS, AdmissionControl
+from headstart.server.http.admission_metrics import AdmissionCollector
 from headstart.server.http.api_document import describe
 from headstart.server.http.auth import Authorisation
 from headstart.server.http.bounds import Crowd
@@ -48,6 +51,7 @@ from headstart.server.http.deadline import Attendance, Pings
 from headstart.server.http.errors import APIError, error_response, to_api_error
 from headstart.server.http.hosts import LocalHosts
 from headstart.server.http.metrics import Metrics
+from headstart.server.http.refusals import RETRY_HEADERS
 from headstart.server.http.reply import WARNING_HEADER
 from headstart.server.http.runtime import Runtime
 from headstart.server.http.trailing_slash import TrailingSlash
@@ -89,13 +93,14 @@ def create_app(
     settings: ServerSettings | None = None,
     defaults: GenerationDefaults = OPENAI,
     pings: Pings | None = None,
+    clock: Callable[[], float] = time.monotonic,
     on_ready: Callable[[ModelInfo], None] | None = None,
     on_start_failure: Callable[[HeadstartError], None] | None = None,
 ) -> FastAPI:
     """An ASGI app that starts the engine when it starts, and stops it when it stops.
 
     ``defaults``: how tokens are chosen where a request does not say. ``pings``: as the settings
-    say, unless given.
+    say, unless given. ``clock``: of what callers may have in a minute, seconds.
 
     The app answers at once; /health is 503 until the engine is ready. ``on_ready`` is told when it
     is, ``on_start_failure`` when it never will be. ``app.state.runtime`` is the app's Runtime,
@@ -117,7 +122,9 @@ def create_app(
         model_names=tuple(model_names),
         answers=answers,
         defaults=defaults,
+        clock=clock,
     )
+    runtime.metrics.register(AdmissionCollector(runtime.admission, model_names[0]))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -171,6 +178,7 @@ def create_app(
 def _add_middleware(app: FastAPI, runtime: Runtime, pings: Pings, paths: frozenset[str]) -> None:
     """The last one added is the first to see a request."""
     settings = runtime.settings
+    app.add_middleware(AdmissionControl, admission=runtime.admission)
     app.add_middleware(Attendance, seconds=settings.request_timeout, pings=pings)
     app.add_middleware(Authorisation, keys=settings.keys)
     app.add_middleware(TrailingSlash)
@@ -180,13 +188,16 @@ def _add_middleware(app: FastAPI, runtime: Runtime, pings: Pings, paths: frozens
             allow_origins=settings.allowed_origins,
             allow_methods=("DELETE", "GET", "HEAD", "POST"),
             allow_headers=("*",),
-            expose_headers=(REQUEST_ID, ANTHROPIC_ID, IGNORED, WARNING_HEADER.decode()),
+            expose_headers=(
+                *(REQUEST_ID, ANTHROPIC_ID, IGNORED, WARNING_HEADER.decode()),
+                *(*RETRY_HEADERS, *RATE_HEADERS),
+            ),
         )
     if settings.allowed_hosts is not None and not settings.keys.api:
         app.add_middleware(
             LocalHosts, hosts=settings.allowed_hosts, origins=settings.allowed_origins
         )
-    app.add_middleware(Crowd)
+    app.add_middleware(Crowd, refused=runtime.admission.refused)
     app.add_middleware(
         AccessLog,
         metrics=runtime.metrics.http,
@@ -246,15 +257,21 @@ def _operations(runtime: Runtime) -> APIRouter:
     async def load() -> Response:
         """How busy the engine is, for those who choose between servers; a 503 when not ready.
 
-        KV pages are used (held by requests), cached (kept for later ones, free on demand), or free.
+        ``predicted_seconds`` is the time until a short prompt that came now had its first token;
+        null where the engine does not know yet what prompts cost. KV pages are used (held by
+        requests), cached (kept for later ones, free on demand), or free.
         """
         pages = runtime.require_model().num_pages  # stats have none before the first step
-        stats = runtime.engine.stats
+        stats, admission = runtime.engine.stats, runtime.admission
         used = stats.pages_used - stats.pages_cached
         return JSONResponse(
             {
                 "running": stats.running,
                 "waiting": stats.waiting,
+                "in_flight": admission.in_flight,
+                "in_flight_limit": admission.limit,
+                "without_first_token": admission.waiting,
+                "predicted_seconds": admission.predicted(),
                 "kv_used": used / pages,
                 "kv_pages_total": pages,
                 "kv_pages_used": used,

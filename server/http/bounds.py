@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -82,16 +83,18 @@ class Places:
 
 class Crowd:
     """ASGI middleware: a 503 for requests of a connection that is one too many, but for probes:
-    who sees them fail would end the server."""
+    who sees them fail would end the server. ``refused``: where they are counted."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, refused: Counter[str]) -> None:
         self._app = app
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         crowded = scope["type"] == "http" and scope.get("state", {}).get(CROWDED)
         if not crowded or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
+        self._refused["connections"] += 1
         refusal = unavailable("too many connections are open; try again")
         refusal.headers = {"retry-after": "1", "connection": "close"}
         await error_response(refusal, scope)(scope, receive, send)

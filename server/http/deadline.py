@@ -86,6 +86,16 @@ class Watch:
             left = self.begun + seconds - time.monotonic()
             self._timeout.reschedule(asyncio.get_running_loop().time() + left)
 
+    @property
+    def allowed(self) -> float:
+        """Seconds from the request's first byte to the end of its answer; inf: no limit."""
+        return self._seconds
+
+    @property
+    def left(self) -> float:
+        """Those of them that are left now."""
+        return self.begun + self._seconds - time.monotonic()
+
     def error(self) -> APIError | None:
         """What a client is told whose request was cancelled; None: there is nobody to tell."""
         if self.gone:

@@ -27,8 +27,11 @@ _ANTHROPIC_TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    529: "overloaded_error",
     504: "timeout_error",
 }
+OVERLOADED = "overloaded"
+"""The code of requests that are not let in."""
 INTERNAL_MESSAGE = "internal error; the server's log says more"
 _ERROR = "headstart.error"
 
@@ -60,9 +63,16 @@ class APIError(Exception):
         """OpenAI's name for the class of error."""
         if self.status == HTTPStatus.NOT_FOUND:
             return "not_found_error"
+        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            return "rate_limit_error"
         if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
             return "service_unavailable_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
+
+    @property
+    def is_fault(self) -> bool:
+        """Something went wrong here; what is refused since there is too much of it did not."""
+        return self.status >= 500 and self.code != OVERLOADED
 
     @property
     def name(self) -> str:

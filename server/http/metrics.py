@@ -291,6 +291,10 @@ class Metrics:
         self._models: dict[str, RequestMetrics] = {}
         self.of(model_name)
 
+    def register(self, collector: Collector) -> None:
+        """Expose what it collects, too."""
+        self._registry.register(collector)
+
     def expose(self) -> bytes:
         return generate_latest(self._registry)
 
@@ -310,15 +314,20 @@ class Metrics:
 
 
 class ChoiceTimer:
-    """Observes the tokens of one choice, from the first byte of its request on."""
+    """Observes the tokens of one choice, from the first byte of its request on. ``told``: who else
+    is told of the first output."""
 
-    __slots__ = ("_begun", "_clock", "_first", "_last", "_metrics", "_prefill")
+    __slots__ = ("_begun", "_clock", "_first", "_last", "_metrics", "_prefill", "_told")
 
     def __init__(
-        self, metrics: RequestMetrics, clock: Callable[[], float] = time.monotonic
+        self,
+        metrics: RequestMetrics,
+        clock: Callable[[], float] = time.monotonic,
+        told: Callable[[Output], None] | None = None,
     ) -> None:
         self._metrics = metrics
         self._clock = clock
+        self._told = told
         self._begun = clock()
         self._first: float | None = None
         self._last = 0.0
@@ -334,6 +343,8 @@ class ChoiceTimer:
             self._metrics.queue.observe(output.times.queue)
             self._metrics.prefill.observe(output.times.prefill)
             self._prefill = output.times.prefill
+        if self._told is not None:
+            self._told(output)
 
     def take(self, output: Output) -> None:
         now = self._clock()

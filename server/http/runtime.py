@@ -20,6 +20,7 @@ from headstart.server.generation.engine_client import EngineClient
 from headstart.server.generation.grammar_check import GrammarChecker
 from headstart.server.generation.structure import Structure
 from headstart.server.http.access_log import note_ignored
+from headstart.server.http.admission import Admission
 from headstart.server.http.bounds import Bodies, Places, check_messages, check_values
 from headstart.server.http.errors import APIError, bad_request, unavailable
 from headstart.server.http.metrics import Metrics
@@ -72,7 +73,7 @@ class Runtime:
 
     ``draining``: no new requests are taken (503). ``chat_template``: None when the model has none.
     ``answers``: how the model writes thoughts and calls of tools. ``defaults``: how tokens are
-    chosen where a request does not say.
+    chosen where a request does not say. ``clock``: of rates and of how fast requests end, seconds.
     """
 
     engine: EngineClient
@@ -85,15 +86,18 @@ class Runtime:
     defaults: GenerationDefaults = OPENAI
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    clock: Callable[[], float] = time.monotonic
     threads: ThreadPoolExecutor = field(default_factory=_text_threads)
     chat_threads: ThreadPoolExecutor = field(default_factory=_chat_threads)
     body_threads: ThreadPoolExecutor = field(default_factory=_body_threads)
     grammars: GrammarChecker = field(init=False)
     bodies: Bodies = field(init=False)
     texts: Places = field(init=False)
+    admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:
         settings = self.settings
+        self.admission = Admission(self.engine, settings, self.clock)
         self.bodies = Bodies(settings.max_bodies_bytes)
         self.texts = Places(settings.max_waiting_texts, "their prompts to be tokenised")
         waiting = Places(settings.max_waiting_grammars, "their grammars or schemas to be checked")

@@ -66,7 +66,7 @@ def build_backend() -> tokenizers.Tokenizer:
 class FakeStream:
     """Replays outputs; ``gate`` holds them back until set, ``error`` comes after them.
 
-    ``taken``: how many have been given out.
+    ``taken``: how many have been given out. ``reported``: the engine's counters know of it.
     """
 
     outputs: list[Output]
@@ -74,6 +74,7 @@ class FakeStream:
     error: Exception | None = None
     aborted: int = 0
     taken: int = 0
+    reported: bool = True
 
     async def __aiter__(self) -> AsyncIterator[Output]:
         for output in self.outputs:

@@ -92,6 +92,10 @@ async def test_load(client, engine):
     assert (await client.get("/load")).json() == {
         "running": 2,
         "waiting": 1,
+        "in_flight": 0,
+        "in_flight_limit": 64 + 256,
+        "without_first_token": 0,
+        "predicted_seconds": None,
         "kv_used": 0.25,
         "kv_pages_total": 64,
         "kv_pages_used": 16,

@@ -25,7 +25,13 @@ from headstart.kernels.backend import KV_FORMATS, WEIGHT_FORMATS
 from headstart.kernels.devices import instruction_sets
 from headstart.server.cli import main as cli
 from headstart.server.cli.configure import SECRET_VARIABLE
-from headstart.server.settings import Limits, ServerSettings, SharedLimits, settings_of
+from headstart.server.settings import (
+    Limits,
+    Overload,
+    ServerSettings,
+    SharedLimits,
+    settings_of,
+)
 from headstart.server.text.templates import ChatTemplate
 
 parse = cli.parse
@@ -133,11 +139,13 @@ def test_whatever_the_kernels_have_can_be_asked_for(flag, values, tmp_path):
 
 def test_every_limit_has_a_flag_that_is_read():
     named = {field.name for field in dataclasses.fields(ServerSettings)}
-    wanted = {name for name in named if name.startswith("max_")} | {
+    wanted = {name for name in named if name.startswith(("max_", "rate_"))} | {
         "grammar_timeout",
         "template_timeout",
+        "ttft_slo",
     }
     flags = {name: setting.flag_of(name) for name, setting in LIMITS.items()}
+    flags |= {field.name: setting.flag_of(field.name) for field, setting in settings_of(Overload)}
     assert sorted(flags) == sorted(wanted)
     values = {name: 1000 + i for i, name in enumerate(flags)}
     argv = [word for name, flag in flags.items() for word in (flag, str(values[name]))]
@@ -150,6 +158,7 @@ def test_every_limit_has_a_flag_that_is_read():
 
 def test_limits_of_all_requests_together_do_not_concern_a_file(capsys):
     settings = cli.batch_settings(parse("run-batch", "in", "out"))
+    assert settings.max_queue == sys.maxsize
     for name, setting in SHARED.items():
         assert getattr(settings, name) == sys.maxsize
         with pytest.raises(SystemExit):

@@ -154,6 +154,10 @@ BY_THEMSELVES = {
     "max_bodies_bytes",
     "max_waiting_texts",
     "max_waiting_grammars",
+    "max_queue",  # test_admission.py
+    "ttft_slo",
+    "rate_limit",
+    "rate_limit_tokens",
 }
 NO_LIMITS = {
     "access_log_format",

@@ -88,6 +88,8 @@ class Told:
                 raise item
             yield item
 
+    reported = True
+
     def abort(self) -> None:
         self.aborted += 1
 

@@ -25,6 +25,7 @@ from headstart.server.api.fields import (
 from headstart.server.api.openai_completions.prompts import check_vocabulary
 from headstart.server.generation.engine_client import Stream
 from headstart.server.http.access_log import note_usage
+from headstart.server.http.admission import Ticket
 from headstart.server.http.cache_scope import CacheBody, salt_of
 from headstart.server.http.deadline import begun
 from headstart.server.http.errors import APIError, ContextLengthError, bad_request, unavailable
@@ -131,15 +132,19 @@ async def vectors_of(
         )
     note_usage(request.scope, num_tokens, 0)
     metrics = runtime.metrics.of(served.name)
+    ticket = Ticket.of(request.scope)
+    ticket.settle(request.scope, [len(token_ids) for token_ids in checked], min(len(texts), GROUP))
 
     def start(path: str, token_ids: Sequence[int]) -> _Running:
-        stream = runtime.engine.add(
-            token_ids,
-            PoolingParams(pooling),
-            salt=salt_of(request.scope),
-            adapter=served.adapter,
+        stream = ticket.asked(
+            runtime.engine.add(
+                token_ids,
+                PoolingParams(pooling),
+                salt=salt_of(request.scope),
+                adapter=served.adapter,
+            )
         )
-        timer = ChoiceTimer(metrics)
+        timer = ChoiceTimer(metrics, told=partial(ticket.first_token, len(token_ids)))
         timer.begin(begun(request.scope))
         return _Running(path, len(token_ids), stream, timer)
 

@@ -219,6 +219,29 @@ async def test_adapters_come_and_go(launch, adapter):
         await answer(client, adapter="first")
 
 
+async def test_a_request_is_reported_once_the_engines_counters_know_of_it(launch):
+    """Not by a step that began before it was sent, however late that is heard of."""
+    client = await launch()
+    first = client.add([1], SamplingParams(max_tokens=1))
+    assert not first.reported
+    assert await tokens_of(first) == [0, 0]
+    assert first.reported
+    second = client.add([1], SamplingParams(max_tokens=1000))
+    assert (first.reported, second.reported) == (True, False)
+    await anext(second)
+    assert second.reported
+    assert client.stats.running == 1
+    os.kill(client.pid, signal.SIGKILL)
+    await asyncio.sleep(0)
+    while client.restarts == 0:
+        await asyncio.sleep(0.005)
+    await ready_again(client)
+    third = client.add([1], SamplingParams(max_tokens=1))
+    assert not third.reported
+    await tokens_of(third)
+    assert third.reported
+
+
 async def test_an_engine_may_be_begun_before_it_is_started(launch, adapter):
     client = await launch({"first": adapter("a", 4)}, begun=True)
     assert await answer(client, adapter="first") == [4, 1]
