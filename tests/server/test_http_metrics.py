@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import headstart
+from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.errors import EngineDeadError, RequestError
-from headstart.engine.process.messages import Output, Times
+from headstart.engine.process.messages import Output, Stats, Times
 from headstart.server.http.access_log import MAX_ERROR_CHARS, MAX_TOLD
 from headstart.server.http.app import create_app
 from headstart.server.http.keys import Keys
@@ -238,8 +239,9 @@ async def test_logits_that_are_no_numbers_after_some_tokens(client, engine, chat
     timer.finished("error", 1, 1)
 
 
-async def test_the_page_for_operators_lists_the_metrics(client, chat_body):
+async def test_the_page_for_operators_lists_the_metrics(client, chat_body, engine):
     """Each one that is exposed, and no other; ``relay_...`` stands for many."""
+    engine.stats = Stats(prefill=PrefillCosts(0.0, 1e-3, 0.0))
     for fields in ({}, {"model": "gone"}, {"user": "me"}):
         await client.post(CHAT, json=chat_body(**fields))
     text = (await client.get("/metrics")).text
