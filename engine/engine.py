@@ -44,6 +44,7 @@ from headstart.engine.process.messages import (
     AdapterInfo,
     ModelInfo,
     Output,
+    QueueAhead,
     RelayStats,
     RunaheadStats,
     Stats,
@@ -67,6 +68,7 @@ from headstart.engine.schedule.scheduler import (
     SchedulerOutput,
 )
 from headstart.engine.sequence import Adapter, FinishReason, Sequence, Status
+from headstart.engine.timeline import Timeline
 from headstart.engine.work import LongChunk
 
 logger = logging.getLogger(__name__)
@@ -82,10 +84,13 @@ POLICIES = ("fcfs", "priority")
 
 
 class Launched(NamedTuple):
-    """A step that is being computed."""
+    """A step that is being computed. ``begun``, ``computed``: moments of ``time.monotonic``. Where
+    a device computes beside the host, the latter is None: it is when the tokens are there."""
 
     scheduled: SchedulerOutput
     sampling: Sampling
+    begun: float
+    computed: float | None
     failed: dict[Sequence, str]  # whose grammars cannot be followed any further, and why
     books: list[Callable[[], None]]  # each waits for what was read of a prompt, and books it
 
@@ -307,6 +312,7 @@ class Engine:
             adapter=chosen,
             reading=reading,
             priority=priority,
+            timeline=Timeline(self._ahead()),
         )
         if params.grammar is None:
             self._scheduler.add(seq)
@@ -314,6 +320,15 @@ class Engine:
             self._compiling[request_id] = seq, self._grammars.compile(params.grammar)
         if params.prompt_progress:
             self._progress.add(seq)
+
+    def _ahead(self) -> QueueAhead:
+        """What a request that comes now finds here."""
+        scheduler = self._scheduler
+        return QueueAhead(
+            scheduler.num_running,
+            scheduler.num_waiting + len(self._compiling),
+            scheduler.num_prompt_tokens_left,
+        )
 
     def take_refused(self) -> list[tuple[int, RequestError]]:
         """Ids of requests that turned out to be wrong since the last call, and what is."""
@@ -332,6 +347,8 @@ class Engine:
             del self._compiling[request_id]
             try:
                 seq.constraint = future.result().begin()
+                if seq.timeline is not None:
+                    seq.timeline.compiled()
                 self._scheduler.add(seq)
             except RequestError as error:
                 self._refused.append((request_id, error))
@@ -416,6 +433,7 @@ class Engine:
 
     def _launch(self, scheduled: SchedulerOutput) -> Launched:
         """Start computing a step, and the choice of its tokens."""
+        begun = time.monotonic()
         masks = self._start_filling(scheduled)
         relay = self._relay.plan(scheduled.scheduled)
         batch = self._batch(scheduled, relay.ranges if relay else ())
@@ -426,7 +444,7 @@ class Engine:
             if self._guard.is_due(relay):
                 batch = self._batch(scheduled)
                 logits = self._guard.check(batch, logits)
-        return self._sample(scheduled, logits, batch.reads, masks)
+        return self._sample(scheduled, logits, batch.reads, masks, begun)
 
     def _batch(self, scheduled: SchedulerOutput, shared: Items[SharedRange] = ()) -> Batch:
         before = self._in_flight
@@ -444,19 +462,24 @@ class Engine:
         logits: Tensor,
         reads: Items[Read],
         masks: Callable[[], Masks | None],
+        begun: float,
     ) -> Launched:
+        computed = None if self._runner.backend.asynchronous else time.monotonic()
         entries = [entry for entry in scheduled.scheduled if entry.samples]
         books = [read.reader.fetch() for read in reads]
         filled = masks()
         sampling = self._sampler.launch(logits, entries, filled)
         failed = {} if filled is None else filled.failed
-        return Launched(
-            scheduled, sampling, {entries[row].seq: why for row, why in failed.items()}, books
-        )
+        failures = {entries[row].seq: why for row, why in failed.items()}
+        return Launched(scheduled, sampling, begun, computed, failures, books)
 
     def _commit(self, launched: Launched) -> list[Output]:
         """Wait for the tokens of a step, and book it."""
         sampled = launched.sampling.result()
+        computed = launched.computed or time.monotonic()
+        for entry in launched.scheduled.scheduled:
+            if entry.seq.timeline is not None:
+                _note_chunk(entry.seq, launched.begun, computed, entry.num_tokens)
         for book in launched.books:
             book()
         new = self._scheduler.commit(launched.scheduled, launched.tokens(sampled))
@@ -508,6 +531,7 @@ class Engine:
         if not self._beside:
             return []
         chunk = self._beside[0]
+        begun = time.monotonic()
         if self._step_time:
             now = time.perf_counter()
             # Where those that decode take all of a step's time, half as much is added to it.
@@ -521,9 +545,10 @@ class Engine:
                 self._costs.observe(chunk.entry.start, chunk.entry.num_tokens, chunk.seconds)
             alone = SchedulerOutput([chunk.entry], 0)
             masks = self._start_filling(alone)
-            outputs = self._commit(self._sample(alone, logits, chunk.reads, masks))
+            outputs = self._commit(self._sample(alone, logits, chunk.reads, masks, begun))
             chunk.finish()
             return outputs
+        _note_chunk(chunk.seq, begun, time.monotonic(), 0)
         if not step.scheduled and chunk.waits and self.runahead is not None:
             self.runahead.wait(WAIT_SECONDS)
         return []
@@ -642,10 +667,16 @@ def _output(token: NewToken, forced: Items[int], logprobs: TokenLogprobs | None)
 
 
 def _times(seq: Sequence) -> Times | None:
-    """Until now, where its first output is made."""
-    if seq.scheduled is None:
+    """Until now, where its first output is made; nothing more is noted of it."""
+    timeline, seq.timeline = seq.timeline, None
+    if timeline is None or seq.scheduled is None:
         return None
-    return Times(seq.scheduled - seq.began, time.monotonic() - seq.scheduled)
+    return timeline.times(seq.scheduled)
+
+
+def _note_chunk(seq: Sequence, begun: float, computed: float, num_tokens: int) -> None:
+    if seq.timeline is not None and seq.scheduled is not None:
+        seq.timeline.chunk(begun, computed, num_tokens, seq.scheduled)
 
 
 def _reason(reason: FinishReason | None) -> str | None:

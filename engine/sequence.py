@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from headstart.engine.kv.tree import Node
     from headstart.engine.process.messages import AdapterInfo
     from headstart.engine.sampling.grammar import Constraint
+    from headstart.engine.timeline import Timeline
 
 
 class Status(enum.Enum):
@@ -113,7 +114,7 @@ class Sequence:
     is compiled. ``reading`` is what is wanted of the prompt itself, if anything. ``arrival`` is the
     scheduler's, in order of ``add``; among sequences of the lowest ``priority`` the first to arrive
     comes first. ``began`` and ``scheduled``: when it came, and when it was first scheduled, by
-    ``time.monotonic``.
+    ``time.monotonic``. ``timeline``: what is noted of it until its first output, if anything.
     """
 
     id: int
@@ -136,6 +137,7 @@ class Sequence:
     num_preemptions: int = 0
     began: float = field(default_factory=time.monotonic)
     scheduled: float | None = None
+    timeline: Timeline | None = None
     seed: int = field(init=False)
     _keys: array[int] = field(init=False, default_factory=lambda: array("i"))
 

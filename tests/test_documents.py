@@ -48,6 +48,7 @@ OF_OTHERS = {
     "--auth-type",
     "--bare",
     "--roofline",  # headstart.bench.gpu's
+    "--enable-per-request-metrics",  # vLLM's
 }
 
 

@@ -68,12 +68,47 @@ class ScoredToken(TokenLogprobs, array_like=True, frozen=True):
     rank: int
 
 
-class Times(msgspec.Struct, array_like=True, frozen=True):
-    """Seconds of a request in the engine: until it was first scheduled, and from then to its first
-    token."""
+class QueueAhead(msgspec.Struct, array_like=True, frozen=True):
+    """What the engine had when a request came. ``tokens``: of prompts, still to be computed."""
 
-    queue: float
-    prefill: float
+    running: int = 0
+    waiting: int = 0
+    tokens: int = 0
+
+
+class Times(msgspec.Struct, array_like=True, frozen=True):
+    """Moments of a request in the engine, by ``time.monotonic`` (see engine/timeline.py).
+
+    arrived    it came, between two steps
+    ready      its grammar was compiled, if it has one
+    scheduled  it was first scheduled
+    computed   the last of its prompt was
+    made       its first output was made
+
+    ``seconds``: in which ``num_tokens`` of its prompt were computed, in ``num_chunks`` chunks;
+    ``chunks``: from when to when the first of these were.
+    """
+
+    arrived: float
+    ready: float
+    scheduled: float
+    computed: float
+    made: float
+    seconds: float
+    num_chunks: int = 0
+    num_tokens: int = 0
+    chunks: list[tuple[float, float]] = []
+    ahead: QueueAhead = QueueAhead()
+
+    @property
+    def queue(self) -> float:
+        """Seconds until it was first scheduled, those of its grammar apart."""
+        return self.scheduled - self.ready
+
+    @property
+    def prefill(self) -> float:
+        """Seconds from then to its first output."""
+        return self.made - self.scheduled
 
 
 class Output(msgspec.Struct, array_like=True, frozen=True):

@@ -244,6 +244,12 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_prompt_tokens_left(self) -> int:
+        """Tokens of all prompts that are still to be computed."""
+        left = (seq.num_prompt_tokens - seq.num_computed_tokens for seq in self._by_id.values())
+        return sum(tokens for tokens in left if tokens > 0)
+
     def add(self, seq: Sequence) -> None:
         """Queue ``seq``. Raises RequestError if it could never run here."""
         num_prompt, limit = seq.num_prompt_tokens, self._max_model_len

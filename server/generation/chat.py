@@ -21,6 +21,7 @@ from headstart.engine.sampling.params import SamplingParams
 from headstart.server.generation.start import Prompt, answer
 from headstart.server.generation.structure import Structure
 from headstart.server.http.errors import bad_request
+from headstart.server.http.ledger import Ledger
 from headstart.server.http.reply import Echo, Format, Reply
 from headstart.server.http.runtime import Runtime, Served
 from headstart.server.text.answer import AnswerParser
@@ -94,21 +95,39 @@ class AnswerReading:
     new_parser: Callable[[], AnswerParser] | None
 
 
-async def encode_chat(runtime: Runtime, chat: Chat) -> tuple[Sequence[int], list[Span]]:
+async def encode_chat(
+    runtime: Runtime, chat: Chat, ledger: Ledger
+) -> tuple[Sequence[int], list[Span]]:
     """The ids of a chat, and its segments, if any; raises RequestError and APIError."""
+    rendered = partial(ledger.mark, "template")
     template = runtime.require_chat_template()
     messages, tools, variables = chat.messages, chat.use.tools, chat.variables
     size = chat_size(messages, tools)
     if chat.mask == "turns":
         token_ids, turns = await runtime.with_chat(
-            size, partial(template.encode_turns, messages, tools, variables=variables)
+            size,
+            partial(
+                template.encode_turns, messages, tools, variables=variables, on_rendered=rendered
+            ),
         )
+        ledger.mark("tokenise")
         return token_ids, turn_spans(turns)
-    encode = partial(template.encode, messages, tools, ending=chat.ending, variables=variables)
-    return await runtime.with_chat(size, encode), []
+    encode = partial(
+        template.encode,
+        messages,
+        tools,
+        ending=chat.ending,
+        variables=variables,
+        on_rendered=rendered,
+    )
+    token_ids = await runtime.with_chat(size, encode)
+    ledger.mark("tokenise")
+    return token_ids, []
 
 
-async def _read_answer(runtime: Runtime, chat: Chat, token_ids: Sequence[int]) -> AnswerReading:
+async def _read_answer(
+    runtime: Runtime, chat: Chat, token_ids: Sequence[int], ledger: Ledger
+) -> AnswerReading:
     """How the answer to a prompt is read; raises APIError for what cannot be followed."""
     answers, use = runtime.answers, chat.use
     inside = answers.inside(runtime.tokenizer.decode_all(token_ids[-CONTEXT_IDS:]))
@@ -117,6 +136,8 @@ async def _read_answer(runtime: Runtime, chat: Chat, token_ids: Sequence[int]) -
     if structure is not None:
         structure = structure.replaced(answers.after_thoughts(structure.grammar, inside=inside))
     grammar = await runtime.checked(structure)
+    if grammar is not None:
+        ledger.mark("grammar")
     if reading is None:
         return AnswerReading(chat.options, grammar, None)
     return AnswerReading(replace(chat.options, shown=reading.shown), grammar, reading.new_parser)
@@ -160,10 +181,11 @@ async def answer_chat(
     echo        the text that the answer continues comes before it
     """
     chat.check()
-    token_ids, segments = await encode_chat(runtime, chat)
+    ledger = Ledger.of(request.scope)
+    token_ids, segments = await encode_chat(runtime, chat, ledger)
     if truncate is not None:
         token_ids = truncate(token_ids, bool(segments))
-    reading = await _read_answer(runtime, chat, token_ids)
+    reading = await _read_answer(runtime, chat, token_ids, ledger)
     prompt = Prompt(
         token_ids,
         new_params(len(token_ids), reading.grammar),

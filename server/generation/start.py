@@ -13,6 +13,7 @@ from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import SamplingParams
 from headstart.server.http.admission import Ticket
 from headstart.server.http.cache_scope import salt_of
+from headstart.server.http.ledger import Asked, Ledger
 from headstart.server.http.metrics import ChoiceTimer
 from headstart.server.http.reply import Choice, Echo, Format, Reply
 from headstart.server.http.runtime import Runtime, Served
@@ -56,6 +57,15 @@ def answer(
     Raises EngineDeadError, and APIError where it is more than the server lets in; nothing is left
     running then.
     """
+    first = prompts[0].params
+    Ledger.of(request.scope).asked = Asked(
+        model=served.name,
+        answer_id=format.answer_id,
+        choices=n * len(prompts),
+        max_tokens=first.max_tokens,
+        temperature=first.temperature,
+        top_p=first.top_p,
+    )
     choices = _start_choices(runtime, request, served, prompts, n, options, priority)
     declared = served.for_segments or not any(prompt.segments for prompt in prompts)
     return Reply(choices, format, stream=stream, warning=None if declared else NOT_DECLARED)

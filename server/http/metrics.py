@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from headstart.engine.process.messages import Output
 from headstart.server.generation.engine_client import EngineClient
 from headstart.server.http.errors import APIError
+from headstart.server.http.ledger import PHASES, Decoded, Gaps, Ledger
 from headstart.server.http.policy import OTHER
 
 FIRST_TOKEN_BUCKETS = tuple(
@@ -29,6 +30,7 @@ INTER_TOKEN_BUCKETS = tuple(
 )
 LATENCY_BUCKETS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 STAGE_BUCKETS = (0.001, 0.005, 0.02, 0.05, *LATENCY_BUCKETS)
+PHASE_BUCKETS = (0.0001, 0.0003, *STAGE_BUCKETS)
 TOKEN_BUCKETS = tuple(float(4**i) for i in range(10))
 FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error")
 
@@ -213,13 +215,16 @@ class RequestMetrics:
         "inter_token",
         "latency",
         "per_output_token",
+        "phases",
         "prefill",
         "prompt_tokens",
         "queue",
         "success",
     )
 
-    def __init__(self, name: str, histograms: Iterable[Histogram], success: Counter) -> None:
+    def __init__(
+        self, name: str, histograms: Iterable[Histogram], phases: Histogram, success: Counter
+    ) -> None:
         (
             self.first_token,
             self.inter_token,
@@ -232,7 +237,13 @@ class RequestMetrics:
             self.prompt_tokens,
             self.generation_tokens,
         ) = (histogram.labels(name) for histogram in histograms)
+        self.phases = {phase: phases.labels(name, phase) for phase in PHASES}
         self.success = {reason: success.labels(name, reason) for reason in FINISH_REASONS}
+
+    def delivered(self, ledger: Ledger) -> None:
+        """The first token of a request is out."""
+        for phase, seconds in ledger.phases().items():
+            self.phases[phase].observe(seconds)
 
 
 class Metrics:
@@ -282,6 +293,13 @@ class Metrics:
             histogram("request_prompt_tokens", "Prompt tokens of a request", TOKEN_BUCKETS),
             histogram("request_generation_tokens", "Tokens generated for a request", TOKEN_BUCKETS),
         )
+        self._phases = Histogram(
+            "headstart:request_phase_time_seconds",
+            "From the first byte of the request to its first token, in phases that add up to it",
+            ["model_name", "phase"],
+            buckets=PHASE_BUCKETS,
+            registry=registry,
+        )
         self._success = Counter(
             "headstart:request_success",
             "Requests answered",
@@ -301,7 +319,7 @@ class Metrics:
     def of(self, name: str) -> RequestMetrics:
         """Those of a model, or an adapter; exposed from now on."""
         if name not in self._models:
-            self._models[name] = RequestMetrics(name, self._histograms, self._success)
+            self._models[name] = RequestMetrics(name, self._histograms, self._phases, self._success)
         return self._models[name]
 
     def forget(self, name: str) -> None:
@@ -309,6 +327,8 @@ class Metrics:
         if self._models.pop(name, None) is not None:
             for histogram in self._histograms:
                 histogram.remove(name)
+            for phase in PHASES:
+                self._phases.remove(name, phase)
             for reason in FINISH_REASONS:
                 self._success.remove(name, reason)
 
@@ -317,7 +337,7 @@ class ChoiceTimer:
     """Observes the tokens of one choice, from the first byte of its request on. ``told``: who else
     is told of the first output."""
 
-    __slots__ = ("_begun", "_clock", "_first", "_last", "_metrics", "_prefill", "_told")
+    __slots__ = ("_begun", "_clock", "_first", "_gaps", "_last", "_prefill", "_told", "metrics")
 
     def __init__(
         self,
@@ -325,9 +345,10 @@ class ChoiceTimer:
         clock: Callable[[], float] = time.monotonic,
         told: Callable[[Output], None] | None = None,
     ) -> None:
-        self._metrics = metrics
+        self.metrics = metrics
         self._clock = clock
         self._told = told
+        self._gaps = Gaps()
         self._begun = clock()
         self._first: float | None = None
         self._last = 0.0
@@ -340,8 +361,8 @@ class ChoiceTimer:
     def scheduled(self, output: Output) -> None:
         """Observe what the engine says of the time before its first output."""
         if output.times is not None:
-            self._metrics.queue.observe(output.times.queue)
-            self._metrics.prefill.observe(output.times.prefill)
+            self.metrics.queue.observe(output.times.queue)
+            self.metrics.prefill.observe(output.times.prefill)
             self._prefill = output.times.prefill
         if self._told is not None:
             self._told(output)
@@ -350,24 +371,34 @@ class ChoiceTimer:
         now = self._clock()
         if self._first is None:
             self._first = now
-            self._metrics.first_token.observe(now - self._begun)
+            self.metrics.first_token.observe(now - self._begun)
             self.scheduled(output)
         elif count := len(output.token_ids):
             gap = (now - self._last) / count
+            self._gaps.add(gap, count)
             for _ in range(count):
-                self._metrics.inter_token.observe(gap)
+                self.metrics.inter_token.observe(gap)
         self._last = now
 
     def finished(self, reason: str, num_prompt: int, num_generated: int) -> None:
-        metrics = self._metrics
+        metrics = self.metrics
         metrics.success[reason].inc()
         metrics.latency.observe(self._clock() - self._begun)
         metrics.prompt_tokens.observe(num_prompt)
         metrics.generation_tokens.observe(num_generated)
         if self._first is None:
             return
-        seconds = self._last - self._first
+        seconds = self._seconds
         metrics.decode.observe(seconds)
         metrics.inference.observe(self._prefill + seconds)
         if num_generated > 1:
             metrics.per_output_token.observe(seconds / (num_generated - 1))
+
+    @property
+    def _seconds(self) -> float:
+        """From the first token to the last."""
+        return 0.0 if self._first is None else self._last - self._first
+
+    def decoded(self, num_tokens: int) -> Decoded:
+        """What has come so far, which are so many tokens."""
+        return Decoded(num_tokens, self._seconds, self._gaps)

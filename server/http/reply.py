@@ -17,8 +17,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
@@ -27,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from headstart.engine.process.messages import Output, ScoredToken, TokenLogprobs
 from headstart.server.generation.engine_client import Stream
-from headstart.server.http.access_log import note_usage
+from headstart.server.http.access_log import note_usage, request_id
 from headstart.server.http.deadline import Pings, Timer, Watch
 from headstart.server.http.errors import (
     APIError,
@@ -36,6 +37,7 @@ from headstart.server.http.errors import (
     to_api_error,
     unavailable,
 )
+from headstart.server.http.ledger import Ledger
 from headstart.server.http.metrics import ChoiceTimer
 from headstart.server.text.answer import AnswerParser, Part, Reasoning
 from headstart.server.text.assembler import Delta, TextAssembler
@@ -45,6 +47,9 @@ logger = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 """A comment, which clients pass over."""
+
+NO_MORE: Mapping[str, Any] = MappingProxyType({})
+"""Fields beside those that each answer has."""
 
 PROGRESS_SECONDS = 0.5
 """The least between two events that tell of a prompt's progress."""
@@ -190,14 +195,21 @@ class Format(Protocol):
 
     every_token: bool
 
+    @property
+    def answer_id(self) -> str:
+        """The answer's own."""
+
     def opening(self, choice: Choice) -> bytes:
         """Events that come before the first text of a choice."""
 
     def event(self, choice: Choice, delta: Delta) -> bytes:
         """The events of one delta; empty when it has no part that is certain."""
 
-    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        """The events after all choices, which end the stream."""
+    def ending(
+        self, choices: Sequence[Choice], usage: Usage, more: Mapping[str, Any] = NO_MORE
+    ) -> bytes:
+        """The events after all choices, which end the stream. ``more``: fields that come where the
+        usage does."""
 
     def failure(self, error: APIError) -> bytes:
         """The events that end a stream in which something went wrong."""
@@ -211,8 +223,10 @@ class Format(Protocol):
         """The event of a prompt on its way, before any token; empty where nobody can ask for it."""
         return b""
 
-    def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        """The whole answer as JSON."""
+    def body(
+        self, choices: Sequence[Choice], usage: Usage, more: Mapping[str, Any] = NO_MORE
+    ) -> bytes:
+        """The whole answer as JSON, with these fields ``more``."""
 
 
 class Reply(Response):
@@ -232,6 +246,7 @@ class Reply(Response):
         super().__init__()
         self._more_headers = [(WARNING_HEADER, warning.encode("ascii"))] if warning else []
         self._choices = choices
+        self._first: Choice | None = None  # the one whose first token came first
         self._format = format
         self._stream = stream
         self._started = False
@@ -242,7 +257,7 @@ class Reply(Response):
         self._pinging: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = Watch.of(scope)
+        watch, self._ledger = Watch.of(scope), Ledger.of(scope)
         for choice in self._choices:
             choice.timer.begin(watch.begun)
         timer: Timer | None = None
@@ -280,6 +295,28 @@ class Reply(Response):
                 )
         usage = Usage.of(self._choices)
         note_usage(scope, usage.prompt_tokens, usage.completion_tokens)
+        self._balance()
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("timings of %s: %s", request_id(scope), self._ledger.line())
+
+    def _begin(self, choice: Choice, output: Output) -> None:
+        """The first output of all choices is here."""
+        self._first = choice
+        self._ledger.begin_answer(output.times)
+
+    def _deliver(self, choice: Choice) -> None:
+        """The first token is out."""
+        self._ledger.deliver()
+        choice.timer.metrics.delivered(self._ledger)
+
+    def _balance(self) -> Mapping[str, Any]:
+        """Enter what has come so far; the fields of the answer that were asked for."""
+        first, ledger = self._first or self._choices[0], self._ledger
+        ledger.num_prompt_tokens = first.num_prompt_tokens
+        ledger.cached_tokens = first.assembler.cached_tokens
+        ledger.decoded = first.timer.decoded(first.assembler.num_tokens)
+        ledger.finish_reasons = [c.finish_reason or "abort" for c in self._choices]
+        return ledger.told()
 
     async def _fail(self, error: BaseException, scope: Scope, receive: Receive, send: Send) -> None:
         shown = to_api_error(error)
@@ -294,7 +331,7 @@ class Reply(Response):
 
     async def _whole(self, send: Send) -> None:
         await self._each_choice(self._collect, send)
-        body = self._format.body(self._choices, Usage.of(self._choices))
+        body = self._format.body(self._choices, Usage.of(self._choices), self._balance())
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
@@ -339,7 +376,7 @@ class Reply(Response):
 
     async def _stream_all(self, send: Send) -> None:
         await self._each_choice(self._stream_one, send)
-        last = self._format.ending(self._choices, Usage.of(self._choices))
+        last = self._format.ending(self._choices, Usage.of(self._choices), self._balance())
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _each_choice(self, work: Any, send: Send) -> None:
@@ -356,6 +393,9 @@ class Reply(Response):
     async def _collect(self, choice: Choice, send: Send) -> None:
         async for output in choice.stream:
             delta = choice.take(output)
+            if self._first is None:
+                self._begin(choice, output)
+                self._deliver(choice)
             choice.push(delta)
             if delta.finish_reason is not None:
                 self._finish(choice, delta.finish_reason, output.finish_reason)
@@ -369,6 +409,8 @@ class Reply(Response):
                 await self._tell_progress(choice, output, send)
                 continue
             delta = choice.take(output)
+            if self._first is None:
+                self._begin(choice, output)
             reason = delta.finish_reason
             if reason is not None:
                 self._finish(choice, reason, output.finish_reason)
@@ -385,6 +427,8 @@ class Reply(Response):
                         await self._send_head(send)
                     self._spoke = clock()
                     await send({"type": "http.response.body", "body": body, "more_body": True})
+                    if self._ledger.first is None:
+                        self._deliver(choice)
             if reason is not None:
                 return
         raise APIError(500, "the engine ended the answer early")

@@ -23,6 +23,7 @@ from headstart.server.http.access_log import note_ignored
 from headstart.server.http.admission import Admission
 from headstart.server.http.bounds import Bodies, Places, check_messages, check_values
 from headstart.server.http.errors import APIError, bad_request, unavailable
+from headstart.server.http.ledger import Ledger
 from headstart.server.http.metrics import Metrics
 from headstart.server.http.policy import Body, Notes
 from headstart.server.settings import MANY_TOKENS, ServerSettings
@@ -238,6 +239,7 @@ class Runtime:
             body = await self.with_body(request, work)
         note_ignored(request.scope, notes)
         body.note(request.scope, self.settings)
+        Ledger.of(request.scope).mark("receive")
         return body
 
     def _validated(self, data: bytes, body_type: type[B], notes: Notes) -> B:

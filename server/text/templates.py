@@ -7,7 +7,7 @@ Special tokens written inside message text stay plain text: only the template ca
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jinja2
@@ -120,10 +120,12 @@ class ChatTemplate:
         *,
         ending: Ending = "opened",
         variables: Mapping[str, Any] = _NONE,
+        on_rendered: Callable[[], None] = lambda: None,
     ) -> list[int]:
-        """Ids of the chat."""
+        """Ids of the chat. ``on_rendered`` is called between its text and them."""
         with self._template(tools).running():
             rendered, hidden = self._rendered(messages, tools, ending, variables)
+        on_rendered()
         return self._tokenizer.encode_rendered(rendered, hidden)
 
     def render(
@@ -148,8 +150,10 @@ class ChatTemplate:
         tools: Tools | None = None,
         *,
         variables: Mapping[str, Any] = _NONE,
+        on_rendered: Callable[[], None] = lambda: None,
     ) -> tuple[list[int], list[Turn]]:
-        """The ids with the answer opened, and the turns among them.
+        """The ids with the answer opened, and the turns among them. ``on_rendered`` is called
+        between the text and them.
 
         Raises RequestError also when the template does not let turns be told apart.
         """
@@ -165,6 +169,7 @@ class ChatTemplate:
                     raise
                 rendered = again  # a clock in the template went on
                 found = self._find_turns(messages, tools, variables, rendered)
+        on_rendered()
         cuts = [cut for turn in found for cut in (turn.start, turn.end)]
         token_ids, places = self._tokenizer.encode_cut(rendered, hidden, cuts)
         turns: list[Turn] = []

@@ -202,7 +202,10 @@ async def test_times_of_a_request(engine):
     moments = iter((100.0, 103.0, 103.5, 104.0, 105.0))
     timer = ChoiceTimer(metrics.of("tiny"), lambda: next(moments))
     timer.begin(98.0)
-    timer.take(Output(1, [5], times=Times(queue=0.25, prefill=2.5)))
+    times = Times(
+        arrived=98.2, ready=98.25, scheduled=98.5, computed=100.9, made=101.0, seconds=2.4
+    )
+    timer.take(Output(1, [5], times=times))
     timer.take(Output(1, [6]))
     timer.take(Output(1, [7, 8]))
     timer.finished("stop", 10, 4)

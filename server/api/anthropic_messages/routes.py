@@ -27,6 +27,7 @@ from headstart.server.generation.defaults import GenerationDefaults
 from headstart.server.generation.structure import ObjectField, Structure, json_structure
 from headstart.server.http.cache_scope import CacheBody
 from headstart.server.http.errors import ContextLengthError, bad_request
+from headstart.server.http.ledger import Ledger, TimedBody
 from headstart.server.http.policy import Advisory, Body, Refused
 from headstart.server.http.reply import Reply
 from headstart.server.http.runtime import Runtime, Served
@@ -154,7 +155,7 @@ class CountTokensBody(Body):
         return variables
 
 
-class MessagesBody(CountTokensBody, CacheBody):
+class MessagesBody(CountTokensBody, TimedBody, CacheBody):
     """``max_tokens``: 0 computes the prompt, for the cache, and nothing else."""
 
     max_tokens: Annotated[int, Field(ge=0)]
@@ -202,7 +203,7 @@ def routes(runtime: Runtime) -> APIRouter:
         runtime.require_model()
         chat = await runtime.with_body(request, partial(body.chat, runtime, served, TextOptions()))
         chat.check()
-        token_ids, _ = await encode_chat(runtime, chat)
+        token_ids, _ = await encode_chat(runtime, chat, Ledger.of(request.scope))
         counted = msgspec.json.encode({"input_tokens": len(token_ids)})
         return Response(counted, media_type="application/json")
 

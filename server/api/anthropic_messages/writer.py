@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from headstart.server.api.tools import arguments_object
 from headstart.server.http.errors import APIError
-from headstart.server.http.reply import Choice, Format, Usage
+from headstart.server.http.reply import NO_MORE, Choice, Format, Usage
 from headstart.server.text.answer import Part, Text
 from headstart.server.text.answer_blocks import Block, Blocks, Step
 from headstart.server.text.assembler import Delta
@@ -36,6 +36,10 @@ class MessageFormat(Format):
         }
         self._blocks = Blocks()
 
+    @property
+    def answer_id(self) -> str:
+        return self._head["id"]
+
     def opening(self, choice: Choice) -> bytes:
         usage = _usage(Usage.of([choice]))
         end = {"stop_reason": None, "stop_sequence": None}
@@ -51,8 +55,10 @@ class MessageFormat(Format):
             steps += self._blocks.close(cut=delta.finish_reason == "length")
         return b"".join(map(_step_event, steps))
 
-    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        end = {"delta": _end(choices[0]), "usage": _usage(usage)}
+    def ending(
+        self, choices: Sequence[Choice], usage: Usage, more: Mapping[str, Any] = NO_MORE
+    ) -> bytes:
+        end = {"delta": _end(choices[0]), "usage": _usage(usage), **more}
         return _event("message_delta", end) + _event("message_stop", {})
 
     def failure(self, error: APIError) -> bytes:
@@ -61,7 +67,9 @@ class MessageFormat(Format):
     def ping(self) -> bytes:
         return _event("ping", {})
 
-    def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def body(
+        self, choices: Sequence[Choice], usage: Usage, more: Mapping[str, Any] = NO_MORE
+    ) -> bytes:
         (choice,) = choices
         parts: Sequence[Part] = choice.parts
         if choice.parser is None and choice.text:
@@ -70,7 +78,8 @@ class MessageFormat(Format):
             for _ in self._blocks.push(part):
                 pass
         content = [_block(block, block.text) for block in self._blocks.all]
-        return encode(self._head | {"content": content} | _end(choice) | {"usage": _usage(usage)})
+        end = {**_end(choice), "usage": _usage(usage), **more}
+        return encode({**self._head, "content": content, **end})
 
 
 def _usage(usage: Usage) -> dict[str, int]:

@@ -9,13 +9,13 @@ Everything but the text is encoded once per request.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import msgspec
 
 from headstart.server.api.choices.shown import Shown, TokenIdNames, TokenNames
-from headstart.server.http.reply import DONE, Choice, Format, Progress, Usage
+from headstart.server.http.reply import DONE, NO_MORE, Choice, Format, Progress, Usage
 from headstart.server.text.tokenizer import Tokenizer
 
 encode = msgspec.json.encode
@@ -51,6 +51,10 @@ class ChoiceFormat(Format):
         self._plain_tail = self._no_end + tail
         self._choice_prefix: dict[int, bytes] = {}
 
+    @property
+    def answer_id(self) -> str:
+        return str(self._head["id"])
+
     def _start(self, choice: Choice) -> bytes:
         """An event up to the text of a choice."""
         prefix = self._choice_prefix.get(choice.index)
@@ -63,7 +67,11 @@ class ChoiceFormat(Format):
         shown = b',"choices":[],"prompt_progress":' + encode(progress)
         return self._prefix + shown + (b',"usage":null' if self._shown.usage else b"") + b"}\n\n"
 
-    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        if not self._shown.usage:
+    def ending(
+        self, choices: Sequence[Choice], usage: Usage, more: Mapping[str, Any] = NO_MORE
+    ) -> bytes:
+        if not (self._shown.usage or more):
             return DONE
-        return self._prefix + b',"choices":[],"usage":' + encode(usage.json()) + b"}\n\n" + DONE
+        counts = {"usage": usage.json()} if self._shown.usage else {}
+        last = encode({"choices": [], **counts, **more})
+        return self._prefix + b"," + last[1:] + b"\n\n" + DONE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,7 +11,7 @@ from headstart.server.api.choices.logprobs import chat_logprobs, prompt_logprobs
 from headstart.server.api.choices.shown import Shown
 from headstart.server.api.choices.writer import ChoiceFormat
 from headstart.server.api.openai_chat.parts import Deltas, message_of
-from headstart.server.http.reply import Choice, Usage
+from headstart.server.http.reply import NO_MORE, Choice, Usage
 from headstart.server.text.answer import Part, Reasoning, Text
 from headstart.server.text.assembler import Delta
 from headstart.server.text.tokenizer import Tokenizer
@@ -102,7 +102,9 @@ class ChatFormat(ChoiceFormat):
             return parts
         return [part for part in parts if not isinstance(part, Reasoning)]
 
-    def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def body(
+        self, choices: Sequence[Choice], usage: Usage, more: Mapping[str, Any] = NO_MORE
+    ) -> bytes:
         answers = [
             {
                 "index": choice.index,
@@ -128,4 +130,4 @@ class ChatFormat(ChoiceFormat):
         if self._prompt_logprobs is not None:
             scores, count = choices[0].scores, self._prompt_logprobs
             answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, scores, count)
-        return encode(answer)
+        return encode({**answer, **more})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -40,8 +40,9 @@ from headstart.server.api.segment_mask import (
 )
 from headstart.server.generation.start import Prompt, answer
 from headstart.server.http.errors import bad_request
+from headstart.server.http.ledger import Ledger
 from headstart.server.http.policy import Refused
-from headstart.server.http.reply import Choice, Echo, Reply, Usage
+from headstart.server.http.reply import NO_MORE, Choice, Echo, Reply, Usage
 from headstart.server.http.runtime import Runtime
 from headstart.server.settings import ServerSettings
 from headstart.server.text.assembler import Delta
@@ -227,7 +228,9 @@ class CompletionFormat(ChoiceFormat):
             "prompt_token_ids": list(choice.prompt_token_ids),
         }
 
-    def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def body(
+        self, choices: Sequence[Choice], usage: Usage, more: Mapping[str, Any] = NO_MORE
+    ) -> bytes:
         answers = [
             {
                 "index": index,
@@ -240,7 +243,7 @@ class CompletionFormat(ChoiceFormat):
             | self._of_prompt(choice)
             for index, choice in enumerate(best_choices(choices, self._n))
         ]
-        return encode(self._head | {"choices": answers, "usage": usage.json()})
+        return encode({**self._head, "choices": answers, "usage": usage.json(), **more})
 
 
 def best_choices(choices: Sequence[Choice], n: int) -> list[Choice]:
@@ -262,7 +265,11 @@ def _likelihood(choice: Choice) -> float:
 
 
 async def _checked_prompts(
-    runtime: Runtime, body: CompletionBody, model: ModelInfo, spans: Spans | None
+    runtime: Runtime,
+    body: CompletionBody,
+    model: ModelInfo,
+    spans: Spans | None,
+    ledger: Ledger,
 ) -> list[Prompt]:
     """Tokenise and check every prompt before any is started."""
     checked: list[Prompt] = []
@@ -273,6 +280,8 @@ async def _checked_prompts(
     )
     body.check_choices(len(prompts), settings)
     grammar = await runtime.checked(body.structure(runtime.settings))
+    if grammar is not None:
+        ledger.mark("grammar")
     if spans is not None:
         spans.check_prompts([prompt for _, prompt in prompts])
     layout = _layout(tokenizer, body.suffix)
@@ -305,6 +314,7 @@ async def _checked_prompts(
         segments = spans.of_prompt(len(token_ids), text, places) if spans else ()
         context = () if layout else token_ids[-8:]
         checked.append(Prompt(token_ids, params, segments, context=context, echo=echo))
+    ledger.mark("tokenise")
     return checked
 
 
@@ -349,7 +359,8 @@ def routes(runtime: Runtime) -> APIRouter:
         spans = completion_spans(body.segment_mask, runtime.settings)
         options = body.text_options(runtime.settings)
         model = runtime.require_text_model()
-        prompts = await _checked_prompts(runtime, body, model, spans)
+        ledger = Ledger.of(request.scope)
+        prompts = await _checked_prompts(runtime, body, model, spans, ledger)
         format = CompletionFormat(
             served.name,
             runtime.tokenizer,

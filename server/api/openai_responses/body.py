@@ -22,6 +22,7 @@ from headstart.server.api.tools import ToolsField
 from headstart.server.generation.defaults import GenerationDefaults
 from headstart.server.generation.structure import Structure, json_structure
 from headstart.server.http.cache_scope import CacheBody
+from headstart.server.http.ledger import TimedBody
 from headstart.server.http.policy import Advisory, Body, Notes, Refused, body_at
 from headstart.server.settings import ServerSettings
 from headstart.server.text.templates import ChatTemplate
@@ -128,7 +129,7 @@ class CountBody(PromptBody):
     personality: Ignored = None
 
 
-class ResponsesBody(PromptBody, Described, CacheBody):
+class ResponsesBody(PromptBody, Described, TimedBody, CacheBody):
     """``include``: log-probabilities are shown, and the rest is ignored."""
 
     model: str

@@ -21,6 +21,7 @@ from headstart.server.api.openai_responses.tools import OfferedTools, offered_to
 from headstart.server.api.tools import use_of
 from headstart.server.generation.chat import Chat, encode_chat
 from headstart.server.http.errors import bad_request
+from headstart.server.http.ledger import Ledger
 from headstart.server.http.runtime import Runtime, Served
 from headstart.server.text.assembler import TextOptions
 from headstart.server.text.templates import Message
@@ -91,7 +92,7 @@ def _instructed(instructions: str | None, messages: Sequence[Message]) -> list[M
     return [{"role": "system", "content": instructions}, *messages]
 
 
-async def fitted(runtime: Runtime, chat: Chat, room: int) -> Chat:
+async def fitted(runtime: Runtime, chat: Chat, room: int, ledger: Ledger) -> Chat:
     """The chat without its oldest turns, as few of them as leave ``room`` tokens or less. The
     system message and the last turn stay; a turn begins with what the user says."""
     messages = chat.messages
@@ -102,7 +103,7 @@ async def fitted(runtime: Runtime, chat: Chat, room: int) -> Chat:
         return replace(chat, messages=[*system, *messages[start:]])
 
     async def fits(chat: Chat) -> bool:
-        token_ids, _ = await encode_chat(runtime, chat)
+        token_ids, _ = await encode_chat(runtime, chat, ledger)
         return len(token_ids) <= room
 
     if not starts or await fits(chat):

@@ -17,6 +17,7 @@ from headstart.server.api.openai_responses.store import Item, Stored
 from headstart.server.api.openai_responses.writer import ResponseFormat
 from headstart.server.generation.chat import answer_chat, encode_chat
 from headstart.server.http.errors import bad_request
+from headstart.server.http.ledger import Ledger
 from headstart.server.http.reply import Reply
 from headstart.server.http.runtime import Runtime
 
@@ -41,7 +42,8 @@ def routes(runtime: Runtime) -> APIRouter:
         chat = asked.chat
         if body.truncation == "auto":
             room = min(body.max_output_tokens or 1, model.max_model_len // 2)
-            chat = await fitted(runtime, chat, model.max_model_len - room)
+            ledger = Ledger.of(request.scope)
+            chat = await fitted(runtime, chat, model.max_model_len - room, ledger)
         new_params = partial(body.params, runtime.defaults, model)
         head = body.head(served.name, runtime.defaults)
         format = ResponseFormat(
@@ -62,9 +64,10 @@ def routes(runtime: Runtime) -> APIRouter:
         model = runtime.require_text_model()
         work = partial(read_prompt, runtime, served, stored, request, body)
         chat = (await runtime.with_body(request, work)).chat
+        ledger = Ledger.of(request.scope)
         if body.truncation == "auto":
-            chat = await fitted(runtime, chat, model.max_model_len - 1)
-        token_ids, _ = await encode_chat(runtime, chat)
+            chat = await fitted(runtime, chat, model.max_model_len - 1, ledger)
+        token_ids, _ = await encode_chat(runtime, chat, ledger)
         return json_response({"object": "response.input_tokens", "input_tokens": len(token_ids)})
 
     @router.get("/v1/responses/{response_id}", response_class=Response)

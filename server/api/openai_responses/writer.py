@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from headstart.server.api.openai_responses.items import new_id
 from headstart.server.api.openai_responses.store import Item
 from headstart.server.api.openai_responses.tools import Offered, OfferedTools
 from headstart.server.http.errors import APIError
-from headstart.server.http.reply import Choice, Format, Usage
+from headstart.server.http.reply import NO_MORE, Choice, Format, Usage
 from headstart.server.text.answer import Part, Text
 from headstart.server.text.answer_blocks import Block, Blocks, Step
 from headstart.server.text.assembler import Delta
@@ -54,6 +54,10 @@ class ResponseFormat(Format):
         self._logprobs: list[dict[str, Any]] = []
         self._number = 0
 
+    @property
+    def answer_id(self) -> str:
+        return str(self._head["id"])
+
     def opening(self, choice: Choice) -> bytes:
         response = self._response("in_progress", None)
         return b"".join(
@@ -71,10 +75,12 @@ class ResponseFormat(Format):
             steps += self._close(delta.finish_reason)
         return b"".join(self._step_events(step, new) for step in steps)
 
-    def ending(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def ending(
+        self, choices: Sequence[Choice], usage: Usage, more: Mapping[str, Any] = NO_MORE
+    ) -> bytes:
         response = self._finished(choices[0], usage)
         self._keep(encode(response), response["output"])
-        return self._event(f"response.{response['status']}", {"response": response})
+        return self._event(f"response.{response['status']}", {"response": {**response, **more}})
 
     def failure(self, error: APIError) -> bytes:
         code = error.code or error.type
@@ -85,7 +91,9 @@ class ResponseFormat(Format):
         }
         return self._event("error", shown) + self._event("response.failed", {"response": failed})
 
-    def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def body(
+        self, choices: Sequence[Choice], usage: Usage, more: Mapping[str, Any] = NO_MORE
+    ) -> bytes:
         (choice,) = choices
         self._logprobs = self._named(choice.logprobs)
         parts: Sequence[Part] = [Text(choice.text)] if choice.parser is None else choice.parts
@@ -96,7 +104,7 @@ class ResponseFormat(Format):
         response = self._finished(choice, usage)
         body = encode(response)
         self._keep(body, response["output"])
-        return body
+        return encode({**response, **more}) if more else body
 
     def _close(self, reason: str) -> list[Step]:
         """The last steps. An answer of nothing is one empty text."""
