@@ -33,6 +33,7 @@ from headstart.server.values import (
     positive_or_env,
     seconds,
     seconds_or_never,
+    traces_url,
 )
 
 MIB = 1024 * 1024
@@ -151,6 +152,14 @@ class Requests:
         "nothing; 0: never",
         seconds_or_never,
         "SECONDS",
+    )
+    otlp_traces_endpoint: str | None = setting(
+        None,
+        "send traces to this collector over OTLP/HTTP, as http://localhost:4318 (default: what "
+        "the environment's OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT "
+        "says, else none); needs the extra otel",
+        traces_url,
+        "URL",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from headstart.engine.errors import ConfigError
 from headstart.server.api.adapter_names import check_adapter_name
@@ -90,6 +91,21 @@ def origin(text: str) -> str:
     if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[!-.0-~]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no origin such as https://chat.example.com")
     return text
+
+
+def traces_url(text: str) -> str:
+    """Where a collector takes traces: ``http://HOST[:PORT]``, with OTLP's own path unless it has
+    one."""
+    try:
+        url = urlsplit(text)
+        right = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        right = False
+    if not right or not re.fullmatch(r"[!-~]+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no collector such as http://localhost:4318 (OTLP over HTTP)"
+        )
+    return text if urlsplit(text).path.strip("/") else f"{text.rstrip('/')}/v1/traces"
 
 
 def text_of(flag: str, path: Path) -> str:

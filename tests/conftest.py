@@ -2,17 +2,22 @@
 
 tiny_model   factory: tiny_model("qwen3", num_key_value_heads=1) -> a Hugging Face style folder
 smollm2      the default model, converted, in the user's own cache (pulled there if missing)
+span_receiver  takes what is sent over OTLP/HTTP
 """
 
 import gc
+import gzip
 import hashlib
+import http.server
 import itertools
 import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -316,6 +321,114 @@ def anthropic() -> ModuleType:
     import anthropic
 
     return anthropic
+
+
+SERVER_SPAN = 2
+"""The kind, in OTLP."""
+
+
+class SpanReceiver:
+    """Takes traces over OTLP/HTTP, and decodes them with OpenTelemetry's own definitions.
+
+    ``status``: what it answers. ``headers``: of each request.
+    """
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.headers: list[dict[str, str]] = []
+        self._requests: list[Any] = []
+        receiver = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                receiver._take(self)
+
+            def log_message(self, *args: object) -> None:
+                """Says nothing."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def _take(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+
+        body = handler.rfile.read(int(handler.headers["Content-Length"]))
+        if handler.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        if self.status == 200:
+            request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
+            self.headers.append({key.lower(): value for key, value in handler.headers.items()})
+            self._requests.append((handler.path, request))
+        handler.send_response(self.status)
+        handler.send_header("Content-Type", "application/x-protobuf")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self._requests]
+
+    @property
+    def resources(self) -> list[dict[str, Any]]:
+        """Attributes of what has sent spans."""
+        return [
+            _otlp_attributes(part.resource.attributes)
+            for _, request in self._requests
+            for part in request.resource_spans
+        ]
+
+    @property
+    def spans(self) -> list[dict[str, Any]]:
+        """All that have come: name, id, parent, trace, kind, begin, end, attributes, status."""
+        return [
+            {
+                "name": span.name,
+                "id": span.span_id.hex(),
+                "parent": span.parent_span_id.hex(),
+                "trace": span.trace_id.hex(),
+                "state": span.trace_state,
+                "kind": span.kind,
+                "begin": span.start_time_unix_nano,
+                "end": span.end_time_unix_nano,
+                "attributes": _otlp_attributes(span.attributes),
+                "status": (span.status.code, span.status.message),
+            }
+            for _, request in self._requests
+            for part in request.resource_spans
+            for scope in part.scope_spans
+            for span in scope.spans
+        ]
+
+    def wait(self, count: int = 1) -> list[dict[str, Any]]:
+        """The spans, once there are so many of the server's own, which come last."""
+        deadline = time.monotonic() + 300
+        while sum(span["kind"] == SERVER_SPAN for span in self.spans) < count:
+            assert time.monotonic() < deadline, [span["name"] for span in self.spans]
+            time.sleep(0.01)
+        return self.spans
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _otlp_attributes(pairs: Any) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        kind = value.WhichOneof("value")
+        if kind == "array_value":
+            return [plain(item) for item in value.array_value.values]
+        return getattr(value, kind)
+
+    return {pair.key: plain(pair.value) for pair in pairs}
+
+
+@pytest.fixture
+def span_receiver() -> Iterator[SpanReceiver]:
+    """What stands behind a collector, or in its place."""
+    receiver = SpanReceiver()
+    yield receiver
+    receiver.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from headstart.server.http.tls import Certificate
 from headstart.server.settings import Access, Adapters, Rank, ServerSettings, SharedLimits
 from headstart.server.text.tokenizer import Tokenizer
 from headstart.server.values import text_of
+
+logger = logging.getLogger(__name__)
 
 SECRET_VARIABLE = "HEADSTART_RUNAHEAD_SECRET"
 
@@ -46,7 +51,52 @@ def server_settings(options: Serve) -> ServerSettings:
         raise ConfigError("--max-bodies-size is smaller than --max-body-size")
     given = _given(options)
     given["allowed_hosts"] = (options.host, *(options.allowed_hosts or ()))
+    given["otlp_traces_endpoint"] = traces_endpoint(options)
     return ServerSettings(**given, keys=access_keys(options))
+
+
+def traces_endpoint(options: Serve) -> str | None:
+    """Where traces are sent, if anywhere. Raises ConfigError where a flag asks for what there is
+    not; of what the environment names, which may be meant for others, the log is told."""
+    endpoint = options.otlp_traces_endpoint or _environments_endpoint(os.environ)
+    if endpoint is None:
+        return None
+    lacking = _lacking_for_traces(os.environ)
+    if lacking is None:
+        return endpoint
+    if options.otlp_traces_endpoint is not None:
+        raise ConfigError(f"--otlp-traces-endpoint: {lacking}")
+    logger.warning("no traces are sent to %s, which the environment names: %s", endpoint, lacking)
+    return None
+
+
+def _environments_endpoint(environment: Mapping[str, str]) -> str | None:
+    """As OpenTelemetry's SDK reads it."""
+    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    if (environment.get("OTEL_TRACES_EXPORTER") or "otlp") != "otlp":
+        return None
+    if endpoint := environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        return endpoint
+    if base := environment.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        return f"{base.rstrip('/')}/v1/traces"
+    return None
+
+
+def _lacking_for_traces(environment: Mapping[str, str]) -> str | None:
+    """Why traces cannot be sent."""
+    general = environment.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
+    protocol = environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or general
+    if protocol != "http/protobuf":
+        return f"they are sent as http/protobuf, and OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}"
+    for name in ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http"):
+        try:
+            missing = importlib.util.find_spec(name) is None
+        except ModuleNotFoundError:  # what it would be in
+            missing = True
+        if missing:
+            return "OpenTelemetry is not installed: pip install 'headstart[otel]'"
+    return None
 
 
 def batch_settings(options: RunBatch) -> ServerSettings:

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Container
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -99,6 +99,23 @@ def log_bare_lines(stream: TextIO) -> None:
     logger.propagate = False
 
 
+class Answered(NamedTuple):
+    """What became of a request. ``path``: of its route. ``usage``: tokens of prompt and answer."""
+
+    path: str
+    status: int
+    request_id: str
+    error: APIError | None
+    usage: tuple[int, int] | None
+
+
+class Tracer(Protocol):
+    """Who is told of each request when it has ended."""
+
+    def trace(self, scope: Scope, answered: Answered) -> None:
+        """Must not wait."""
+
+
 class AccessLog:
     """ASGI middleware. Status 499 (nginx's) is a client that hung up before any answer.
 
@@ -112,12 +129,14 @@ class AccessLog:
         metrics: HttpMetrics,
         paths: Container[str],
         line_format: str = "text",
+        tracer: Tracer | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._paths = paths
         self._format = {"text": _text, "json": _json}[line_format]
         self._told: set[str] = set()
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -152,6 +171,11 @@ class AccessLog:
             self._log(scope, status, time.monotonic() - start, error)
             if _IGNORED in scope:
                 self._tell_ignored(scope, scope[_IGNORED])
+            if self._tracer is not None and scope["path"] not in QUIET_PATHS:
+                answered = Answered(
+                    self._path(scope), status, request_id(scope), error, scope.get(_USAGE)
+                )
+                self._tracer.trace(scope, answered)
 
     def _path(self, scope: Scope) -> str:
         """That of the request's route, of which there are few; "other" where there is none. Before

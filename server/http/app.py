@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -39,6 +40,7 @@ from headstart.server.http.access_log import (
     IGNORED,
     REQUEST_ID,
     AccessLog,
+    Tracer,
     id_headers,
     request_id,
 )
@@ -60,6 +62,9 @@ from headstart.server.text.answer_format import find_format
 from headstart.server.text.template_sandbox import TemplateLimits
 from headstart.server.text.templates import ChatTemplate
 from headstart.server.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from headstart.server.http.tracing import SpanTracer
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +130,7 @@ def create_app(
         clock=clock,
     )
     runtime.metrics.register(AdmissionCollector(runtime.admission, model_names[0]))
+    tracer = _new_tracer(settings.otlp_traces_endpoint, runtime.metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -139,6 +145,8 @@ def create_app(
             for threads in (runtime.threads, runtime.chat_threads, runtime.body_threads):
                 threads.shutdown(wait=False, cancel_futures=True)
             await runtime.grammars.close()
+            if tracer is not None:
+                await tracer.close()
 
     app = FastAPI(
         title="headstart",
@@ -168,14 +176,30 @@ def create_app(
     routes = [r for router in groups for r in router.routes if isinstance(r, APIRoute)]
     routes += _add_heads(app, routes)
     paths = frozenset(route.path for route in routes)
-    _add_middleware(app, runtime, pings or Pings(interval=settings.ping_interval), paths)
+    pings = pings or Pings(interval=settings.ping_interval)
+    _add_middleware(app, runtime, pings, paths, tracer)
     _add_error_handlers(app, routes)
     app.state.post_paths = frozenset(r.path for r in routes if "POST" in (r.methods or ()))
     describe(app, BODIES)
     return app
 
 
-def _add_middleware(app: FastAPI, runtime: Runtime, pings: Pings, paths: frozenset[str]) -> None:
+def _new_tracer(endpoint: str | None, metrics: Metrics) -> SpanTracer | None:
+    if endpoint is None:
+        return None
+    # Imported here: it needs an extra, and takes a while.
+    from headstart.server.http.tracing import SpanTracer
+
+    return SpanTracer(endpoint, metrics.spans)
+
+
+def _add_middleware(
+    app: FastAPI,
+    runtime: Runtime,
+    pings: Pings,
+    paths: frozenset[str],
+    tracer: Tracer | None,
+) -> None:
     """The last one added is the first to see a request."""
     settings = runtime.settings
     app.add_middleware(AdmissionControl, admission=runtime.admission)
@@ -203,6 +227,7 @@ def _add_middleware(app: FastAPI, runtime: Runtime, pings: Pings, paths: frozens
         metrics=runtime.metrics.http,
         paths=paths,
         line_format=settings.access_log_format,
+        tracer=tracer,
     )
 
 

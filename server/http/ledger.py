@@ -76,11 +76,13 @@ class Gaps:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What came of a choice behind its first token. ``seconds``: from that to the last one."""
+    """What came of a choice behind its first token. ``seconds``: from that to the last one, which
+    was there when it ``ended``; None: there was none."""
 
     num_tokens: int
     seconds: float
     gaps: Gaps
+    ended: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

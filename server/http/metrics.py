@@ -32,6 +32,7 @@ LATENCY_BUCKETS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 
 STAGE_BUCKETS = (0.001, 0.005, 0.02, 0.05, *LATENCY_BUCKETS)
 PHASE_BUCKETS = (0.0001, 0.0003, *STAGE_BUCKETS)
 TOKEN_BUCKETS = tuple(float(4**i) for i in range(10))
+SPAN_OUTCOMES = ("exported", "failed", "dropped")
 FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error")
 
 MAX_FIELDS = 256
@@ -306,6 +307,14 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=registry,
         )
+        self.spans = Counter(
+            "headstart:trace_spans",
+            "Spans of traces, and requests whose spans were dropped since the queue was full",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in SPAN_OUTCOMES:
+            self.spans.labels(outcome)
         self._models: dict[str, RequestMetrics] = {}
         self.of(model_name)
 
@@ -401,4 +410,5 @@ class ChoiceTimer:
 
     def decoded(self, num_tokens: int) -> Decoded:
         """What has come so far, which are so many tokens."""
-        return Decoded(num_tokens, self._seconds, self._gaps)
+        ended = None if self._first is None else self._last
+        return Decoded(num_tokens, self._seconds, self._gaps, ended)
