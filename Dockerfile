@@ -24,7 +24,7 @@ ARG TORCH_INDEX=
 RUN python deploy/install.py --torch-only
 COPY . .
 # Compiled here, since the image's user cannot write beside the sources.
-RUN python deploy/install.py --copy && python -m compileall -qq -j 0 /opt/headstart/lib
+RUN python deploy/install.py --copy --extras otel && python -m compileall -qq -j 0 /opt/headstart/lib
 
 FROM ${BASE} AS cpu
 RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin headstart \
@@ -61,7 +61,7 @@ COPY deploy/install.py deploy/
 RUN python deploy/install.py --cuda --torch-only
 RUN pip install -c constraints.txt cmake ninja nanobind packaging psutil scikit-build-core setuptools wheel
 COPY . .
-RUN pip install -c constraints.txt --no-build-isolation ".[cuda,flash-attn]" \
+RUN pip install -c constraints.txt --no-build-isolation ".[cuda,flash-attn,otel]" \
     && python -m compileall -qq -j 0 /opt/headstart/lib
 
 # Triton compiles its launchers at run time: gcc and Python's headers stay in the image.
