@@ -1,17 +1,21 @@
-"""Soak test: `python -m headstart.bench.soak --minutes 10`. Random traffic, every answer checked.
+"""Soak test: `python -m headstart.bench.soak --minutes 30`. Is a busy server right, and stays so?
 
-Streams, hang-ups, aborts, bad requests, stop strings, several choices, shared and fresh prefixes,
-against a server of its own (or --url). At the end nothing may be running, the KV pool may hold
-cached pages only, and neither process may have grown. One JSON line on stdout.
+    checked traffic   every answer is checked: streams, hang-ups, aborts, bad requests, stop strings
+    capacity          a closed loop: the most that the server answers
+    overload          three times as many requests as that, with deadlines, and clients that hang up
 
-Exit status: 0, 1 for any violation or a server that cannot be used, 2 for wrong arguments.
+It shows that no request that was let in is lost, that at overload 0.9 of the peak is still
+answered, that refusals come within 20 ms (p99, seen by the client), that neither process grows, and
+that at the end nothing runs and the KV pool holds cached pages only. One JSON line on stdout.
+
+The server is this command's own, or --url. Exit status: 0, 1 for anything that is not so or a
+server that cannot be used, 2 for wrong arguments.
 """
 
 import argparse
 import asyncio
 import json
 import random
-import statistics
 import sys
 import time
 from collections import Counter
@@ -28,28 +32,37 @@ from headstart.bench.http_client import BenchError
 from headstart.bench.prompts import PromptSource
 from headstart.bench.serve import fresh_seed
 from headstart.bench.server_process import start_headstart
+from headstart.bench.soak_load import Load, closed_loop, open_loop
+from headstart.bench.soak_report import Phase, judge
 from headstart.bench.soak_traffic import Traffic, WrongAnswer
 
 # Small, so that it is soon all touched: what still grows then is a leak. One sequence of the
 # longest prompt fits several times; all clients at once do not, so that some are preempted.
-KV_FLAGS = ("--kv-memory", "256MiB", "--max-model-len", "4096")
+# Few run and wait, so that an answer does not take minutes at overload.
+OWN_FLAGS = (
+    *("--kv-memory", "256MiB", "--max-model-len", "4096"),
+    *("--max-running", "16", "--max-queue", "16"),
+)
+SHARES = {"traffic": 0.15, "capacity": 0.2, "overload": 0.65}
+"""Of the time; the second half of it, in which memory is looked at, is all overload."""
+OVERLOAD = 3.0
+"""Requests that come, for each that the server can answer."""
 REQUEST_LIMIT = 120.0
-"""Seconds after which a request counts as lost."""
+"""Seconds after which a request of the checked traffic counts as lost."""
 SETTLE_LIMIT = 15.0
 """Seconds the server has to drop what clients have left behind."""
-GROWTH = 0.05
-GROWTH_BYTES = 32e6
-"""A process may be this much larger at the end than it was after a third of the time."""
 PROBES = 16
+IDLE_SECONDS = 2.0
+"""After which a connection is not used again: the server may close it then."""
 
 
 @dataclass(slots=True)
 class Findings:
-    """What a run has seen. ``memory``: resident bytes over time, by process."""
+    """What a run has seen. ``memory``: (seconds, resident bytes) by process."""
 
     requests: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
-    memory: dict[str, list[int]] = field(default_factory=dict)
+    memory: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def wrong(self, kind: str, message: object) -> None:
         self.violations.append(f"{kind}: {message}")
@@ -61,7 +74,7 @@ def own_processes() -> dict[str, psutil.Process]:
     found = {}
     for process in psutil.Process().children(recursive=True):
         command = process.cmdline()
-        for name, module in (("server", "server.cli"), ("engine", "engine.service")):
+        for name, module in (("server", "server.cli"), ("engine", "engine.process.service")):
             if f"headstart.{module}" in command:
                 found[name] = process
     return found
@@ -91,7 +104,8 @@ async def client(traffic: Traffic, findings: Findings, seed: str, deadline: floa
 async def watch_memory(findings: Findings, processes: dict[str, psutil.Process]) -> None:
     while True:
         for name, process in processes.items():
-            findings.memory.setdefault(name, []).append(process.memory_info().rss)
+            size = float(process.memory_info().rss)
+            findings.memory.setdefault(name, []).append((time.monotonic(), size))
         await asyncio.sleep(1)
 
 
@@ -109,13 +123,13 @@ async def read_metrics(session: aiohttp.ClientSession, url: str) -> dict[str, fl
 async def settle(session: aiohttp.ClientSession, url: str, findings: Findings) -> dict[str, float]:
     """Wait until nothing runs and only the cache holds pages; the metrics then."""
     deadline = time.monotonic() + SETTLE_LIMIT
+    held = (
+        *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
+        *("requests_in_flight", "queue_depth"),
+    )
     while True:
         metrics = await read_metrics(session, url)
-        busy = {
-            name: metrics[name]
-            for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-            if metrics[name]
-        }
+        busy = {name: metrics[name] for name in held if metrics[name]}
         if not busy:
             return metrics
         if time.monotonic() > deadline:
@@ -124,42 +138,61 @@ async def settle(session: aiohttp.ClientSession, url: str, findings: Findings) -
         await asyncio.sleep(0.05)
 
 
-def check_growth(findings: Findings) -> dict[str, dict[str, int]]:
-    """Compare the last quarter with the time around a third of the run; figures in MB."""
-    report = {}
-    for name, values in findings.memory.items():
-        third, last = len(values) // 3, max(1, len(values) // 4)
-        early = statistics.median(values[third : third + last])
-        late = statistics.median(values[-last:])
-        if late > early * (1 + GROWTH) + GROWTH_BYTES:
-            findings.wrong("memory", f"{name} grew from {early / 1e6:.0f} to {late / 1e6:.0f} MB")
-        figures = {"start": values[0], "third": early, "end": late, "most": max(values)}
-        report[name] = {key: round(value / 1e6) for key, value in figures.items()}
-    return report
+async def checked_traffic(
+    traffic: Traffic, findings: Findings, clients: int, seconds: float, seed: int
+) -> None:
+    """The first phase."""
+    deadline = time.monotonic() + seconds
+    await asyncio.gather(
+        *(client(traffic, findings, f"{seed}/{i}", deadline) for i in range(clients))
+    )
+
+
+async def capacity_phase(load: Load, places: int, seconds: float, seed: int) -> Phase:
+    """More clients than can run, and none that is refused."""
+    begin = time.monotonic()
+    outcomes = await closed_loop(load, max(places * 3 // 4, 1), seconds, f"{seed}/capacity")
+    return Phase("capacity", begin, begin + seconds, outcomes)
+
+
+async def overload_phase(load: Load, rate: float, seconds: float, seed: int) -> Phase:
+    """``rate`` requests a second."""
+    begin = time.monotonic()
+    outcomes = await open_loop(load, rate, seconds, f"{seed}/overload")
+    return Phase("overload", begin, begin + seconds, outcomes)
 
 
 async def soak(url: str, args: argparse.Namespace, findings: Findings) -> dict[str, Any]:
-    """Drive the traffic; the result to print."""
+    """All phases; the result to print."""
     processes = {} if args.url else own_processes()
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         async with session.get(f"{url}/v1/models") as response:
             model = str((await response.json())["data"][0]["id"])
-        traffic = Traffic(session, url, model, PromptSource(args.seed))
+        async with session.get(f"{url}/load") as response:
+            places = int((await response.json())["in_flight_limit"])
+        source = PromptSource(args.seed)
+        traffic = Traffic(session, url, model, source)
         await traffic.record(PROBES)
         traffic.tokens = 0
         before = await settle(session, url, findings)
         watcher = asyncio.create_task(watch_memory(findings, processes))
-        begin = time.monotonic()
-        deadline = begin + 60 * args.minutes
-        await asyncio.gather(
-            *(client(traffic, findings, f"{args.seed}/{i}", deadline) for i in range(args.clients))
-        )
-        seconds = time.monotonic() - begin
-        after = await settle(session, url, findings)
+        seconds = {name: share * 60 * args.minutes for name, share in SHARES.items()}
+        _say(f"checked traffic, {seconds['traffic']:.0f} s")
+        # With five choices at most; a request too many would be refused.
+        clients = max(min(args.clients, places // 5), 1)
+        await checked_traffic(traffic, findings, clients, seconds["traffic"], args.seed)
+        await settle(session, url, findings)
+        load = Load(session, url, model, source)
+        _say(f"capacity, {seconds['capacity']:.0f} s")
+        capacity = await capacity_phase(load, places, seconds["capacity"], args.seed)
+        rate = OVERLOAD * max(capacity.rate("answered"), 0.1)
+        _say(f"overload, {rate:.2f} requests a second, {seconds['overload']:.0f} s")
+        overload = await overload_phase(load, rate, seconds["overload"], args.seed)
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
+        after = await settle(session, url, findings)
         draw = random.Random(args.seed)
         for _ in range(PROBES):
             try:
@@ -171,24 +204,26 @@ async def soak(url: str, args: argparse.Namespace, findings: Findings) -> dict[s
         for name, process in processes.items():
             if not process.is_running():
                 findings.wrong("end", f"the {name} process has gone")
-    steps = after["engine_steps_total"] - before["engine_steps_total"]
+    figures, wrong = judge(capacity, overload, findings.memory)
+    for message in wrong:
+        findings.wrong("shown", message)
     return {
         "url": url,
         "model": model,
         "seed": args.seed,
-        "clients": args.clients,
-        "seconds": round(seconds, 1),
-        "requests": dict(sorted(findings.requests.items())),
+        "minutes": args.minutes,
+        "places": places,
+        "checked_requests": dict(sorted(findings.requests.items())),
         "checked_tokens": traffic.tokens,
-        "generated_tokens": round(
-            after["generation_tokens_total"] - before["generation_tokens_total"]
-        ),
-        "engine_steps": round(steps),
+        **figures,
         "preemptions": round(after["num_preemptions_total"] - before["num_preemptions_total"]),
-        "memory_mb": check_growth(findings),
         "violations": len(findings.violations),
         "first_violations": findings.violations[:10],
     }
+
+
+def _say(phase: str) -> None:
+    print(f"soak: {phase}", file=sys.stderr, flush=True)
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -198,7 +233,7 @@ async def run(args: argparse.Namespace) -> int:
         url = args.url
         if url is None:
             command = (sys.executable, "-m", "headstart.server.cli")
-            serve = [args.model, *KV_FLAGS, "--log-level", "warning"]
+            serve = [args.model, *OWN_FLAGS, "--log-level", "warning"]
             if args.threads:
                 serve += ["--threads", str(args.threads)]
             url = await stack.enter_async_context(start_headstart(serve, command))
@@ -218,10 +253,21 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog="soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command.add_argument("--minutes", type=_positive, default=10.0)
-    command.add_argument("--url", help="a headstart server that runs already (default: start one)")
+    command.add_argument("--minutes", type=_positive, default=30.0)
+    command.add_argument(
+        "--url",
+        help="a headstart server that runs already, whose memory is not looked at (default: start "
+        "one)",
+    )
     command.add_argument("--model", default="smollm2-135m", help="for the server that is started")
-    command.add_argument("--clients", type=int, choices=range(1, 257), metavar="N", default=16)
+    command.add_argument(
+        "--clients",
+        type=int,
+        choices=range(1, 257),
+        metavar="N",
+        default=16,
+        help="of the checked traffic, at most",
+    )
     command.add_argument("--threads", type=int, metavar="N", help="of the server that is started")
     command.add_argument("--seed", type=int, default=fresh_seed(), help="repeats the same requests")
     return command

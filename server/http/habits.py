@@ -15,6 +15,9 @@ from collections import deque
 TOKENS_PER_BYTE = 0.25
 """Before anything is known: about four bytes of text are a token."""
 
+MOST_PER_BYTE = 0.5
+"""A body that has more of them names prompts that are kept here, and says nothing of others."""
+
 FRESH = 60.0
 """Seconds for which it is believed what share of a caller's prompts the cache held."""
 
@@ -68,7 +71,7 @@ class Habits:
     def saw_tokens(self, tokens: int, size: int) -> None:
         """A body of ``size`` bytes has had so many tokens of prompts."""
         if size > 0:
-            self._tokens.add(min(tokens, size), size)
+            self._tokens.add(min(tokens, MOST_PER_BYTE * size), size)
 
     def saw_prompt(self, tokens: int, cached: int, now: float) -> None:
         """Of a prompt of ``tokens``, ``cached`` were found in the cache. The very first one says

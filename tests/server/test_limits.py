@@ -411,7 +411,7 @@ class TestConnections:
             assert await connection[0].read() == b""  # the one that has waited longest is closed
         assert (await get(opened[0], "/v1/models"))[0] == 200
 
-    async def test_those_with_a_request_stay(self, connect) -> None:
+    async def test_those_with_a_request_stay(self, connect, app) -> None:
         busy = []
         for _ in range(3):
             busy.append(await connect())
@@ -427,6 +427,7 @@ class TestConnections:
         assert status == 503
         assert b"too many connections are open" in whole
         assert b"retry-after: 1" in whole
+        assert app.state.runtime.admission.refused["connections"] == 1
         assert await told[0].read() == b""  # closed
         for reader, writer in busy:
             writer.write(b'{"model":"tiny","prompt":"ab"}')
