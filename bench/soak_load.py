@@ -7,7 +7,6 @@ Each request has one Outcome, which is all that is kept of it.
 """
 
 import asyncio
-import itertools
 import json
 import random
 import time
@@ -20,6 +19,8 @@ from headstart.bench.prompts import PromptSource
 from headstart.bench.soak_traffic import SHARED_PREFIXES, Answer, WrongAnswer
 
 OWN_WORDS = (10, 100, 400, 1500)
+POOL_WORDS = 200_000
+"""From which prompts are cut."""
 OUTPUT_TOKENS = (4, 16, 64)
 REQUEST_LIMIT = 600.0
 """Seconds after which a request counts as lost."""
@@ -70,15 +71,17 @@ class Load:
         self._session = session
         self._url = f"{url}/v1/completions"
         self._model = model
-        self._source = source
-        self._numbers = itertools.count()
+        # Made once: at overload, drawing every word would take longer than being refused.
+        self._words = source.text("load", POOL_WORDS).split()
+        self._shared = [source.text(f"shared/{words}", words) for words in SHARED_PREFIXES]
 
     def draw(self, draw: random.Random) -> Asked:
         """A random request."""
-        own = self._source.text(f"load/{next(self._numbers)}", draw.choice(OWN_WORDS))
+        count = draw.choice(OWN_WORDS)
+        first = draw.randrange(POOL_WORDS - count)
+        own = " ".join(self._words[first : first + count])
         if draw.random() < 0.4:
-            words = draw.choice(SHARED_PREFIXES)
-            own = f"{self._source.text(f'shared/{words}', words)} {own}"
+            own = f"{draw.choice(self._shared)} {own}"
         body = {
             "model": self._model,
             "prompt": own,

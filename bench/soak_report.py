@@ -37,14 +37,15 @@ class Phase:
 
     def rate(self, kind: str) -> float:
         """So many a second, of those that ended while others came."""
-        return self._a_second(len(self._measured(kind)))
+        return self._a_second(len(self.measured(kind)))
 
     @property
     def goodput(self) -> float:
         """Tokens a second, of answers that came whole."""
-        return self._a_second(sum(outcome.tokens for outcome in self._measured("answered")))
+        return self._a_second(sum(outcome.tokens for outcome in self.measured("answered")))
 
-    def _measured(self, kind: str) -> list[Outcome]:
+    def measured(self, kind: str) -> list[Outcome]:
+        """Those that ended while it was measured."""
         return [one for one in self.of(kind) if self.settled <= one.ended <= self.end]
 
     def _a_second(self, count: int) -> float:
@@ -98,7 +99,7 @@ def judge(
         "capacity": capacity.report(),
         "overload": overload.report() | {"offered_per_s": _offered(overload)},
     }
-    if len(capacity.of("answered")) < FEWEST or len(overload.of("answered")) < FEWEST:
+    if min(len(phase.measured("answered")) for phase in (capacity, overload)) < FEWEST:
         wrong.append(
             f"fewer than {FEWEST} answers in a phase: goodput cannot be told; more --minutes"
         )
