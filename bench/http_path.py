@@ -108,6 +108,7 @@ class SteadyEngine:
         segments: Sequence[Span] = (),
         adapter: str | None = None,
         priority: int = 0,
+        owner: bytes = b"",
     ) -> SteadyStream:
         assert isinstance(params, SamplingParams)
         stream = SteadyStream(params.max_tokens, self._token_ids)

@@ -30,6 +30,8 @@ from headstart.engine.costs.attention import load_costs
 from headstart.engine.costs.forecast import Forecast, forecast
 from headstart.engine.costs.prefill import ObservedCosts
 from headstart.engine.errors import ConfigError, RequestError
+from headstart.engine.explain import Explainer
+from headstart.engine.kv.history import History, Namespace
 from headstart.engine.kv.pages_ahead import PagesAhead
 from headstart.engine.kv.pool import PagePool
 from headstart.engine.kv.tree import RadixCache
@@ -42,6 +44,7 @@ from headstart.engine.process.cores import usable_cores
 from headstart.engine.process.groups import check_gpus
 from headstart.engine.process.messages import (
     AdapterInfo,
+    Explanation,
     ModelInfo,
     Output,
     QueueAhead,
@@ -136,7 +139,8 @@ class Engine:
         self._page_size = backend.page_size
         self._page_bytes = backend.kv_bytes_per_page(shape, model.num_layers)
         self._pool = PagePool(num_pages, backend.page_size)
-        self._cache = RadixCache(self._pool)
+        history = History()
+        self._cache = RadixCache(self._pool, history.evicted)
         self.runahead: Chain | None = None
         self._costs = ObservedCosts()
         # A device computes beside the host: how long its chunks take is not seen here.
@@ -153,6 +157,10 @@ class Engine:
             prefix_caching=config.prefix_caching,
             runs_ahead=self._runs_ahead,
             pace=pace,
+            history=history,
+        )
+        self._explainer = Explainer(
+            self._scheduler, history, backend.page_size, prefix_caching=config.prefix_caching
         )
         self._relay = Relay(
             config.relay if config.prefix_caching else "off",
@@ -274,13 +282,15 @@ class Engine:
         segments: Iterable[Span] = (),
         adapter: str | None = None,
         priority: int = 0,
+        owner: bytes = b"",
     ) -> None:
         """Queue a request. Raises RequestError if it can never run. One whose grammar proves to be
         wrong or too much, or that can't run for its length, after that is among ``take_refused``.
 
         ``salt``: KV is shared only among requests of equal salt. ``segments``: spans of the prompt
         whose tokens see each other whole. ``adapter``: the name of a loaded one. ``priority``:
-        lower ones come first; 0 unless the scheduling policy says so.
+        lower ones come first; 0 unless the scheduling policy says so. ``owner``: only who has the
+        same, and the same salt, may be told of this prompt.
         """
         if priority and self._policy != "priority":
             raise RequestError(
@@ -313,6 +323,7 @@ class Engine:
             reading=reading,
             priority=priority,
             timeline=Timeline(self._ahead()),
+            owner=owner,
         )
         if params.grammar is None:
             self._scheduler.add(seq)
@@ -320,6 +331,8 @@ class Engine:
             self._compiling[request_id] = seq, self._grammars.compile(params.grammar)
         if params.prompt_progress:
             self._progress.add(seq)
+        if params.cache_explain:
+            self._explainer.add(seq)
 
     def _ahead(self) -> QueueAhead:
         """What a request that comes now finds here."""
@@ -333,8 +346,14 @@ class Engine:
     def take_refused(self) -> list[tuple[int, RequestError]]:
         """Ids of requests that turned out to be wrong since the last call, and what is."""
         refused, self._refused = self._refused, []
-        self._progress.forget(request_id for request_id, _ in refused)
+        for request_id, _ in refused:
+            self._forget([request_id])
         return refused
+
+    def _forget(self, request_ids: list[int]) -> None:
+        """They want to be told nothing any more."""
+        self._progress.forget(request_ids)
+        self._explainer.forget(request_ids)
 
     def _add_compiled(self) -> None:
         """Queue the requests whose grammars are compiled; wait a little if there is nothing else
@@ -378,7 +397,7 @@ class Engine:
     def abort(self, request_ids: list[int]) -> None:
         """End these requests and free what they hold; unknown ids are ignored."""
         self._scheduler.abort(request_ids)
-        self._progress.forget(request_ids)
+        self._forget(request_ids)
         for request_id in request_ids:
             self._compiling.pop(request_id, None)
         # Now, not with the next step: there may be none, while the ranks go on.
@@ -395,6 +414,7 @@ class Engine:
             self._add_compiled()
         in_flight = self._in_flight
         scheduled = self._scheduler.schedule(in_flight.scheduled if in_flight else NOTHING)
+        self._explainer.look()
         if scheduled.long_chunk is not None:
             self._beside.append(LongChunk(scheduled.long_chunk, self._runner, self._page_size))
         if self.runahead is not None:
@@ -496,7 +516,16 @@ class Engine:
             for seq, s in zip(launched.sequences, sampled, strict=True)
             if s.logprobs
         }
-        return [_output(token, forced.get(token.seq, ()), logprobs.get(token.seq)) for token in new]
+        explained = {token.seq: self._explainer.take(token.seq) for token in new}
+        return [
+            _output(
+                token,
+                forced.get(token.seq, ()),
+                logprobs.get(token.seq),
+                explained[token.seq],
+            )
+            for token in new
+        ]
 
     def _advance(self, token: NewToken, until: float) -> Items[int]:
         """Go on in a sequence's grammar; the tokens behind ``token`` that it leaves no choice of,
@@ -642,12 +671,17 @@ def _no_text(decoder: Decoder) -> str | None:
 
 
 def _namespace(salt: bytes, segments: Segments, adapter: Adapter | None) -> bytes:
-    """The cache key's part that is not tokens; no two different ones are the same bytes."""
+    """The cache key's part that is not tokens."""
     digest = b"" if adapter is None else adapter.digest
-    return bytes([bool(segments), len(digest)]) + digest + salt
+    return Namespace(salt, digest, bool(segments)).key
 
 
-def _output(token: NewToken, forced: Items[int], logprobs: TokenLogprobs | None) -> Output:
+def _output(
+    token: NewToken,
+    forced: Items[int],
+    logprobs: TokenLogprobs | None,
+    explanation: Explanation | None,
+) -> Output:
     """``forced``: tokens that came behind it, without being chosen."""
     seq, pooled = token.seq, None
     scores = seq.reading.scores() if isinstance(seq.reading, PromptScores) else None
@@ -663,6 +697,7 @@ def _output(token: NewToken, forced: Items[int], logprobs: TokenLogprobs | None)
         scores,
         pooled,
         _times(seq) if seq.num_output_tokens == len(token_ids) else None,
+        explanation=explanation,
     )
 
 

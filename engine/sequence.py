@@ -115,6 +115,8 @@ class Sequence:
     scheduler's, in order of ``add``; among sequences of the lowest ``priority`` the first to arrive
     comes first. ``began`` and ``scheduled``: when it came, and when it was first scheduled, by
     ``time.monotonic``. ``timeline``: what is noted of it until its first output, if anything.
+    ``owner``: who may be told what it holds, beside those of equal salt.
+    ``taken``: the spans of its tokens that came from the cache.
     """
 
     id: int
@@ -135,6 +137,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     arrival: int = 0
     num_preemptions: int = 0
+    owner: bytes = b""
+    taken: list[tuple[int, int]] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     scheduled: float | None = None
     timeline: Timeline | None = None

@@ -36,12 +36,16 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, NamedTuple
 
 from headstart.engine.kv.pool import AccountingError, PagePool
 
 TOKEN_BYTES = array("i").itemsize
+
+Why = Literal["prompt", "answer", "broken", "cleared"]
+"""What pages leave a tree for: a prompt that needs room, or an answer that grows; or their KV is
+not numbers, or the cache is emptied."""
 
 
 class Node:
@@ -84,10 +88,14 @@ class Match(NamedTuple):
 
 
 class RadixCache:
-    """Pages by token prefix, one tree for each namespace."""
+    """Pages by token prefix, one tree for each namespace. ``dropped`` is told of the pages that
+    leave the trees, and what for."""
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(
+        self, pool: PagePool, dropped: Callable[[list[int], Why], None] = lambda pages, why: None
+    ) -> None:
         self._pool = pool
+        self._dropped = dropped
         self._page_bytes = pool.page_size * TOKEN_BYTES
         self._roots: dict[bytes, Node] = {}
         self._num_pages = 0
@@ -207,7 +215,7 @@ class RadixCache:
                 self._unpinned(above)
             above = above.parent
 
-    def evict(self, n_pages: int) -> int:
+    def evict(self, n_pages: int, why: Why = "prompt") -> int:
         """Free ``n_pages`` pages, least recently used first; returns how many became free.
 
         Fewer if locks protect the rest. A page that a sequence holds without a lock leaves the
@@ -219,14 +227,14 @@ class RadixCache:
             if node.last_used != last_used or not self._is_candidate(node):
                 heapq.heappop(self._candidates)
                 continue
-            self._cut(node, n_pages - freed)
+            self._cut(node, n_pages - freed, why)
         return self._pool.num_free - before
 
     def discard(self, node: Node) -> None:
         """Drop what ends at ``node``, upwards until something locked or shared: its KV is bad."""
         while node.parent is not None and not node.pins and not node.children:
             above = node.parent
-            self._cut(node, len(node.pages))
+            self._cut(node, len(node.pages), "broken")
             node = above
         if node.parent is None:
             self._forget_if_empty(node)
@@ -234,7 +242,7 @@ class RadixCache:
     def clear(self) -> None:
         """Drop every page that no lock protects."""
         while self._num_evictable:
-            self.evict(self._num_evictable)
+            self.evict(self._num_evictable, "cleared")
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the roots, parents first."""
@@ -312,12 +320,13 @@ class RadixCache:
         self._num_nodes += 1
         return upper
 
-    def _cut(self, leaf: Node, n: int) -> None:
+    def _cut(self, leaf: Node, n: int, why: Why) -> None:
         """Take up to ``n`` pages off the end of a leaf without locks, and the leaf if all."""
         parent = leaf.parent
         assert parent is not None
         keep = max(len(leaf.pages) - n, 0)
         dropped = leaf.pages[keep:]
+        self._dropped(dropped, why)
         self._num_pages -= len(dropped)
         self._num_evictable -= len(dropped)
         self._pool.release(reversed(dropped))

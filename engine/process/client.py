@@ -181,13 +181,15 @@ class EngineClient:
         segments: Sequence[Span] = (),
         adapter: str | None = None,
         priority: int = 0,
+        owner: bytes = b"",
     ) -> Stream:
         """Start a request. Raises EngineDeadError when the engine is not ready."""
         self._require_ready()
         request_id = next(self._ids)
         stream = self._streams[request_id] = Stream(self, request_id)
         tokens = array("i", token_ids).tobytes()
-        self._send(Add(request_id, tokens, params, salt, list(segments), adapter, priority))
+        spans = list(segments)
+        self._send(Add(request_id, tokens, params, salt, spans, adapter, priority, owner))
         return stream
 
     def abort(self, request_id: int) -> None:

@@ -5,6 +5,8 @@ engine -> server   Ready (once), Step (one per engine step, for all sequences), 
                    AdapterLoaded, AdapterUnloaded; Alive, when there was nothing else for a while
 """
 
+from typing import Literal
+
 import msgspec
 
 from headstart.engine.costs.backlog import Backlog
@@ -17,7 +19,7 @@ class Add(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
     ``salt``: KV is shared only among requests of equal salt. ``segments``: see ranges/segments.py.
     ``adapter``: the name of a loaded one, or None for the model itself. ``priority``: lower ones
-    come first.
+    come first. ``owner``: whom an explanation may tell of this prompt, beside equal salt.
     """
 
     id: int
@@ -27,6 +29,7 @@ class Add(msgspec.Struct, tag=True, array_like=True, frozen=True):
     segments: list[tuple[int, int]] = []
     adapter: str | None = None
     priority: int = 0
+    owner: bytes = b""
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -111,6 +114,65 @@ class Times(msgspec.Struct, array_like=True, frozen=True):
         return self.made - self.scheduled
 
 
+Cause = Literal[
+    "prefix_caching_off",
+    "reads_prompt",
+    "last_token",
+    "below_page",
+    "evicted",
+    "not_computed",
+    "being_computed",
+    "other_adapter",
+    "other_segment_mask",
+    "segment_changed",
+    "differs",
+    "new",
+    "never_seen",
+]
+"""Why tokens of a prompt did not come from the cache; engine/explain.py says what each means."""
+
+
+class Missed(msgspec.Struct, array_like=True, frozen=True):
+    """Tokens ``[start, end)`` did not come from the cache. ``seconds_ago``: when their pages were
+    evicted, or the earlier prompt ended, if that is known. ``by``: what for; or what the earlier
+    prompt was under, or how it ended."""
+
+    start: int
+    end: int
+    cause: Cause
+    seconds_ago: float | None = None
+    by: str | None = None
+
+
+class Difference(msgspec.Struct, array_like=True, frozen=True):
+    """Where a prompt leaves the earlier one that it shares most with: at ``token``, its first token
+    that the other one does not have.
+
+    ``earlier``: tokens of that one from position ``start`` on, some before the place and some after
+    it. ``seconds_ago``: when it ended; None: it has not.
+    """
+
+    token: int
+    start: int
+    earlier: list[int]
+    seconds_ago: float | None = None
+
+
+class Explanation(msgspec.Struct, array_like=True, frozen=True):
+    """What the cache had of a prompt, and why no more.
+
+    ``missed``: in order, all tokens that did not come from the cache. ``meanwhile``: tokens that
+    did, and were being computed for another request when this one came. ``preemptions``: how often
+    the prompt lost its pages before its first token.
+    """
+
+    page_size: int
+    missed: list[Missed]
+    difference: Difference | None = None
+    meanwhile: int = 0
+    preemptions: int = 0
+
+
 class Output(msgspec.Struct, array_like=True, frozen=True):
     """New tokens of one request. ``finish_reason`` is set on the last one.
 
@@ -118,6 +180,7 @@ class Output(msgspec.Struct, array_like=True, frozen=True):
     with the first one: of all tokens of the prompt but the first. ``pooled``: the prompt's vector,
     little-endian float32, beside no token. ``times`` come with the first one, too. ``computed``:
     tokens of the prompt whose KV is there by now, beside nothing else, for requests that asked.
+    ``explanation`` comes with the first one, for requests that asked.
     """
 
     id: int
@@ -129,6 +192,7 @@ class Output(msgspec.Struct, array_like=True, frozen=True):
     pooled: bytes | None = None
     times: Times | None = None
     computed: int | None = None
+    explanation: Explanation | None = None
 
 
 class RelayStats(msgspec.Struct, array_like=True, frozen=True):

@@ -155,6 +155,7 @@ class Service:
                 segments=message.segments,
                 adapter=message.adapter,
                 priority=message.priority,
+                owner=message.owner,
             )
         except RequestError as error:
             self._send(Rejected(message.id, str(error), error.param))

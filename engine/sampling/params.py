@@ -31,8 +31,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     whose last one is not chosen behind the others. ``allowed_token_ids``: no others are chosen.
     ``grammar``: what the output has to follow, as text that llguidance compiles (grammar.py).
     ``prompt_logprobs`` is the number of most likely alternatives reported beside each token of the
-    prompt but the first. ``prompt_progress``: how far the prompt is computed is reported, too. With
-    ``max_tokens`` 0 the prompt is computed, and that is all.
+    prompt but the first. ``prompt_progress``: how far the prompt is computed is reported, too;
+    ``cache_explain``: why the cache did not have more of it. With ``max_tokens`` 0 the prompt is
+    computed, and that is all.
     """
 
     max_tokens: int
@@ -48,6 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_progress: bool = False
+    cache_explain: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0

@@ -75,6 +75,7 @@ from typing import NamedTuple
 
 from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.errors import RequestError
+from headstart.engine.kv.history import History
 from headstart.engine.kv.pool import AccountingError, PagePool
 from headstart.engine.kv.tree import Match, Node, RadixCache
 from headstart.engine.sequence import FinishReason, ScheduledSequence, Sequence, Status
@@ -190,6 +191,7 @@ class Scheduler:
     runs_ahead:          whether a sequence, cached up to a position, should run ahead now, behind
                          so many others
     pace:                what a step may take; None: as long as its tokens do
+    history:             is told of the sequences that end
     """
 
     def __init__(
@@ -204,6 +206,7 @@ class Scheduler:
         prefix_caching: bool = True,
         runs_ahead: Callable[[Sequence, int, int], bool] = lambda seq, start, num_ahead: False,
         pace: Pace | None = None,
+        history: History | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_batched_tokens < 1 or max_running < 1:
@@ -219,6 +222,7 @@ class Scheduler:
         self._runs_ahead = runs_ahead
         self._pace = pace
         self._clock = clock
+        self._history = History(clock=clock) if history is None else history
         # Both in order.
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -249,6 +253,11 @@ class Scheduler:
         """Tokens of all prompts that are still to be computed."""
         left = (seq.num_prompt_tokens - seq.num_computed_tokens for seq in self._by_id.values())
         return sum(tokens for tokens in left if tokens > 0)
+
+    @property
+    def sequences(self) -> Collection[Sequence]:
+        """Those that run or wait."""
+        return self._by_id.values()
 
     def add(self, seq: Sequence) -> None:
         """Queue ``seq``. Raises RequestError if it could never run here."""
@@ -391,7 +400,7 @@ class Scheduler:
             self._preempt(step, victim)
             if victim is seq:
                 return False
-        seq.pages += self._allocate(n)
+        seq.pages += self._allocate(seq, n)
         return True
 
     def _prefill(self, step: _Step, prefilling: list[Sequence]) -> None:
@@ -492,8 +501,9 @@ class Scheduler:
         if not seq.num_preemptions:
             seq.scheduled = self._clock()
             self.prompt_tokens += seq.num_prompt_tokens
-            self._count_cached(seq, start)
-        seq.pages += self._allocate(self._pool.pages_for(start + num_tokens) - len(seq.pages))
+            self._count_cached(seq, 0, start)
+        lacking = self._pool.pages_for(start + num_tokens) - len(seq.pages)
+        seq.pages += self._allocate(seq, lacking)
         if ahead:
             self._ahead.append(seq)
             step.ahead.append(seq)
@@ -575,12 +585,13 @@ class Scheduler:
         self._cache.unlock(seq.node)
         seq.node = match.node
         if not seq.num_preemptions:
-            self._count_cached(seq, match.node.depth - start)
+            self._count_cached(seq, start, match.node.depth)
         seq.num_computed_tokens = match.node.depth
 
-    def _count_cached(self, seq: Sequence, num_tokens: int) -> None:
-        seq.num_cached_tokens += num_tokens
-        self.cached_tokens += num_tokens
+    def _count_cached(self, seq: Sequence, first: int, end: int) -> None:
+        seq.num_cached_tokens += end - first
+        seq.taken.append((first, end))
+        self.cached_tokens += end - first
 
     def _is_in_flight(self, step: _Step, seq: Sequence, node: Node) -> bool:
         """Whether this step, or the one before, computes the page of ``seq`` that follows
@@ -604,10 +615,11 @@ class Scheduler:
     def _available(self) -> int:
         return self._pool.num_free + self._cache.num_evictable_pages
 
-    def _allocate(self, n: int) -> list[int]:
+    def _allocate(self, seq: Sequence, n: int) -> list[int]:
         short = n - self._pool.num_free
         if short > 0:
-            self._cache.evict(short)
+            answers = seq.num_computed_tokens >= seq.num_prompt_tokens
+            self._cache.evict(short, "answer" if answers else "prompt")
         return self._pool.allocate(n)
 
     def _preempt(self, step: _Step, seq: Sequence) -> None:
@@ -727,6 +739,7 @@ class Scheduler:
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         node = seq.node
         if seq.status is Status.RUNNING:
+            self._history.leave(seq, self._page_size, aborted=reason is FinishReason.ABORT)
             self._leave(seq)
         else:
             self._waiting.remove(seq)

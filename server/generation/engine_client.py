@@ -60,12 +60,14 @@ class EngineClient(Protocol):
         segments: Sequence[Span] = (),
         adapter: str | None = None,
         priority: int = 0,
+        owner: bytes = b"",
     ) -> Stream:
         """Start a request; raises EngineDeadError when the engine is not ready.
 
         ``segments``: spans of ``token_ids`` whose tokens see each other whole. ``adapter``: the
-        name of a loaded LoRA adapter. ``priority``: lower ones come first. With PoolingParams the
-        one Output has a vector.
+        name of a loaded LoRA adapter. ``priority``: lower ones come first. ``owner``: only who has
+        the same, and the same salt, may be told of this prompt. With PoolingParams the one Output
+        has a vector.
         """
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:

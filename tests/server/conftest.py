@@ -99,6 +99,7 @@ class Added:
     adapter: str | None
     stream: FakeStream
     priority: int = 0
+    owner: bytes = b""
 
 
 @dataclass
@@ -178,6 +179,7 @@ class FakeEngine:
         segments: Sequence[Span] = (),
         adapter: str | None = None,
         priority: int = 0,
+        owner: bytes = b"",
     ) -> FakeStream:
         if not self.ready:
             raise EngineDeadError("the engine has died")
@@ -192,7 +194,7 @@ class FakeEngine:
             count, stream.error = self.fail_after
             del stream.outputs[count:]
         self.added.append(
-            Added(list(token_ids), params, salt, list(segments), adapter, stream, priority)
+            Added(list(token_ids), params, salt, list(segments), adapter, stream, priority, owner)
         )
         return stream
 

@@ -116,7 +116,7 @@ class Engine:
     has_work = property(lambda self: self.running)
 
     # The answer: rank of the adapter, segments, then the number of adapters at each step.
-    def add(self, id, token_ids, params, *, salt, segments, adapter, priority):
+    def add(self, id, token_ids, params, *, salt, segments, adapter, priority, owner):
         if adapter is not None and adapter not in self.loaded:
             raise RequestError(f"no adapter {adapter!r}", "model")
         rank = self.loaded[adapter].rank if adapter else 0
