@@ -5,6 +5,9 @@ from pathlib import Path
 
 import msgspec
 
+PAGE_SIZE = 32
+"""Tokens of a page of the KV cache: the least that is shared."""
+
 
 def default_home() -> Path:
     """Where models and measurements of this machine are kept if nobody says otherwise."""

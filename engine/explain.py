@@ -98,6 +98,14 @@ def explain(
     )
 
 
+def found_of(asked: Asked, earlier: Earlier) -> int:
+    """How many tokens the cache would have of it if it had this prompt and nothing else."""
+    if earlier.namespace != asked.namespace:
+        return 0
+    usable = min(_compare(asked, earlier).usable, asked.reach)
+    return min(usable // asked.page_size * asked.page_size, earlier.kept)
+
+
 def caching_is_off(asked: Asked) -> Explanation:
     """Of an engine that keeps nothing."""
     return Explanation(

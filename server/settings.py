@@ -336,6 +336,12 @@ class Visitors:
         "with several keys: all share one KV cache, so that each can find out by the time an "
         "answer takes whether another has sent a prompt",
     )
+    cache_explain: bool = setting(
+        True,
+        "refuse cache_explain, whose answers show a client a few words of earlier prompts of the "
+        "same key and cache_salt: where clients that do not trust each other share a key",
+        flag="--no-cache-explain",
+    )
     allowed_hosts: Sequence[str] | None = setting(
         (),
         "without keys: names and addresses, beside localhost and its own, that the server is "

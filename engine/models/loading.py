@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
-from headstart.engine.config import EngineConfig
+from headstart.engine.config import PAGE_SIZE, EngineConfig
 from headstart.engine.costs.measurements import KeptChoices
 from headstart.engine.errors import ConfigError
 from headstart.engine.kv.memory import SHORTEST_CONTEXT, MemoryPlan, plan_memory
@@ -187,6 +187,7 @@ def set_up(config: EngineConfig, shared: bool = False) -> Setup:
         weights, reason = choose_weights(config.weights, name, isa, folder)
         backend = load_backend(
             name,
+            page_size=PAGE_SIZE,
             isa=config.isa,  # which says what "auto" had to leave
             weights=weights,
             threads=threads,

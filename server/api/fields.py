@@ -20,7 +20,7 @@ from headstart.server.generation.structure import (
     guided_structure,
 )
 from headstart.server.http.access_log import REQUEST_ID_PATTERN, name_request
-from headstart.server.http.cache_scope import CacheBody
+from headstart.server.http.cache_scope import ExplainedBody
 from headstart.server.http.deadline import Watch
 from headstart.server.http.errors import ContextLengthError, bad_request
 from headstart.server.http.ledger import TimedBody
@@ -95,7 +95,7 @@ LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Truncation = Annotated[int, Field(ge=-1, le=INT32_MAX)]
 
 
-class GenerationBody(Described, TimedBody, CacheBody):
+class GenerationBody(Described, TimedBody, ExplainedBody):
     """What chat and text completions have in common. ``null`` always means: the default.
 
     Fields typed Any are checked here, entry by entry, stopping at the first fault: pydantic would

@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from headstart.engine.config import PAGE_SIZE
 from headstart.server import settings
 from headstart.server.settings import setting
 from headstart.server.values import host_port, positive
@@ -77,6 +78,28 @@ class RunBatch(
     resume: bool = setting(
         False, "go on with an OUTPUT that exists: what it has is not asked again"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain(settings.Answers, settings.Model, Command):
+    HELP: ClassVar = "say where one request leaves another, and what the cache would have of it"
+    DESCRIPTION: ClassVar = (
+        "Renders two requests as a server would, and prints where the prompt of SECOND leaves that "
+        "of FIRST, and how much of it the cache has then. A file has one request: the body of a "
+        "chat, a completion, a response or a message of Anthropic's API, or a line as run-batch "
+        "takes it; FILE:N is line N of a file. No model is loaded."
+    )
+
+    first: str = setting(MISSING, "the request that came first", metavar="FIRST", positional=True)
+    second: str = setting(MISSING, "the request to explain", metavar="SECOND", positional=True)
+    model: str = setting(DEFAULT_MODEL, "as MODEL of serve")
+    url: str | None = setting(
+        None,
+        "what the requests are asked at (default: as their fields say)",
+        choices=("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
+    )
+    page_size: int = setting(PAGE_SIZE, "tokens of a page of the cache", positive)
+    json: bool = setting(False, "print the object that cache_explain has in answers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,12 @@ from typing import Any
 
 from headstart.engine.config import EngineConfig
 from headstart.engine.errors import ConfigError, ModelError
-from headstart.server.cli.commands import Command, RunBatch, Serve
+from headstart.server.cli.commands import Command, Explain, RunBatch, Serve
 from headstart.server.cli.flags import UsageError
 from headstart.server.generation.defaults import OPENAI, GenerationDefaults
 from headstart.server.http.keys import Keys, read_keys
 from headstart.server.http.tls import Certificate
-from headstart.server.settings import Access, Adapters, Rank, ServerSettings, SharedLimits
+from headstart.server.settings import Access, Adapters, Limits, Rank, ServerSettings, SharedLimits
 from headstart.server.text.tokenizer import Tokenizer
 from headstart.server.values import text_of
 
@@ -105,6 +105,14 @@ def batch_settings(options: RunBatch) -> ServerSettings:
     return ServerSettings(**_given(options), **shared, max_queue=sys.maxsize)
 
 
+def explain_settings(options: Explain) -> ServerSettings:
+    """What decides the prompts of two requests; nothing is refused for its size."""
+    classes = (SharedLimits, Limits)
+    limits = {field.name: sys.maxsize for one in classes for field in fields(one)}
+    times = {"grammar_timeout": 5.0, "template_timeout": 5.0}
+    return ServerSettings(**(limits | times | _given(options)))
+
+
 def _given(options: Command) -> dict[str, Any]:
     names = (field.name for field in fields(ServerSettings))
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
@@ -155,7 +163,7 @@ def runahead_secret(options: Rank) -> str | None:
     return text_of("--runahead-secret-file", path).strip()
 
 
-def generation_defaults(options: Serve | RunBatch, folder: Path) -> GenerationDefaults:
+def generation_defaults(options: Serve | RunBatch | Explain, folder: Path) -> GenerationDefaults:
     """How tokens are chosen where a request does not say. Raises ModelError and ConfigError."""
     asked = options.generation_config
     if asked == "none":
@@ -174,7 +182,7 @@ def generation_defaults(options: Serve | RunBatch, folder: Path) -> GenerationDe
         raise ModelError(f"{error}; --generation-config none does without it") from error
 
 
-def tokenizer_of(options: Serve | RunBatch, folder: Path) -> Tokenizer:
+def tokenizer_of(options: Serve | RunBatch | Explain, folder: Path) -> Tokenizer:
     """The model's, with the chat template asked for. Raises ConfigError and ModelError."""
     tokenizer = Tokenizer.from_folder(folder)
     if (file := options.chat_template) is not None:
@@ -183,7 +191,7 @@ def tokenizer_of(options: Serve | RunBatch, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def model_names(options: Serve | RunBatch) -> list[str]:
+def model_names(options: Serve | RunBatch | Explain) -> list[str]:
     """What the model is called: as asked for, or by the last part of a path."""
     if options.served_model_name:
         return list(options.served_model_name)

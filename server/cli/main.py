@@ -1,4 +1,4 @@
-"""The ``headstart`` command: serve a model, answer a file, pull, plan, be a rank of a chain.
+"""The ``headstart`` command: serve a model, answer or explain requests of files, pull, plan, ...
 
 Errors that a user can act on are one line on stderr and exit status 1; wrong usage exits 2.
 """
@@ -24,6 +24,7 @@ from headstart.engine.errors import ConfigError, HeadstartError
 from headstart.engine.runahead.placement import Placement
 from headstart.server.cli.commands import (
     Command,
+    Explain,
     Plan,
     Pull,
     RunaheadRank,
@@ -37,6 +38,7 @@ from headstart.server.cli.configure import (
     batch_settings,
     certificate,
     engine_config,
+    explain_settings,
     generation_defaults,
     model_names,
     runahead_secret,
@@ -284,6 +286,32 @@ def run_tune(options: RunaheadTune) -> int:
     return 0
 
 
+def run_explain(options: Explain) -> int:
+    """``headstart explain``."""
+    from headstart.server.cli import explain
+
+    first, second = (explain.read_request(f, options.url) for f in (options.first, options.second))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level="ERROR", format="%(levelname)s: %(message)s", stream=sys.stderr)
+    from headstart.engine.models.store import resolve
+    from headstart.server.http.app import create_app
+
+    folder = resolve(options.model, options.cache_dir, ProgressLines())
+    app = create_app(
+        explain.PaperEngine(explain.model_of(folder, options.page_size)),
+        tokenizer_of(options, folder),
+        model_names=model_names(options),
+        settings=explain_settings(options),
+        defaults=generation_defaults(options, folder),
+    )
+    found = asyncio.run(explain.compare(app, first, second))
+    if options.json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        print(explain.report(found, first, second))
+    return 0
+
+
 def run_plan(options: Plan) -> int:
     """``headstart plan``."""
     logging.basicConfig(level="WARNING", format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -313,6 +341,7 @@ def run_pull(options: Pull) -> int:
 COMMANDS: dict[str, tuple[type[Command], Callable[[Any], int]]] = {
     "serve": (Serve, run_serve),
     "run-batch": (RunBatch, run_batch),
+    "explain": (Explain, run_explain),
     "plan": (Plan, run_plan),
     "runahead-rank": (RunaheadRank, run_rank),
     "runahead-tune": (RunaheadTune, run_tune),

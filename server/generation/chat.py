@@ -18,6 +18,7 @@ from fastapi import Request
 
 from headstart.engine.ranges.segments import Span, turn_spans
 from headstart.engine.sampling.params import SamplingParams
+from headstart.server.generation.cache_explain import explainer
 from headstart.server.generation.start import Prompt, answer
 from headstart.server.generation.structure import Structure
 from headstart.server.http.errors import bad_request
@@ -26,6 +27,7 @@ from headstart.server.http.reply import Echo, Format, Reply
 from headstart.server.http.runtime import Runtime, Served
 from headstart.server.text.answer import AnswerParser
 from headstart.server.text.assembler import TextOptions
+from headstart.server.text.layout import Layout
 from headstart.server.text.templates import Ending, Message, Tools
 from headstart.server.text.tool_formats.schemas import Function
 
@@ -125,6 +127,14 @@ async def encode_chat(
     return token_ids, []
 
 
+async def _lay_out(runtime: Runtime, chat: Chat) -> Layout:
+    """Where its messages are in the text of the prompt; raises RequestError and APIError."""
+    template = runtime.require_chat_template()
+    messages, tools, variables = chat.messages, chat.use.tools, chat.variables
+    work = partial(template.layout, messages, tools, ending=chat.ending, variables=variables)
+    return await runtime.with_chat(chat_size(messages, tools), work)
+
+
 async def _read_answer(
     runtime: Runtime, chat: Chat, token_ids: Sequence[int], ledger: Ledger
 ) -> AnswerReading:
@@ -173,12 +183,14 @@ async def answer_chat(
     echo: bool = False,
     n: int = 1,
     priority: int = 0,
+    explain: bool = False,
 ) -> Reply:
     """The answer to a chat, in the API's ``format``; raises APIError and RequestError.
 
     new_params  of the prompt's length and the grammar
     truncate    the prompt's ids; it also gets whether there are segments
     echo        the text that the answer continues comes before it
+    explain     it says why the cache did not have more of the prompt
     """
     chat.check()
     ledger = Ledger.of(request.scope)
@@ -194,6 +206,10 @@ async def answer_chat(
         echo=Echo(chat.messages[-1]["content"], token_ids) if echo else None,
         new_parser=reading.new_parser,
     )
+    if explain:
+        lay_out = partial(_lay_out, runtime, chat)
+        asked = explainer(runtime, request, token_ids, chat.messages, lay_out)
+        prompt = replace(prompt, explain=asked)
     return answer(
         runtime,
         request,

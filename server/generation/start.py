@@ -12,10 +12,10 @@ from fastapi import Request
 from headstart.engine.ranges.segments import Span
 from headstart.engine.sampling.params import SamplingParams
 from headstart.server.http.admission import Ticket
-from headstart.server.http.cache_scope import salt_of
+from headstart.server.http.cache_scope import owner_of, salt_of
 from headstart.server.http.ledger import Asked, Ledger
 from headstart.server.http.metrics import ChoiceTimer
-from headstart.server.http.reply import Choice, Echo, Format, Reply
+from headstart.server.http.reply import Choice, Echo, Explain, Format, Reply
 from headstart.server.http.runtime import Runtime, Served
 from headstart.server.text.answer import AnswerParser
 from headstart.server.text.assembler import TextAssembler, TextOptions
@@ -30,7 +30,8 @@ SEED_RANGE = 2**63
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A checked prompt. ``context``: its last ids, for text that continues it. ``new_parser`` makes
-    what tells the parts of an answer; None: it is text and nothing else."""
+    what tells the parts of an answer; None: it is text and nothing else. ``explain``: where the
+    answer is to say why the cache did not have more of the prompt."""
 
     token_ids: Sequence[int]
     params: SamplingParams
@@ -38,6 +39,7 @@ class Prompt:
     context: Sequence[int] = ()
     echo: Echo | None = None
     new_parser: Callable[[], AnswerParser] | None = None
+    explain: Explain | None = None
 
 
 def answer(
@@ -82,17 +84,21 @@ def _start_choices(
 ) -> list[Choice]:
     """Seeds count up from the request's."""
     choices: list[Choice] = []
-    metrics, salt = runtime.metrics.of(served.name), salt_of(request.scope)
+    metrics = runtime.metrics.of(served.name)
+    salt, owner = salt_of(request.scope), owner_of(request.scope)
     ticket = Ticket.of(request.scope)
     lengths = [len(prompt.token_ids) for prompt in prompts]
     ticket.settle(request.scope, lengths, n * len(prompts))
     try:
         for i, prompt in enumerate(prompts):
             for j in range(n):
-                params = prompt.params
-                if j:  # the first one tells of the prompt's progress
+                params, explain = prompt.params, prompt.explain
+                if j:  # the first one tells of the prompt
                     seed = None if params.seed is None else choice_seed(params.seed, j)
                     params = msgspec.structs.replace(params, seed=seed, prompt_progress=False)
+                    explain = None
+                elif explain is not None:
+                    params = msgspec.structs.replace(params, cache_explain=True)
                 assembler = TextAssembler(
                     runtime.tokenizer,
                     options,
@@ -112,6 +118,7 @@ def _start_choices(
                                 segments=prompt.segments,
                                 adapter=served.adapter,
                                 priority=priority,
+                                owner=owner,
                             )
                         ),
                         assembler=assembler,
@@ -120,6 +127,7 @@ def _start_choices(
                         ),
                         echo=prompt.echo,
                         parser=prompt.new_parser() if prompt.new_parser else None,
+                        explain=explain,
                     )
                 )
     except BaseException:

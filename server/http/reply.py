@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from headstart.engine.process.messages import Output, ScoredToken, TokenLogprobs
+from headstart.engine.process.messages import Explanation, Output, ScoredToken, TokenLogprobs
 from headstart.server.generation.engine_client import Stream
 from headstart.server.http.access_log import note_usage, request_id
 from headstart.server.http.deadline import Pings, Timer, Watch
@@ -72,13 +72,18 @@ class Echo:
     offsets: Sequence[int] = ()
 
 
+Explain = Callable[[Explanation], Awaitable[dict[str, Any]]]
+"""Makes the object ``cache_explain`` of what the engine says."""
+
+
 @dataclass(slots=True, eq=False)
 class Choice:
     """One choice of an answer on its way: an engine stream and the text so far.
 
     ``prompt`` is the index of its prompt; ``scores`` are those of the prompt's tokens, if wanted.
     ``parser`` tells the ``parts`` of the text; None: it has none. ``answers``: it has had a part
-    that is no thought; ``thought_tokens`` are those before.
+    that is no thought; ``thought_tokens`` are those before. ``explain``: what makes words of the
+    ``explanation`` that is asked for, which comes with the first token.
     """
 
     index: int
@@ -99,6 +104,8 @@ class Choice:
     opened: bool = False
     answers: bool = False
     thought_tokens: int = 0
+    explain: Explain | None = None
+    explanation: Explanation | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -119,6 +126,8 @@ class Choice:
         self.timer.take(output)
         if output.prompt_logprobs is not None:
             self.scores = output.prompt_logprobs
+        if output.explanation is not None:
+            self.explanation = output.explanation
         delta = self.assembler.push(output)
         if self.parser is not None:
             self._parse(delta, self.parser)
@@ -331,7 +340,8 @@ class Reply(Response):
 
     async def _whole(self, send: Send) -> None:
         await self._each_choice(self._collect, send)
-        body = self._format.body(self._choices, Usage.of(self._choices), self._balance())
+        more = await self._more()
+        body = self._format.body(self._choices, Usage.of(self._choices), more)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
@@ -376,7 +386,8 @@ class Reply(Response):
 
     async def _stream_all(self, send: Send) -> None:
         await self._each_choice(self._stream_one, send)
-        last = self._format.ending(self._choices, Usage.of(self._choices), self._balance())
+        more = await self._more()
+        last = self._format.ending(self._choices, Usage.of(self._choices), more)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _each_choice(self, work: Any, send: Send) -> None:
@@ -389,6 +400,14 @@ class Reply(Response):
                     group.create_task(work(choice, send))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
+
+    async def _more(self) -> dict[str, Any]:
+        """The fields of the answer that were asked for beside its own."""
+        more = dict(self._balance())
+        choice = self._choices[0]
+        if choice.explain is not None and choice.explanation is not None:
+            more["cache_explain"] = await choice.explain(choice.explanation)
+        return more
 
     async def _collect(self, choice: Choice, send: Send) -> None:
         async for output in choice.stream:

@@ -14,6 +14,8 @@ import jinja2
 
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.ranges.segments import Turn
+from headstart.server.text.layout import NUM_SIGNS as NUM_LAYOUT_SIGNS
+from headstart.server.text.layout import Layout, MessagePlace, ToolsPlace, lay_out
 from headstart.server.text.template_sandbox import (
     LimitedTemplate,
     TemplateLimitError,
@@ -144,6 +146,48 @@ class ChatTemplate:
             rendered, hidden = self._rendered(messages, tools, ending, variables)
         return self._tokenizer.show_control(rendered, hidden)
 
+    def layout(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        *,
+        ending: Ending = "opened",
+        variables: Mapping[str, Any] = _NONE,
+    ) -> Layout:
+        """Where messages and tools are in the text that ``render`` makes."""
+        messages, tools, variables, hidden = self._hide(messages, tools, variables)
+        texts = [self.text, self.tool_text, *_texts([messages, tools, variables]), *hidden.values()]
+        signs = "".join(private_characters(texts, NUM_LAYOUT_SIGNS))
+
+        template = self._template(tools)
+
+        def render(messages: Sequence[Message], tools: Tools | None) -> str | None:
+            if self._template(tools) is not template:  # another one, and another clock
+                return None
+            try:
+                return self._render_ending(messages, tools, ending, variables)
+            except TemplateLimitError:
+                raise
+            except RequestError:  # a template may refuse what it is asked about
+                return None
+
+        with template.running():
+            text = self._render_ending(messages, tools, ending, variables)
+            layout = lay_out(render, signs, messages, tools, text)
+        return self._shown(layout, hidden) if hidden else layout
+
+    def _shown(self, layout: Layout, hidden: dict[str, str]) -> Layout:
+        """The layout of the text with special tokens in place of their placeholders."""
+
+        def at(place: int) -> int:
+            return len(self._tokenizer.show_control(layout.text[:place], hidden))
+
+        places = [MessagePlace(i, at(start), at(end)) for i, start, end in layout.messages]
+        tools = layout.tools
+        if tools is not None:
+            tools = ToolsPlace(at(tools.start), at(tools.end), tools.other)
+        return Layout(self._tokenizer.show_control(layout.text, hidden), places, tools)
+
     def encode_turns(
         self,
         messages: Sequence[Message],
@@ -188,10 +232,18 @@ class ChatTemplate:
     ) -> tuple[str, dict[str, str]]:
         """The chat, and the placeholders in it."""
         messages, tools, variables, hidden = self._hide(messages, tools, variables)
+        return self._render_ending(messages, tools, ending, variables), hidden
+
+    def _render_ending(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        ending: Ending,
+        variables: Mapping[str, Any],
+    ) -> str:
         if ending == "continued":
-            return self._render_continued(messages, tools, variables), hidden
-        rendered = self._render_chat(messages, tools, variables, answer=ending == "opened")
-        return rendered, hidden
+            return self._render_continued(messages, tools, variables)
+        return self._render_chat(messages, tools, variables, answer=ending == "opened")
 
     def _render_continued(
         self, messages: Sequence[Message], tools: Tools | None, variables: Mapping[str, Any]

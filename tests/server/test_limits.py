@@ -161,6 +161,7 @@ BY_THEMSELVES = {
 }
 NO_LIMITS = {
     "access_log_format",
+    "cache_explain",
     "allowed_hosts",
     "allowed_origins",
     "inline_chars",

@@ -25,7 +25,7 @@ from headstart.server.api.tools import ToolsField
 from headstart.server.generation.chat import Chat, answer_chat, encode_chat
 from headstart.server.generation.defaults import GenerationDefaults
 from headstart.server.generation.structure import ObjectField, Structure, json_structure
-from headstart.server.http.cache_scope import CacheBody
+from headstart.server.http.cache_scope import ExplainedBody
 from headstart.server.http.errors import ContextLengthError, bad_request
 from headstart.server.http.ledger import Ledger, TimedBody
 from headstart.server.http.policy import Advisory, Body, Refused
@@ -155,7 +155,7 @@ class CountTokensBody(Body):
         return variables
 
 
-class MessagesBody(CountTokensBody, TimedBody, CacheBody):
+class MessagesBody(CountTokensBody, TimedBody, ExplainedBody):
     """``max_tokens``: 0 computes the prompt, for the cache, and nothing else."""
 
     max_tokens: Annotated[int, Field(ge=0)]
@@ -192,8 +192,16 @@ def routes(runtime: Runtime) -> APIRouter:
         options = body.options(runtime.settings)
         chat = await runtime.with_body(request, partial(body.chat, runtime, served, options))
         new_params = partial(body.params, runtime.defaults, model)
-        format, stream = MessageFormat(served.name), bool(body.stream)
-        return await answer_chat(runtime, request, served, chat, format, new_params, stream=stream)
+        return await answer_chat(
+            runtime,
+            request,
+            served,
+            chat,
+            MessageFormat(served.name),
+            new_params,
+            stream=bool(body.stream),
+            explain=bool(body.cache_explain),
+        )
 
     @router.post("/v1/messages/count_tokens", response_class=Response)
     async def count_tokens(request: Request) -> Response:

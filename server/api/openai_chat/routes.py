@@ -150,6 +150,7 @@ def routes(runtime: Runtime) -> APIRouter:
             echo=bool(body.echo),
             n=body.n or 1,
             priority=body.priority or 0,
+            explain=bool(body.cache_explain),
         )
 
     return router

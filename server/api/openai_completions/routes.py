@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -38,6 +39,7 @@ from headstart.server.api.segment_mask import (
     Spans,
     completion_spans,
 )
+from headstart.server.generation.cache_explain import explainer
 from headstart.server.generation.start import Prompt, answer
 from headstart.server.http.errors import bad_request
 from headstart.server.http.ledger import Ledger
@@ -318,6 +320,17 @@ async def _checked_prompts(
     return checked
 
 
+def _explained(runtime: Runtime, request: Request, prompts: Sequence[Prompt]) -> Prompt:
+    """The one prompt, whose answer says why the cache did not have more of it; APIError if there
+    are several."""
+    if len(prompts) > 1:
+        raise bad_request(
+            f"cache_explain takes one prompt, and there are {len(prompts)}", "cache_explain"
+        )
+    [prompt] = prompts
+    return replace(prompt, explain=explainer(runtime, request, prompt.token_ids))
+
+
 def _layout(tokenizer: Tokenizer, suffix: str | None) -> Sequence[str] | None:
     """How the prompts and the suffix are laid out; None where there is none. Raises APIError."""
     layout = layout_of(tokenizer) if suffix else None
@@ -361,6 +374,8 @@ def routes(runtime: Runtime) -> APIRouter:
         model = runtime.require_text_model()
         ledger = Ledger.of(request.scope)
         prompts = await _checked_prompts(runtime, body, model, spans, ledger)
+        if body.cache_explain:
+            prompts = [_explained(runtime, request, prompts)]
         format = CompletionFormat(
             served.name,
             runtime.tokenizer,

@@ -21,7 +21,7 @@ from headstart.server.api.openai_responses.tools import ToolChoiceField
 from headstart.server.api.tools import ToolsField
 from headstart.server.generation.defaults import GenerationDefaults
 from headstart.server.generation.structure import Structure, json_structure
-from headstart.server.http.cache_scope import CacheBody
+from headstart.server.http.cache_scope import ExplainedBody
 from headstart.server.http.ledger import TimedBody
 from headstart.server.http.policy import Advisory, Body, Notes, Refused, body_at
 from headstart.server.settings import ServerSettings
@@ -129,7 +129,7 @@ class CountBody(PromptBody):
     personality: Ignored = None
 
 
-class ResponsesBody(PromptBody, Described, TimedBody, CacheBody):
+class ResponsesBody(PromptBody, Described, TimedBody, ExplainedBody):
     """``include``: log-probabilities are shown, and the rest is ignored."""
 
     model: str

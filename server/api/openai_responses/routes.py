@@ -53,8 +53,16 @@ def routes(runtime: Runtime) -> APIRouter:
             logprobs=body.shows_logprobs,
             keep=partial(_keep, stored, request, body, asked, head["id"]),
         )
-        stream = bool(body.stream)
-        return await answer_chat(runtime, request, served, chat, format, new_params, stream=stream)
+        return await answer_chat(
+            runtime,
+            request,
+            served,
+            chat,
+            format,
+            new_params,
+            stream=bool(body.stream),
+            explain=bool(body.cache_explain),
+        )
 
     @router.post("/v1/responses/input_tokens", response_class=Response)
     async def count_tokens(request: Request) -> Response:

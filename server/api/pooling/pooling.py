@@ -26,7 +26,7 @@ from headstart.server.api.openai_completions.prompts import check_vocabulary
 from headstart.server.generation.engine_client import Stream
 from headstart.server.http.access_log import note_usage
 from headstart.server.http.admission import Ticket
-from headstart.server.http.cache_scope import CacheBody, salt_of
+from headstart.server.http.cache_scope import CacheBody, owner_of, salt_of
 from headstart.server.http.deadline import begun
 from headstart.server.http.errors import APIError, ContextLengthError, bad_request, unavailable
 from headstart.server.http.metrics import ChoiceTimer
@@ -141,6 +141,7 @@ async def vectors_of(
                 token_ids,
                 PoolingParams(pooling),
                 salt=salt_of(request.scope),
+                owner=owner_of(request.scope),
                 adapter=served.adapter,
             )
         )
