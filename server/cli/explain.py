@@ -156,6 +156,7 @@ class PaperStream:
     """One output, which has no tokens."""
 
     output: Output
+    reported: bool = True
 
     async def __aiter__(self) -> AsyncIterator[Output]:
         yield self.output

@@ -98,6 +98,7 @@ class InProcess:
 class _Stream:
     client: InProcess
     id: int
+    reported: bool = True
 
     async def __aiter__(self) -> AsyncIterator[Output]:
         found = self.client.outputs[self.id]
@@ -570,7 +571,7 @@ async def test_responses(served: Served) -> None:
     answer = (await served.post("/v1/responses", body)).json()
     assert answer["cache_explain"]["cause"] == "never_seen"
     stored = await served.http.get(f"/v1/responses/{answer['id']}")
-    assert stored.json()["cache_explain"] == answer["cache_explain"]
+    assert "cache_explain" not in stored.json()  # it is about the moment
     last = events(await served.post("/v1/responses", body | {"stream": True}))[-1]
     assert last["response"]["cache_explain"]["cause"] == "fully_cached"
 
