@@ -58,7 +58,8 @@ from headstart.engine.progress import PromptProgress
 from headstart.engine.ranges.guard import RelayGuard
 from headstart.engine.ranges.segments import Segments, Span
 from headstart.engine.ranges.shared import MODES, Relay, RelayPlan
-from headstart.engine.runahead.chain import Ahead, Chain
+from headstart.engine.runahead.chain import Chain
+from headstart.engine.runahead.jobs import Job
 from headstart.engine.sampling.device import DeviceSampler
 from headstart.engine.sampling.grammar import RUN_SECONDS, Grammar, Grammars, Masks
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
@@ -194,7 +195,7 @@ class Engine:
         self._in_flight: Launched | None = None  # only where steps overlap
         logger.info("steps overlap: %s", "yes" if self._overlaps else "no")
         self._pages_ahead = PagesAhead(self._runner, self._pool, self._page_bytes)
-        self._beside: list[LongChunk | Ahead] = []
+        self._beside: list[LongChunk | Job] = []
         self._max_batched_tokens = loaded.max_batched_tokens
         self._adapters = loaded.adapters(config.max_adapters)
         self._causal = model.causal
@@ -582,7 +583,7 @@ class Engine:
             self.runahead.wait(WAIT_SECONDS)
         return []
 
-    def _goes_on(self, chunk: LongChunk | Ahead) -> bool:
+    def _goes_on(self, chunk: LongChunk | Job) -> bool:
         """False if it was aborted, or has failed: then it is computed in steps."""
         running = chunk.seq.status is Status.RUNNING
         if running and chunk.failed is None:

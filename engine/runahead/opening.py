@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from headstart.engine.runahead.shared_links import SharedReceiver, SharedSender
 
 dist: Any = distributed  # which does not declare what it has
 
+OPENING_SECONDS = 10.0
+"""How long the other end of a link may take to appear."""
+
 
 class Opening:
     """An end of a link while it is being opened, in a thread. ``end``, or ``error``, once done."""
@@ -35,8 +39,19 @@ class Opening:
         self._closed = False
         # Here, not in the thread: it has to be there when the receiver looks for it.
         listener = _listener(spec) if sends and spec.transport == "shared" else None
-        work = (sends, spec, pool, store, timeout, listener)
-        self._thread = threading.Thread(target=self._run, args=work, daemon=True)
+
+        def find() -> None:
+            if spec.transport == "shared":
+                connection = _connection(spec, listener, timeout)
+                connection.settimeout(timeout)
+                self.end = (SharedSender if sends else SharedReceiver)(connection, pool)
+                return
+            groups = _groups(sends, spec, pool, store, timeout)
+            self.end = (GroupSender if sends else GroupReceiver)(groups, pool)
+            if not sends:
+                self.end.probed(timeout)
+
+        self._thread = threading.Thread(target=self._run, args=(find,), daemon=True)
         self._thread.start()
 
     @property
@@ -48,31 +63,56 @@ class Opening:
         if self.end is not None:
             self.end.close()
 
-    def _run(
-        self,
-        sends: bool,
-        spec: LinkEnd,
-        pool: Pool,
-        store: Store | None,
-        timeout: float,
-        listener: socket.socket | None,
-    ) -> None:
+    def _run(self, find: Callable[[], None]) -> None:
         try:
-            if spec.transport == "shared":
-                connection = _connection(spec, listener, timeout)
-                connection.settimeout(timeout)
-                self.end = (SharedSender if sends else SharedReceiver)(connection, pool)
-            else:
-                groups = _groups(sends, spec, pool, store, timeout)
-                if sends:
-                    self.end = GroupSender(groups, pool)
-                else:
-                    self.end = GroupReceiver(groups, pool)
-                    self.end.probed(timeout)
+            find()
         except (OSError, RuntimeError, ValueError, IndexError, msgspec.MsgspecError) as error:
             self.error = reason(error) or type(error).__name__
         if self._closed and self.end is not None:
             self.end.close()
+
+
+class Ends:
+    """One rank's ends of its links, by name, from when they are being opened. See Opening."""
+
+    def __init__(
+        self,
+        sends: dict[str, LinkEnd],
+        receives: dict[str, LinkEnd],
+        pool: Pool,
+        store: Store | None,
+    ) -> None:
+        self._openings = {
+            name: Opening(name in sends, end, pool, store, OPENING_SECONDS)
+            for name, end in {**sends, **receives}.items()
+        }
+        self._closed: dict[str, Opening] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether each is open, or has failed."""
+        return all(opening.done for opening in self._openings.values())
+
+    @property
+    def error(self) -> str | None:
+        """Why links could not be opened."""
+        failed = ((name, opening.error) for name, opening in self._openings.items())
+        return "; ".join(f"{name}: {error}" for name, error in failed if error) or None
+
+    def get(self, name: str) -> Any:
+        """The Sender or Receiver of this name; None where there is none, and until all are open."""
+        return self._openings[name].end if self.done and name in self._openings else None
+
+    def close(self) -> None:
+        """There is none any more. ``join`` waits for the other ends, for some seconds each."""
+        self._closed, self._openings = self._openings, {}
+        for opening in self._closed.values():
+            opening.close()
+
+    def join(self, timeout: float) -> None:
+        for opening in self._closed.values():
+            if opening.end is not None:
+                opening.end.join(timeout)
 
 
 def _listener(spec: LinkEnd) -> socket.socket:

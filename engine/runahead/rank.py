@@ -18,12 +18,10 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import zmq
@@ -38,7 +36,7 @@ from headstart.engine.models.loading import load_model
 from headstart.engine.process.groups import Store, use_gpu
 from headstart.engine.ranges.segments import Segments
 from headstart.engine.runahead import control
-from headstart.engine.runahead.links import Pool, Receiver, Sender
+from headstart.engine.runahead.links import Pool, Receiver
 from headstart.engine.runahead.measure import identity, rank_costs
 from headstart.engine.runahead.messages import (
     Bye,
@@ -57,15 +55,12 @@ from headstart.engine.runahead.messages import (
     ToRank,
     Welcome,
 )
-from headstart.engine.runahead.opening import Opening
+from headstart.engine.runahead.opening import Ends
+from headstart.engine.runahead.part import Part
 from headstart.engine.sampling.params import SamplingParams
-from headstart.engine.sequence import ScheduledSequence, Sequence
-from headstart.engine.work import LongChunk
+from headstart.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
-
-OPENING_SECONDS = 10.0
-"""How long the other end of a link may take to appear."""
 
 
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,37 +79,6 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     gpu: int = 0
 
 
-class JobNeighbours:
-    """What a LongChunk sees of the ranks before and behind it, for one job. See Neighbours."""
-
-    def __init__(self, job: int, receiver: Receiver | None, sender: Sender | None) -> None:
-        self._job = job
-        self._receiver = receiver
-        self._sender = sender
-
-    def arrived(self, layer: int) -> bool:
-        return self._receiver is None or self._receiver.arrived(self._job, layer)
-
-    def written(self, layer: int) -> bool:
-        return self._sender is None or self._sender.send(self._job, layer)
-
-    @property
-    def error(self) -> str | None:
-        ends = (self._receiver, self._sender)
-        return next((end.error for end in ends if end is not None and end.error), None)
-
-    def forget(self) -> None:
-        """All of it has arrived, and has been sent."""
-        if self._receiver is not None:
-            self._receiver.drop(self._job)
-
-    def drop(self) -> None:
-        """Want and send no more of it."""
-        for end in (self._receiver, self._sender):
-            if end is not None:
-                end.drop(self._job)
-
-
 @dataclass(slots=True, eq=False)
 class _Job:
     """A prompt here: prepared, then run. ``node`` is locked; ``seq.pages`` are referenced."""
@@ -124,15 +88,7 @@ class _Job:
     node: Node
     held: int
     end: int = 0
-    neighbours: JobNeighbours | None = None
-    sender: Sender | None = None
-    chunk: LongChunk | None = None
-    layer: int = 0  # of a chunk without rows, which is only handed on
-    busy: float = 0.0
-    idle: float = 0.0
-    waiting_since: float | None = None  # the last look
-    sent_bytes: int = 0
-    computed: bool = field(default=False)
+    part: Part | None = None
 
 
 class Rank:
@@ -143,7 +99,6 @@ class Rank:
         use_gpu(config.gpu)
         loaded = load_model(config.engine, shared=True)
         self._runner = loaded.runner
-        self._layers = loaded.config.num_layers
         self._page_size = loaded.backend.page_size
         self._pool = PagePool(self._runner.num_pages, self._page_size)
         self._cache = RadixCache(self._pool)
@@ -160,15 +115,13 @@ class Rank:
         self._store = Store("127.0.0.1" if local else host)
         self._context = zmq.Context()
         self._socket = control.listen(self._context, config.listen, config.secret)
-        self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToRank)
         self._engine = b""  # whom to answer
         self._session = 0
         self._jobs: dict[int, _Job] = {}  # in the order of their Prepare
         self._leaving: list[_Job] = []  # computed or dropped; their pages may still be read
-        self._form: Form | None = None
-        self._opening: dict[str, Opening] = {}
-        self._ends: dict[str, Any] = {}
+        self._form: Form | None = None  # until its links are open
+        self._ends = Ends({}, {}, self._memory, self._store)
 
     # ---------------------------------------------------------------- the loop
 
@@ -197,18 +150,20 @@ class Rank:
         head = self._head()
         if head is not None and head.waiting_since is None:
             return 0
-        if head is not None or self._opening or self._leaving:
+        if head is not None or self._form is not None or self._leaving:
             return 5
         return 0 if self._pages_ahead.prepare() else 500
 
     def _receivers(self) -> list[Receiver]:
-        return [end for name, end in self._ends.items() if name != "downstream"]
+        ends = (self._ends.get(name) for name in ("upstream", "origin"))
+        return [end for end in ends if end is not None]
 
-    def _head(self) -> _Job | None:
-        return next((job for job in self._jobs.values() if job.neighbours is not None), None)
+    def _head(self) -> Part | None:
+        """Of the first job that runs."""
+        return next((job.part for job in self._jobs.values() if job.part is not None), None)
 
     def _send(self, message: FromRank) -> None:
-        self._socket.send_multipart([self._engine, self._encoder.encode(message)])
+        self._socket.send_multipart([self._engine, msgspec.msgpack.encode(message)])
 
     def _receive(self) -> None:
         while True:
@@ -240,7 +195,7 @@ class Rank:
     def _hello(self, sender: bytes, message: Hello) -> None:
         reason = self._identity.difference(message.identity)
         if reason is not None:
-            refused = self._encoder.encode(Refused(message.session, reason))
+            refused = msgspec.msgpack.encode(Refused(message.session, reason))
             self._socket.send_multipart([sender, refused])
             return
         if message.session != self._session:
@@ -248,62 +203,35 @@ class Rank:
             if self._session:
                 self._send(Refused(self._session, "another engine has taken it over"))
         self._engine, self._session = sender, message.session
-        shares = self._memory.memory is not None and _reads(message)
-        self._send(
-            Welcome(
-                message.session,
-                self._costs,
-                shares and self._transport != "gloo",
-                self._store.port,
-                self._store.host,
-                self._memory.gpu,
-            )
-        )
+        shared = self._transport != "gloo" and self._memory.memory is not None
+        shares, port, host = shared and _reads(message), self._store.port, self._store.host
+        self._send(Welcome(message.session, self._costs, shares, port, host, self._memory.gpu))
 
     def _reform(self, message: Form) -> None:
         self._close_links()
         self._form = message
-        for name, spec in (
-            ("upstream", message.upstream),
-            ("downstream", message.downstream),
-            ("origin", message.origin),
-        ):
-            if spec is not None:
-                sends = name == "downstream"
-                self._opening[name] = Opening(
-                    sends, spec, self._memory, self._store, OPENING_SECONDS
-                )
+        receives = {"origin": message.origin}
+        if message.upstream is not None:
+            receives["upstream"] = message.upstream
+        self._ends = Ends({"downstream": message.downstream}, receives, self._memory, self._store)
 
     def _open(self) -> None:
-        if not self._opening or not all(opening.done for opening in self._opening.values()):
-            return
-        assert self._form is not None
-        errors = [
-            f"{name}: {opening.error}"
-            for name, opening in self._opening.items()
-            if opening.error is not None
-        ]
-        self._ends = {
-            name: opening.end for name, opening in self._opening.items() if opening.end is not None
-        }
-        self._opening = {}
-        upstream = self._ends.get("upstream")
-        costs = None if upstream is None else upstream.costs
-        self._send(Formed(self._form.generation, costs, "; ".join(errors) or None))
+        if self._form is not None and self._ends.done:
+            upstream = self._ends.get("upstream")
+            costs = None if upstream is None else upstream.costs
+            self._send(Formed(self._form.generation, costs, self._ends.error))
+            self._form = None
 
     def _close_links(self) -> None:
         for job in list(self._jobs.values()):
             self._drop(job)
-        for end in (*self._ends.values(), *self._opening.values()):
-            end.close()
-        self._ends, self._opening = {}, {}
+        self._ends.close()
+        self._form = None
 
     def close(self) -> None:
         """Leave the chain."""
-        ends = list(self._ends.values())
         self._close_links()
-        for end in ends:
-            end.join(1.0)
+        self._ends.join(1.0)
         self._socket.close()
         self._context.term()
 
@@ -355,12 +283,11 @@ class Rank:
         job = self._jobs.get(message.job)
         if job is None:  # cancelled
             return
-        page_size, seq = self._page_size, job.seq
-        start, end = message.start, message.end
+        seq, start, end = job.seq, message.start, message.end
         job.end = end
-        receiver: Receiver | None = self._ends.get(message.source)
+        part = job.part = Part(job.id, seq, self._runner)
         # Before anything can fail: what is sent here for it must not stay in the link.
-        job.neighbours = JobNeighbours(job.id, receiver, None)
+        part.receiver = self._ends.get(message.source)
         missing = self._pool.pages_for(end) - len(seq.pages)
         if missing > self._pool.num_free:
             self._cache.evict(missing - self._pool.num_free)
@@ -369,61 +296,32 @@ class Rank:
             self._send(Declined(job.id, f"its KV memory is full: {missing} pages wanted"))
             return
         seq.pages += self._pool.allocate(max(missing, 0))
-        if message.source:
-            if receiver is None:
-                self._fail(job, f"it has no link to {message.source}")
-                return
-            receiver.expect(job.id, seq.pages[job.held // page_size : -(-start // page_size)])
-        lacking = seq.pages[min(message.next_held, end) // page_size : -(-end // page_size)]
-        if message.next_held >= end:
-            lacking = []
-        if lacking:
-            job.sender = self._ends.get("downstream")
-            if job.sender is None:
+        if part.receiver is not None:
+            part.receive(part.receiver, job.held, start)
+        elif message.source:
+            self._fail(job, f"it has no link to {message.source}")
+            return
+        if message.next_held < end:
+            sender = self._ends.get("downstream")
+            if sender is None:
                 self._fail(job, "it has no link downstream")
                 return
-            job.sender.offer(job.id, lacking)
-            job.sent_bytes = len(lacking) * self._memory.page_bytes
-        job.neighbours = JobNeighbours(job.id, receiver, job.sender)
+            part.send(sender, message.next_held, end)
         first = max(start, min(job.held, end))
         if first < end:
-            entry = ScheduledSequence(seq, first, end - first, False)
-            job.chunk = LongChunk(entry, self._runner, page_size, job.neighbours)
+            part.compute(first, end)
 
     def _compute(self) -> None:
-        job = self._head()
-        if job is None:
+        part = self._head()
+        if part is None:
             return
-        assert job.neighbours is not None
-        begin = time.perf_counter()
-        if job.waiting_since is not None:
-            job.idle += begin - job.waiting_since
-        done = self._advance(job)
-        now = time.perf_counter()
-        job.busy += now - begin
-        waits = not done and (job.chunk is None or job.chunk.waits)
-        if done:
-            self._send(Finished(job.id, job.busy, job.idle, job.sent_bytes))
-            job.computed = True
-            del self._jobs[job.id]
-            self._leaving.append(job)
-            job.neighbours.forget()
-        elif job.neighbours.error is not None:
-            self._fail(job, job.neighbours.error)
-        job.waiting_since = now if waits else None
-
-    def _advance(self, job: _Job) -> bool:
-        """Compute some of the job, or hand some on; whether that is all."""
-        if job.chunk is not None:
-            done = job.chunk.advance(1) is not None
-            job.chunk.synchronize()
-            return done
-        assert job.neighbours is not None
-        while job.layer < self._layers:
-            if not (job.neighbours.arrived(job.layer) and job.neighbours.written(job.layer)):
-                return False
-            job.layer += 1
-        return True
+        part.advance()
+        job = self._jobs[part.job]
+        if part.done:
+            self._send(Finished(job.id, part.busy, part.idle, part.sent_bytes))
+            self._drop(job)
+        elif part.error is not None:
+            self._fail(job, part.error)
 
     def _fail(self, job: _Job, reason: str) -> None:
         self._drop(job)
@@ -431,18 +329,18 @@ class Rank:
 
     def _drop(self, job: _Job) -> None:
         del self._jobs[job.id]
-        if job.neighbours is not None:
-            job.neighbours.drop()
+        if job.part is not None:
+            job.part.drop()
         self._leaving.append(job)
 
     def _let_go(self) -> None:
         """Free the pages of jobs once nobody reads them; what they computed stays in the cache."""
         for job in list(self._leaving):
-            if job.sender is not None and not job.sender.taken(job.id):
+            if job.part is not None and not job.part.released:
                 continue
             self._leaving.remove(job)
             seq, node = job.seq, job.node
-            if job.computed and self._caching:
+            if job.part is not None and job.part.done and self._caching:
                 first, last = node.depth // self._page_size, job.end // self._page_size
                 keys = seq.cache_keys(self._page_size)
                 self._cache.insert(node, keys, seq.pages[first:last])

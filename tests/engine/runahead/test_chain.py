@@ -33,16 +33,17 @@ from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.errors import ConfigError
 from headstart.engine.ranges.segments import Segments, Span
-from headstart.engine.runahead import chain as chain_module
-from headstart.engine.runahead import control, measure
+from headstart.engine.runahead import control, forming, measure, membership
 from headstart.engine.runahead import planner as planner_module
 from headstart.engine.runahead import rank as rank_module
-from headstart.engine.runahead.chain import Chain, Report
+from headstart.engine.runahead.chain import Chain
 from headstart.engine.runahead.cuts import Plan, Positions, plan
+from headstart.engine.runahead.jobs import Job, Report
 from headstart.engine.runahead.messages import Run
 from headstart.engine.runahead.rank import Rank, RankConfig
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.sequence import Sequence as EngineSequence
+from headstart.engine.work import LongChunk
 from headstart.kernels.devices import instruction_sets
 
 pytestmark = pytest.mark.covering
@@ -134,7 +135,8 @@ def at_layer(layer: int) -> Callable[[Rank], bool]:
 
     def hold(rank: Rank) -> bool:
         jobs = list(rank._jobs.values())
-        return bool(jobs) and jobs[0].chunk is not None and jobs[0].chunk.layer >= layer
+        chunk = None if not jobs or jobs[0].part is None else jobs[0].part.chunk
+        return chunk is not None and chunk.layer >= layer
 
     return hold
 
@@ -161,8 +163,9 @@ class RankThread:
         self._ending = False
         # A rank may find a job's Run right behind its Prepare, in one turn of its loop.
         self._begin, self.rank._run = self.rank._run, self._held_run  # type: ignore[method-assign]
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self.computed: list[int] = []  # tokens of its chunks that were not cached
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
         try:
@@ -183,6 +186,9 @@ class RankThread:
 
     def _held_run(self, message: Run) -> None:
         self._stand_still()
+        if message.job in self.rank._jobs:
+            held = self.rank._jobs[message.job].held
+            self.computed.append(message.end - max(message.start, held))
         self._begin(message)
 
     def _stand_still(self) -> None:
@@ -194,8 +200,8 @@ class RankThread:
         self._ending = True
 
     def join(self) -> None:
-        self._thread.join(SECONDS)
-        assert not self._thread.is_alive()
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive()
         if self.error is not None:
             raise self.error
 
@@ -241,7 +247,8 @@ class Cluster:
             "runahead_timeout": 20.0,
             "runahead_transport": transport,
         }
-        self.engine = Engine(config(folder, **{**kept, **fields, **options.engine}))
+        self.config = config(folder, **{**kept, **fields, **options.engine})
+        self.engine = Engine(self.config)
         assert self.engine.runahead is not None
         self.chain = self.engine.runahead
         self.outputs: dict[int, list[int]] = {}
@@ -286,9 +293,10 @@ class Cluster:
 
     def run_here(self, prompt: Prompt) -> None:
         """Have the engine alone compute it."""
-        least, self.chain._least = self.chain._least, 1 << 30
+        formation = self.chain._formation
+        least, formation.least = formation.least, 1 << 30
         self.run(prompt)
-        self.chain._least = least
+        formation.least = least
 
     def run(self, *prompts: Prompt) -> list[list[int]]:
         """Computed together; their outputs."""
@@ -306,6 +314,12 @@ class Cluster:
         assert self.chain.last is not None
         return self.chain.last
 
+    def paces(self) -> list[float]:
+        """What a chunk takes each rank, the engine last, as prompts are planned by it."""
+        costs = self.chain._formation.costs
+        assert costs is not None
+        return [rank.seconds(0, 100) for rank in costs.ranks]
+
     @property
     def num_failed(self) -> int:
         return self.chain.stats.failed
@@ -321,7 +335,7 @@ class Cluster:
 
     def settle(self) -> None:
         """Until nothing is under way any more."""
-        self.wait_for(lambda: all(r.idle for r in self.ranks) and not self.chain._lent)
+        self.wait_for(lambda: all(r.idle for r in self.ranks) and not self.chain.pages_lent())
 
     def keep(self, *pages: int) -> None:
         """Evict all but so many pages from the caches of the ranks and, last, the engine's."""
@@ -547,8 +561,7 @@ def test_the_first_rank_is_sent_what_it_lacks_of_the_engine_s(
     cluster.run_here(Prompt(prompt.tokens[:160], new=1))
     outputs = cluster.run(prompt)
     assert cluster.last.bounds[0] == 160
-    page_bytes = cluster.chain._memory.pages[:, 0].numel()
-    assert cluster.last.sent_bytes[-1] == 5 * page_bytes
+    assert cluster.last.sent_bytes[-1] == 5 * PAGE_BYTES
     cluster.prove(alone, prompt, outputs=outputs)
     ends = cluster.last.bounds
     for rank, end in zip(cluster.ranks, ends[1:], strict=False):
@@ -565,21 +578,11 @@ def test_what_only_the_ranks_know_is_not_computed_again(
     cluster, prompt = lasting(2, transport), Prompt(some(400))
     cluster.run(prompt)
     cluster.forget()
-    computed: list[int] = []
-    run = cluster.chain._send
-
-    def send(rank: Any, message: Any) -> None:
-        run(rank, message)
-        if type(message).__name__ == "Run":
-            job = next(iter(cluster.chain._jobs.values()))
-            computed.append(message.end - max(message.start, job.held[job.ranks.index(rank)]))
-
-    cluster.chain._send = send
-    try:
-        outputs = cluster.run(prompt)
-    finally:
-        del cluster.chain._send
+    for rank in cluster.ranks:
+        rank.computed.clear()
+    outputs = cluster.run(prompt)
     # Each has all of its chunk, or all but the beginning of a page.
+    computed = [count for rank in cluster.ranks for count in rank.computed]
     assert len(computed) == 2
     assert all(count < PAGE for count in computed)
     cluster.prove(alone, prompt, outputs=outputs)
@@ -618,9 +621,11 @@ def test_the_engine_does_not_compute_what_it_has(lasting: Any) -> None:
     assert seq_pages == 4
     cache, keys = cluster.engine._cache, array("i", prompt.tokens)
     pages = cache.match(cache.root(b"\0\0"), keys, 128).pages
-    cluster.chain._memory.pages.view(torch.float32)[:, pages] = mark
+    runner = cluster.engine._runner
+    kv = runner.backend.kv_pages(runner.kv).view(torch.float32)
+    kv[:, pages] = mark
     cluster.run(prompt)
-    assert bool((cluster.chain._memory.pages.view(torch.float32)[:, pages] == mark).all())
+    assert bool((kv[:, pages] == mark).all())
     cluster.forget()
 
 
@@ -880,7 +885,7 @@ def test_a_rank_that_goes_while_a_prompt_is_planned(
     held_planner: HeldPlanner,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(chain_module.Chain._hangs, "__defaults__", (0.1,))
+    monkeypatch.setattr(membership, "OUT_SECONDS", 0.1)
     cluster = make_cluster(2)
     prompt = Prompt(some(300))
     id_ = cluster.add(prompt)
@@ -914,13 +919,30 @@ def test_nobody_waits_until_it_is_known_what_pays(
         cluster.close()
 
 
+def test_a_chain_forms_though_its_engine_was_busy(llama: Path, tmp_path: Path) -> None:
+    """Its rank has opened its links in time, and was heard late."""
+    cluster = Cluster(llama, tmp_path, options=Options(1))
+    rank = cluster.ranks[0].rank
+    try:
+        cluster.wait_for(lambda: cluster.chain._formation.ranks)
+        deadline = time.monotonic() + SECONDS
+        while rank._ends.get("origin") is None or rank._form is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        cluster.chain._formation._late_at = 0.0
+        cluster.wait_for(lambda: cluster.chain.whole)
+        assert cluster.chain.stats.left_out == 0
+    finally:
+        cluster.close()
+
+
 def test_long_prompts_are_pipelined(lasting: Any, alone: Alone, transport: str) -> None:
     cluster = lasting(2, transport)
     cluster.ranks[1].hold = at_layer(1)
     prompts, ahead = [Prompt(some(n)) for n in (300, 200, 400, 310)], cluster.num_ahead
     ids = [cluster.add(prompt) for prompt in prompts]
     cluster.step_until(lambda: len(cluster.ranks[0].rank._jobs) == 0 and cluster.chain._jobs)
-    cluster.step_until(lambda: all(1 not in j.finished for j in cluster.chain._jobs.values()))
+    cluster.step_until(lambda: not any(has_finished(job, 1) for job in jobs(cluster)))
     assert len(cluster.chain._jobs) == cluster.chain.num_ranks == 3
     cluster.ranks[1].hold = never
     cluster.finish()
@@ -958,7 +980,7 @@ def test_a_rank_that_goes_as_its_prompt_ends(
     finish = Chain.finish
 
     def gone(chain: Chain, job: Any) -> None:
-        chain._leave_out(job.ranks[0], "it went", 0.0)
+        chain._membership.leave_out(job.ranks[0], "it went", 0.0)
         finish(chain, job)
 
     monkeypatch.setattr(Chain, "finish", gone)
@@ -970,22 +992,21 @@ def test_a_rank_that_became_slow_is_known_to_be(
     make_cluster: MakeCluster, alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what its chunks take, and not by what it waits: rank 1 waits for rank 0, and is quick."""
-    monkeypatch.setattr(chain_module, "MOST_PACE", 1e6)
+    monkeypatch.setattr(membership, "MOST_PACE", 1e6)
     cluster = make_cluster(2)
-    advance = Rank._advance
+    before = cluster.paces()
+    advance = LongChunk.advance
 
-    def slow(rank: Rank, job: Any) -> bool:
-        if rank is cluster.ranks[0].rank:
+    def slow(chunk: LongChunk, pieces: int) -> Tensor | None:
+        if threading.current_thread() is cluster.ranks[0].thread:
             time.sleep(0.2)
-        return advance(rank, job)
+        return advance(chunk, pieces)
 
-    monkeypatch.setattr(Rank, "_advance", slow)
+    monkeypatch.setattr(LongChunk, "advance", slow)
     prompts = [Prompt(some(400)) for _ in range(3)]
     outputs = cluster.run(*prompts)
-    first, second = (rank.pace for rank in cluster.chain._live)
-    assert first > 5 * max(second, cluster.chain._pace)
-    assert cluster.chain._chain is not None
-    assert cluster.chain._chain.ranks == cluster.chain._paced()
+    first, *others = (now / then for now, then in zip(cluster.paces(), before, strict=True))
+    assert first > 5 * max(others)
     cluster.prove(alone, *prompts, outputs=outputs)
 
 
@@ -1065,8 +1086,13 @@ def test_aborts(lasting: Any, alone: Alone, transport: str, stage: str, idle: bo
     assert cluster.chain.whole
 
 
-def jobs(cluster: Cluster) -> list[Any]:
+def jobs(cluster: Cluster) -> list[Job]:
     return list(cluster.chain._jobs.values())
+
+
+def has_finished(job: Job, place: int) -> bool:
+    """Whether the rank at this place of the chain has said that it has."""
+    return job.ranks[place] in job.finished
 
 
 def test_an_aborted_prompt_behind_others(lasting: Any, alone: Alone, transport: str) -> None:
@@ -1102,11 +1128,11 @@ def test_a_rank_with_too_little_memory(
             rank.rank._pool.allocate(10)
             rank.rank.check = lambda: None  # type: ignore[method-assign]
     long, short = Prompt(some(400)), Prompt(some(150))
-    chain = cluster.chain._generation
+    formation = cluster.chain._formation
     cluster.prove(alone, long, outputs=cluster.run(long))
     assert (cluster.num_ahead, cluster.num_failed) == (0, 1)
     cluster.wait_for(lambda: cluster.chain.whole)
-    assert cluster.chain._generation == chain  # others' prompts go on over the same links
+    assert cluster.chain._formation is formation  # others' prompts go on over the same links
     cluster.prove(alone, short, outputs=cluster.run(short))
     assert cluster.num_ahead == 1
     assert cluster.chain.stats.left_out == 0
@@ -1136,7 +1162,7 @@ def test_a_full_rank_frees_what_an_aborted_prompt_was_sent(
     cluster.ranks[1].hold = lambda rank: bool(rank._jobs)
     prompt = Prompt(some(300))
     id_ = cluster.add(prompt)
-    cluster.step_until(lambda: any(0 in job.finished for job in jobs(cluster)))
+    cluster.step_until(lambda: any(has_finished(job, 0) for job in jobs(cluster)))
     cluster.engine.abort([id_])
     cluster.wait_for(lambda: not jobs(cluster))
     cluster.ranks[1].hold = never
@@ -1153,13 +1179,13 @@ def test_a_rank_keeps_pages_until_the_next_one_has_them(
     """Nothing is cached: a page given back too early is written to for the next prompt."""
     cluster = make_cluster(2, rank={"prefix_caching": False})
     first, second = cluster.ranks
-    link = second.rank._ends["upstream"]
+    link = second.rank._ends.get("upstream")
     link.arrived = lambda job, layer: False  # the second takes nothing for now
     prompts = [Prompt(some(300)), Prompt(some(310))]
     ids = [cluster.add(prompts[0])]
-    cluster.step_until(lambda: sum(0 in job.finished for job in jobs(cluster)) == 1)
+    cluster.step_until(lambda: sum(has_finished(job, 0) for job in jobs(cluster)) == 1)
     ids.append(cluster.add(prompts[1]))
-    cluster.step_until(lambda: sum(0 in job.finished for job in jobs(cluster)) == 2)
+    cluster.step_until(lambda: sum(has_finished(job, 0) for job in jobs(cluster)) == 2)
     del link.arrived
     cluster.finish()
     assert cluster.num_ahead == 2
@@ -1192,8 +1218,9 @@ def closes(name: str) -> Callable[[Rank], bool]:
     """For ``hold``, in the rank's thread: close one of its links."""
 
     def hold(rank: Rank) -> bool:
-        if name in rank._ends:
-            rank._ends[name].close()
+        end = rank._ends.get(name)
+        if end is not None:
+            end.close()
         return False
 
     return hold
@@ -1220,8 +1247,8 @@ def test_a_link_or_rank_that_goes_costs_no_request(
             struck.set()
             if fault == "gone":
                 broken.end()
-            elif fault in rank._ends:
-                rank._ends[fault].close()
+            else:
+                closes(fault)(rank)
         return False
 
     def during(rank: Rank) -> bool:
@@ -1235,7 +1262,7 @@ def test_a_link_or_rank_that_goes_costs_no_request(
     ids += [cluster.add(prompt) for prompt in prompts]
     if stage == "after":
         cluster.step()
-        cluster.step_until(lambda: not jobs(cluster) or place in jobs(cluster)[0].finished)
+        cluster.step_until(lambda: not jobs(cluster) or has_finished(jobs(cluster)[0], place))
         broken.hold = strike
     cluster.finish()
     broken.hold = strike
@@ -1284,7 +1311,7 @@ def test_a_rank_that_stands_still_is_left_out_and_comes_back(
     place: int,
     stage: str,
 ) -> None:
-    monkeypatch.setattr(Chain._hangs, "__defaults__", (0.5,))
+    monkeypatch.setattr(membership, "OUT_SECONDS", 0.5)
     cluster = make_cluster(2, engine={"runahead_timeout": 0.7})
     rank, prompt = cluster.ranks[place], Prompt(some(300))
     rank.hold = at_layer(0) if stage == "half-way" else always
@@ -1487,17 +1514,15 @@ def test_another_engine_takes_a_rank_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first one's jobs end there; it computes them itself."""
-    monkeypatch.setattr(Chain._hangs, "__defaults__", (0.1,))
-    for name in ("OPENING_SECONDS", "OUT_SECONDS"):
-        monkeypatch.setattr(f"headstart.engine.runahead.chain.{name}", 0.1)
+    monkeypatch.setattr(membership, "OUT_SECONDS", 0.1)
+    monkeypatch.setattr(forming, "OPENING_SECONDS", 0.1)
     cluster = make_cluster(2, transport, engine={"runahead_timeout": 1.0})
     first, second = cluster.ranks
     second.hold = at_layer(1)
     prompt = Prompt(some(300))
     id_ = cluster.add(prompt)
     cluster.step_until(second.held.is_set)
-    fields = cluster.chain._config
-    other = Engine(msgspec.structs.replace(fields, kv_memory=8 << 20))
+    other = Engine(msgspec.structs.replace(cluster.config, kv_memory=8 << 20))
     second.hold = never
     deadline = time.monotonic() + SECONDS
     assert other.runahead is not None

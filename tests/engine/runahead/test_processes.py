@@ -16,7 +16,7 @@ import pytest
 
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
-from headstart.engine.runahead.chain import Chain
+from headstart.engine.runahead import membership
 from headstart.engine.sampling.params import SamplingParams
 
 pytestmark = pytest.mark.process
@@ -81,7 +81,8 @@ class Server:
             self.step()
 
     def pids(self) -> list[int]:
-        return [rank.process.pid for rank in self.chain._ranks if rank.process is not None]
+        local = [rank.local for rank in self.chain._membership.ranks if rank.local is not None]
+        return [rank.process.pid for rank in local if rank.process is not None]
 
 
 @pytest.fixture(scope="module", params=["auto", "gloo"])
@@ -135,7 +136,7 @@ def test_a_rank_that_dies_or_stops_costs_no_request(
     place: int,
 ) -> None:
     """At some moment, before its prompts (None) or a few steps after they came."""
-    monkeypatch.setattr(Chain._hangs, "__defaults__", (0.1,))
+    monkeypatch.setattr(membership, "OUT_SECONDS", 0.1)
     server.wait_until_whole()
     pid = server.pids()[place]
     prompts = [some(100 * place + 10 * (steps or 0) + i, 300 + i) for i in range(2)]
