@@ -271,7 +271,7 @@ class Admission:
             words = f"{others} requests run or wait, and {limit} may (--max-queue)"
             raise overloaded(path, words, wait)
         own = sum(self._own(ticket, tokens, now) for tokens in prompts)
-        first = self._first_token(own, ticket, others + choices, now)
+        first = self._first_token(own, ticket, others, choices, now)
         if first is None:
             return
         for reason, most, words in (
@@ -307,25 +307,27 @@ class Admission:
         if not self.predicts:
             return None
         own = self._engine.stats.prefill.seconds(0, 1)
-        return self._first_token(own, None, self.in_flight + 1, self._clock())
+        return self._first_token(own, None, self.in_flight, 1, self._clock())
 
     def backlog_seconds(self) -> float | None:
         """Seconds of prompts that have no first token yet; None: not known."""
         return self._ahead(None).total if self.predicts else None
 
     def _first_token(
-        self, own: float, ticket: Ticket | None, in_flight: int, now: float
+        self, own: float, ticket: Ticket | None, others: int, choices: int, now: float
     ) -> float | None:
-        """Seconds until the first token of a prompt that takes ``own``, with it ``in_flight``
-        choices; None: not known."""
+        """Seconds until the first token of a prompt that takes ``own``, of ``choices`` beside those
+        of ``others``; None: not known."""
         if not self.predicts:
             return None
         ahead = self._ahead(ticket)
+        if not others and not ahead.seconds:
+            return own  # a pace that is wrong would keep everybody out, and never be corrected
         seconds = ahead.first_token(own)
         model, rate = self._engine.model, self._endings.rate(now)
-        if model is not None and rate and in_flight > model.max_running:
+        if model is not None and rate and others + choices > model.max_running:
             # All places in a step are taken: one that decodes has to end first.
-            places = in_flight - model.max_running
+            places = others + choices - model.max_running
             seconds = max(seconds, places / rate + ahead.pace * own)
         return seconds
 

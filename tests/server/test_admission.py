@@ -310,6 +310,18 @@ async def test_a_first_token_that_would_come_too_late(make_app, connect_to, engi
     assert (await client.post(TEXT, json=text())).status_code == 200
 
 
+async def test_a_wrong_pace_keeps_nobody_out_of_an_idle_server(make_app, connect_to, engine):
+    """It is measured by requests that are let in."""
+    engine.cached_tokens = 0
+    engine.stats = Stats(prefill=COSTS, backlog=Backlog([], 5000.0, 0.0))
+    client = connect_to(make_app(ttft_slo=2.0))
+    assert (await client.get("/load")).json()["predicted_seconds"] == pytest.approx(0.01)
+    for _ in range(3):
+        assert (await client.post(TEXT, json=text())).status_code == 200
+    async with held(client, engine, 1):
+        assert (await client.post(TEXT, json=text())).status_code == 503
+
+
 @pytest.mark.parametrize("by", ["header", "body", "server"])
 async def test_a_deadline_that_cannot_be_met(make_app, connect_to, engine, by):
     engine.stats = Stats(prefill=COSTS, backlog=Backlog.of([10.0], 1.0, 1.0))
