@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from starlette.types import Scope
 
-from headstart.engine.process.messages import Times
+from headstart.engine.process.messages import QueueAhead, Times
 from headstart.server.http.deadline import begun
 from headstart.server.http.policy import Body
 from headstart.server.settings import ServerSettings
@@ -200,14 +200,14 @@ class Ledger:
         computed = times.num_tokens if times else self.num_prompt_tokens - self.cached_tokens
         generated = decoded.num_tokens if decoded else 0
         seconds = decoded.seconds if decoded else 0.0
-        ahead = times.ahead if times else None
+        ahead = times.ahead if times else QueueAhead()
         return {
             "first_token_ms": _ms(sum(phases.values())),
             "phases_ms": {phase: _ms(value) for phase, value in phases.items()},
             "ahead": {
-                "running": ahead.running if ahead else 0,
-                "waiting": ahead.waiting if ahead else 0,
-                "tokens": ahead.tokens if ahead else 0,
+                "running": ahead.running,
+                "waiting": ahead.waiting,
+                "tokens": ahead.tokens,
             },
             "chunks": times.num_chunks if times else 0,
             "cache_n": self.cached_tokens,
