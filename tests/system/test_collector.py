@@ -19,6 +19,8 @@ import pytest
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 GUARD = 300
+SLACK = 10**7
+"""Nanoseconds."""
 
 
 def free_port() -> int:
@@ -98,8 +100,10 @@ def test_spans_of_the_default_model(
     first = attributes["gen_ai.latency.time_to_first_token"]
     assert first == pytest.approx(answer["timings"]["first_token_ms"] / 1000, abs=1e-4)
 
-    # Those of the engine's process are where they belong, by the same clock.
-    assert before <= root["begin"] < root["end"] <= after
+    # Those of the engine's process are where they belong, by the same clock. The server's span may
+    # end after its client has all: a system's clock may be set, too.
+    assert before - SLACK <= root["begin"] < spans["sample"]["end"] <= after + SLACK
+    assert spans["sample"]["end"] <= root["end"]
     for name in names:
         span = spans[name]
         assert span["parent"] == root["id"]
