@@ -76,6 +76,11 @@ def explain(
         if candidate.namespace == asked.namespace:
             if same is None or _closeness(close) > _closeness(same):
                 same = close
+            if (
+                min(close.shared, candidate.kept)
+                >= asked.reach // asked.page_size * asked.page_size
+            ):
+                break  # it was all there: nobody can be closer
         elif other is None or close.shared > other.shared:
             other = close
     found = taken[0][1] if taken and taken[0][0] == 0 else 0

@@ -171,8 +171,7 @@ def _place(tokenizer: Tokenizer, difference: Difference, asked: Explained) -> _P
     message, tools = None, False
     if asked.layout is not None and at is not None:
         message = asked.layout.message_at(at)
-        if asked.layout.tools is not None:
-            tools = asked.layout.tools.changed_at(at, earlier)
+        tools = asked.layout.tools_changed_at(at, earlier)
     return _Place(shared, here, earlier, None if tools else message, tools)
 
 

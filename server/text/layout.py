@@ -35,8 +35,8 @@ _PROBE: Tools = [
         },
     }
 ]
-COMPARED = 12
-"""Characters by which it is told whether tools begin somewhere."""
+COMPARED = 8
+"""Characters by which it is told whether tools begin somewhere: all of them begin alike."""
 
 
 class MessagePlace(NamedTuple):
@@ -47,23 +47,29 @@ class MessagePlace(NamedTuple):
     end: int
 
 
+class Mark(NamedTuple):
+    """What another list of tools would write at character ``at``, if only its beginning."""
+
+    at: int
+    text: str
+
+    def meets(self, at: int, earlier: str) -> bool:
+        """Whether it is what ``earlier`` has at ``at``."""
+        text = self.text[: len(earlier)]
+        return at == self.at and bool(text) and earlier.startswith(text)
+
+
 @dataclass(frozen=True, slots=True)
 class ToolsPlace:
-    """Where the tools are, characters ``[start, end)``; or would be, if the chat has none.
+    """Where the tools are, characters ``[start, end)``; or would be, if the chat has none. A
+    template may write them around messages.
 
-    ``other``: what would stand at ``start`` without them, or with some.
+    ``marks``: what the chat would have there with no tools, with some, with one more.
     """
 
     start: int
     end: int
-    other: str
-
-    def changed_at(self, at: int, earlier: str) -> bool:
-        """Whether a chat that reads ``earlier`` from character ``at`` on has other tools."""
-        if self.start < at <= self.end:
-            return True
-        other = self.other[: len(earlier)]
-        return at == self.start and bool(other) and earlier.startswith(other)
+    marks: Sequence[Mark]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,16 @@ class Layout:
         if i < 0 or i + 1 == len(self.messages):
             return None
         return min(self.messages[i].message + 1, self.messages[i + 1].message)
+
+    def tools_changed_at(self, at: int, earlier: str) -> bool:
+        """Whether a chat that reads ``earlier`` from character ``at`` on has other tools."""
+        tools = self.tools
+        if tools is None:
+            return False
+        if any(mark.meets(at, earlier) for mark in tools.marks):
+            return True
+        in_text = any(place.start <= at <= place.end for place in self.messages)
+        return tools.start < at <= tools.end and not in_text
 
 
 def lay_out(
@@ -165,10 +181,14 @@ def _tools(
     if other is None or other == text:
         return None
     start = common_prefix(text, other)
-    end = start
-    if tools:
-        end = len(text) - common_prefix(text[start:][::-1], other[start:][::-1])
-    return ToolsPlace(start, end, other[start : start + COMPARED])
+    marks = [Mark(start, other[start : start + COMPARED])]
+    if not tools:
+        return ToolsPlace(start, start, marks)
+    if (more := render(messages, [*tools, *_PROBE])) is not None:
+        at = common_prefix(text, more)
+        marks.append(Mark(at, more[at : at + COMPARED]))
+    end = len(text) - common_prefix(text[start:][::-1], other[start:][::-1])
+    return ToolsPlace(start, end, marks)
 
 
 def common_prefix(a: str, b: str) -> int:

@@ -15,7 +15,7 @@ import jinja2
 from headstart.engine.errors import ModelError, RequestError
 from headstart.engine.ranges.segments import Turn
 from headstart.server.text.layout import NUM_SIGNS as NUM_LAYOUT_SIGNS
-from headstart.server.text.layout import Layout, MessagePlace, ToolsPlace, lay_out
+from headstart.server.text.layout import Layout, Mark, MessagePlace, ToolsPlace, lay_out
 from headstart.server.text.template_sandbox import (
     LimitedTemplate,
     TemplateLimitError,
@@ -185,7 +185,8 @@ class ChatTemplate:
         places = [MessagePlace(i, at(start), at(end)) for i, start, end in layout.messages]
         tools = layout.tools
         if tools is not None:
-            tools = ToolsPlace(at(tools.start), at(tools.end), tools.other)
+            marks = [Mark(at(mark.at), mark.text) for mark in tools.marks]
+            tools = ToolsPlace(at(tools.start), at(tools.end), marks)
         return Layout(self._tokenizer.show_control(layout.text, hidden), places, tools)
 
     def encode_turns(

@@ -30,7 +30,7 @@ from headstart.engine.process.messages import (
 from headstart.server.http.app import create_app
 from headstart.server.http.keys import Keys
 from headstart.server.settings import ServerSettings
-from headstart.server.text.cache_explain import Explained, describe
+from headstart.server.text.cache_explain import OPENERS, Explained, describe
 from headstart.server.text.templates import ChatTemplate
 from headstart.server.text.tokenizer import Tokenizer
 
@@ -625,3 +625,33 @@ def test_characters_that_are_cut_amid(tokenizer: Tokenizer) -> None:
     assert found["difference"]["here"] == "ü"
     assert found["difference"]["earlier"] == "ö"
     assert found["difference"]["shared"] == "x é"
+
+
+def test_a_request_that_was_preempted(tokenizer: Tokenizer) -> None:
+    missed = [Missed(0, 3, "below_page"), Missed(3, 4, "last_token")]
+    for count, words in ((1, "lost its pages to others once"), (3, "3 times")):
+        explanation = Explanation(PAGE, missed, preemptions=count)
+        found = describe(tokenizer, explanation, Explained([1, 2, 3, 4]))
+        assert found["preemptions"] == count
+        assert words in found["summary"]
+
+
+def test_thoughts_of_another_format(tokenizer: Tokenizer) -> None:
+    """Which part amid the opening mark: both answers open a channel."""
+    earlier, here = (
+        tokenizer.encode(f"Hello there. <|channel|>{rest}", add_special_tokens=False)
+        for rest in ("analysis<|message|>Hm.", "final<|message|>Hi.")
+    )
+    at = next(i for i, (a, b) in enumerate(zip(earlier, here, strict=False)) if a != b)
+    explanation = Explanation(
+        PAGE, [Missed(0, len(here), "differs")], Difference(at, 0, earlier, 1.0)
+    )
+    asked = Explained(here, openers=OPENERS)
+    assert describe(tokenizer, explanation, asked)["cause"] == "reasoning_dropped"
+    # And the other way round nothing is dropped.
+    at = next(i for i, (a, b) in enumerate(zip(earlier, here, strict=False)) if a != b)
+    explanation = Explanation(
+        PAGE, [Missed(0, len(earlier), "differs")], Difference(at, 0, here, 1.0)
+    )
+    asked = Explained(earlier, openers=OPENERS)
+    assert describe(tokenizer, explanation, asked)["cause"] != "reasoning_dropped"
