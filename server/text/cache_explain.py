@@ -209,8 +209,8 @@ def _changed(
         )
     if place.tools:
         return "tools_changed", (
-            "the list of tools is another one, or in another order; it stands before the messages, "
-            "so that none of them can be shared"
+            "the list of tools is another one, or in another order: what follows it in the prompt, "
+            "messages too, cannot be shared; send the same tools in the same order"
         )
     if _drops_thoughts(place, asked):
         kept = place.message is not None and asked.messages[place.message].get("reasoning")
