@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 QUEUE_SIZE = 2048
 """Spans that wait to be sent, where ``OTEL_BSP_MAX_QUEUE_SIZE`` does not say."""
 
-MOST_CHUNKS = 32
+MOST_CHUNKS = 16
 """Of a prompt that have spans of their own."""
 
 MOST_SPANS = MOST_CHUNKS + 16

@@ -8,6 +8,7 @@ import logging
 import time
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
@@ -246,6 +247,30 @@ async def test_a_stream_that_fails_is_an_error(traced, engine, span_receiver, ch
     assert root["attributes"]["http.response.status_code"] == 200
     assert root["status"] == (2, "service_unavailable")
     assert root["attributes"]["gen_ai.response.finish_reasons"] == ["abort"]
+
+
+@pytest.fixture
+def settings(span_receiver) -> ServerSettings:
+    """Those of the app behind ``live_url``."""
+    return ServerSettings(otlp_traces_endpoint=f"{span_receiver.url}/v1/traces")
+
+
+async def test_who_hangs_up_is_in_the_traces(live_url, engine, span_receiver, chat_body) -> None:
+    engine.hold = True
+    async with httpx.AsyncClient(base_url=live_url) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=chat_body()))
+        async with asyncio.timeout(300):
+            while not engine.added:
+                await asyncio.sleep(0.005)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    spans = await come(span_receiver)
+    [root] = [span for span in spans if span["kind"] == 2]
+    assert root["attributes"]["http.response.status_code"] == 499
+    assert root["attributes"]["error.type"] == "hang_up"
+    assert root["attributes"]["gen_ai.response.finish_reasons"] == ["abort"]
+    assert "gen_ai.latency.time_to_first_token" not in root["attributes"]
+    assert {span["name"] for span in spans} == {"llm_request", "receive", "template", "tokenise"}
 
 
 async def test_what_waits_is_sent_at_the_end(
