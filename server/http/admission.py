@@ -45,6 +45,10 @@ these."""
 
 REASONS = ("queue", "ttft_slo", "deadline", "rate_requests", "rate_tokens", "connections")
 _TICKET = "headstart.ticket"
+SLOW_BODY = 1.0
+"""Seconds that a body may take to come before its request's place is given to others: clients that
+send a byte now and then would take all of them."""
+
 _SLACK = 1.25
 """A prompt that takes so many times what it was thought to take is looked at once more."""
 
@@ -134,7 +138,9 @@ class Admission:
         self._callers: OrderedDict[bytes | str, Caller] = OrderedDict()
         self._all = Habits()
         self._endings = Endings()
-        self._unreported: dict[Ticket, None] = {}  # in the order in which they came
+        # Both in the order in which they came; of a body that is on its way, since when.
+        self._unreported: dict[Ticket, None] = {}
+        self._arriving: dict[Ticket, float] = {}
 
     def now(self) -> float:
         """By the clock of the rates, in seconds."""
@@ -178,9 +184,24 @@ class Admission:
         ticket.seconds = [self._adds(caller, tokens, now)]
         self._give_places(ticket, 1)
         self._unreported[ticket] = None
+        self._arriving[ticket] = now
         ticket.allowed = Watch.of(scope).allowed
         ticket.keep(scope)
         return ticket
+
+    def received(self, ticket: Ticket) -> None:
+        """Its body is there."""
+        self._arriving.pop(ticket, None)
+
+    def _pass_slow_ones(self, now: float) -> None:
+        """Take back the places of those whose bodies do not come. They are looked at once more when
+        these are there."""
+        for ticket, since in list(self._arriving.items()):
+            if now - since <= SLOW_BODY:
+                return
+            del self._arriving[ticket]
+            self._unreported.pop(ticket, None)
+            self._give_places(ticket, -ticket.choices)
 
     def settle(self, ticket: Ticket, scope: Scope, prompts: Sequence[int], choices: int) -> None:
         """See ``Ticket.settle``."""
@@ -190,6 +211,7 @@ class Admission:
         if more or Watch.of(scope).allowed < ticket.allowed:
             self._check(ticket, scope, prompts, choices, now)
         self._give_places(ticket, choices - ticket.choices)
+        self._unreported.setdefault(ticket)
         if caller.requests is not None:
             caller.requests.take(choices - 1, now)  # owed, where there are none left
         self._charge(ticket, sum(prompts), now)
@@ -212,6 +234,7 @@ class Admission:
         """A request has ended, one way or the other, and has had so many ``tokens`` in all."""
         now = self._clock()
         self._unreported.pop(ticket, None)
+        self._arriving.pop(ticket, None)
         self.in_flight -= ticket.choices
         self.waiting -= ticket.waiting
         self._charge(ticket, tokens, now)
@@ -262,6 +285,7 @@ class Admission:
         limit = self.limit
         if limit is None or not self._engine.ready:
             return  # which the route says
+        self._pass_slow_ones(now)
         path = scope["path"]
         others = self.in_flight - ticket.choices
         # What is alone is let in, however much it is: it would be told to come back for ever.

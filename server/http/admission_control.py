@@ -66,8 +66,15 @@ class AdmissionControl:
         except APIError as error:
             await refuse(error, scope, receive, outward)
             return
+
+        async def receiving() -> Message:
+            message = await receive()
+            if not message.get("more_body"):
+                admission.received(ticket)
+            return message
+
         try:
-            await self._app(scope, receive, outward)
+            await self._app(scope, receiving, outward)
         finally:
             admission.leave(ticket, sum(noted_usage(scope)))
 

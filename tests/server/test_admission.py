@@ -276,6 +276,45 @@ async def test_a_server_that_is_not_ready_says_so(make_app, connect_to, engine):
     assert refused.json()["error"]["code"] == "service_unavailable"
 
 
+async def test_bodies_that_do_not_come_take_no_places(make_app, connect_to, engine, two_run, clock):
+    app = make_app(max_queue=1)
+    client, admission = connect_to(app), app.state.runtime.admission
+    begun, end = [], asyncio.Event()
+
+    async def slow():
+        yield b'{"model": "tiny", "max_tokens": 4, '
+        begun.append(1)
+        await end.wait()
+        yield b'"prompt": "hello"}'
+
+    late = [asyncio.create_task(client.post(TEXT, content=slow())) for _ in range(3)]
+    async with asyncio.timeout(60):
+        while len(begun) < 3:
+            await asyncio.sleep(0.001)
+    assert (await client.post(TEXT, json=text())).status_code == 503
+    clock.now += 1.1
+    assert (await client.post(TEXT, json=text())).status_code == 200
+    assert (admission.in_flight, admission.waiting) == (0, 0)
+    async with held(client, engine, 2):
+        engine.hold = True
+        end.set()
+        await asked(engine, 4)  # there is one place left
+        done, waiting = await asyncio.wait(late, return_when=asyncio.ALL_COMPLETED, timeout=0.2)
+        assert [task.result().status_code for task in done] == [503, 503]
+        engine.hold = False
+        engine.added[-1].stream.gate.set()
+        assert [(await task).status_code for task in waiting] == [200]
+    assert (admission.in_flight, admission.waiting) == (0, 0)
+
+
+async def test_a_body_that_is_there_keeps_its_place(make_app, connect_to, engine, two_run, clock):
+    """However long the engine, or a template, takes."""
+    client = connect_to(make_app(max_queue=1))
+    async with held(client, engine, 3):
+        clock.now += 100
+        assert (await client.post(TEXT, json=text())).status_code == 503
+
+
 # ------------------------------------------------------------------------------ predictions
 
 
@@ -684,7 +723,7 @@ class Books:
 
 MOVES = st.lists(
     st.tuples(
-        st.sampled_from(["come", "settle", "begin", "leave"]),
+        st.sampled_from(["come", "come", "receive", "settle", "begin", "leave"]),
         st.integers(0, 10**6),
         st.integers(1, 6),
     ),
@@ -700,7 +739,7 @@ def test_the_books_are_right_whatever_happens(moves, most):
     alive: list[Ticket] = []
     begun: dict[Ticket, int] = {}
     for move, which, count in moves:
-        books.clock.now += 0.1
+        books.clock.now += 0.2
         ticket = alive[which % len(alive)] if alive else None
         scope = books.scope()
         before = admission.in_flight
@@ -710,13 +749,16 @@ def test_the_books_are_right_whatever_happens(moves, most):
                 alive.append(admission.let_in(scope, caller, which % 1000))
             except APIError:
                 assert before + 1 > limit
+        elif ticket is not None and move == "receive":
+            admission.received(ticket)
         elif ticket is not None and move == "settle" and not ticket.settled:
+            admission.received(ticket)
+            had = ticket.choices
             try:
                 ticket.settle(scope, [5] * count, count)
             except APIError:
-                assert before - 1 + count > limit
-                assert before > 1
-                assert admission.in_flight == before
+                assert before - had + count > limit
+                assert before > had
             else:
                 ticket.asked(engine.stream())
         elif ticket is not None and move == "begin" and begun.get(ticket, 0) < ticket.choices:
