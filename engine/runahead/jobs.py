@@ -145,6 +145,7 @@ class Job:
 
     def note(self, rank: Member, message: FromRank) -> None:
         """A rank says this of it."""
+        self._check_ranks()  # one that has gone says more than those that miss it
         if self.failed is not None or rank not in self.ranks:
             return
         match message:
@@ -218,7 +219,7 @@ class Job:
         if self.part.error is not None:
             self._break(f"the link from {before}: {self.part.error}")
         elif not is_first:
-            self._stuck_since = now  # its turn has not come
+            self._stuck_since, self.part.waiting_since = now, None  # its turn has not come
         elif self.plan is None:
             for rank in self.ranks:
                 if stuck and rank not in self.held:
