@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 BEFORE, AFTER = 24, 64
 """Tokens of the earlier prompt that are told on either side of the place where they differ."""
 
+REJOINING = 12
+"""So many equal tokens in a row say that a prompt goes on as the other one does elsewhere."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
@@ -251,7 +254,21 @@ def _difference(asked: Asked, close: _Close, now: float) -> Difference | None:
         start,
         list(earlier.token_ids[start : close.shared + AFTER]),
         None if earlier.when is None else max(now - earlier.when, 0.0),
+        removed=_later(asked.token_ids, earlier.token_ids, close.shared),
+        inserted=_later(earlier.token_ids, asked.token_ids, close.shared),
     )
+
+
+def _later(tokens: array[int], others: array[int], at: int) -> int | None:
+    """How many tokens behind ``at`` the ``others`` go on as ``tokens`` do there, if anywhere."""
+    wanted = tokens[at : at + REJOINING].tobytes()
+    data, size = others[at + 1 :].tobytes(), tokens.itemsize
+    if len(wanted) < REJOINING * size:
+        return None
+    found = data.find(wanted)
+    while found % size and found >= 0:  # amid a token
+        found = data.find(wanted, found + 1)
+    return None if found < 0 else found // size + 1
 
 
 class Explainer:

@@ -149,13 +149,16 @@ class Difference(msgspec.Struct, array_like=True, frozen=True):
     that the other one does not have.
 
     ``earlier``: tokens of that one from position ``start`` on, some before the place and some after
-    it. ``seconds_ago``: when it ended; None: it has not.
+    it. ``seconds_ago``: when it ended; None: it has not. ``removed``: this prompt goes on as that
+    one does so many tokens later; ``inserted``: that one goes on as this one does.
     """
 
     token: int
     start: int
     earlier: list[int]
     seconds_ago: float | None = None
+    removed: int | None = None
+    inserted: int | None = None
 
 
 class Explanation(msgspec.Struct, array_like=True, frozen=True):

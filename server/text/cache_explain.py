@@ -7,12 +7,12 @@ there gets a name where it has one: a date, the tools, thoughts that the client 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from headstart.engine.process.messages import Difference, Explanation, Missed
+from headstart.server.text.drift import drift
 from headstart.server.text.layout import Layout, common_prefix
 from headstart.server.text.templates import Message
 from headstart.server.text.tokenizer import Tokenizer
@@ -27,25 +27,21 @@ differ, if it is the same prompt but for a change."""
 OPENERS = ("<|channel|>analysis",)
 """What thoughts begin with, beside the marks that are read."""
 
+Named = Literal[
+    "template_drift",
+    "template_changed",
+    "tools_changed",
+    "reasoning_dropped",
+    "text_removed",
+    "text_inserted",
+    "text_changed",
+    "never_seen",
+    "not_seen_under_salt",
+]
+"""What the cause ``differs`` is called, by what is different."""
+
 MINOR = ("last_token", "below_page")
 """What is missed of a prompt that is all in the cache."""
-
-_MONTH = (
-    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|"
-    r"Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)"
-)
-_DAY = r"(?:Mon|Tues?|Wed(?:nes)?|Thu(?:rs)?|Fri|Sat(?:ur)?|Sun)(?:day)?"
-_CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?: ?[AaPp]\.?[Mm]\.?)?(?:Z| ?[+-]\d{2}:?\d{2}| UTC)?"
-_DATE = (
-    rf"\d{{4}}[-/.]\d{{1,2}}[-/.]\d{{1,2}}|\d{{1,2}}[-/.]\d{{1,2}}[-/.]\d{{2,4}}"
-    rf"|\d{{1,2}}(?:st|nd|rd|th)? {_MONTH}\.?,? \d{{4}}"
-    rf"|{_MONTH}\.? \d{{1,2}}(?:st|nd|rd|th)?(?:,? \d{{4}})?|{_MONTH} \d{{4}}"
-)
-_WHEN = re.compile(
-    rf"\b(?:(?:{_DAY},? )?(?:{_DATE})(?:(?:T|,? (?:at )?){_CLOCK})?|{_DAY}|{_CLOCK}"
-    r"|\d{10}(?:\d{3})?)(?!\w)"
-)
-"""Dates and times as prompts write them; seconds since 1970 are ten digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +67,17 @@ class _Place:
     message: int | None
     tools: bool
 
+    @property
+    def beginnings(self) -> tuple[str, str, str]:
+        """As much of the texts as is shown."""
+        return self.shared[-SHARED_CHARS:], self.here[:SHOWN_CHARS], self.earlier[:SHOWN_CHARS]
+
 
 def describe(tokenizer: Tokenizer, explanation: Explanation, asked: Explained) -> dict[str, Any]:
     """The object ``cache_explain``."""
     difference = explanation.difference
     place = None if difference is None else _place(tokenizer, difference, asked)
-    changed = ("differs", "")
+    changed: tuple[str, str] = ("differs", "")
     if difference is not None and place is not None:
         changed = _changed(difference, place, asked, explanation.page_size)
     missed = [_missed(span, changed, asked, explanation.page_size) for span in explanation.missed]
@@ -141,13 +142,14 @@ def _times(count: int) -> str:
 
 def _shown(difference: Difference, place: _Place, asked: Explained) -> dict[str, Any]:
     index = place.message
+    shared, here, earlier = place.beginnings
     return {
         "token": difference.token,
         "message": index,
         "role": None if index is None else asked.messages[index]["role"],
-        "shared": place.shared[-SHARED_CHARS:],
-        "here": place.here[:SHOWN_CHARS],
-        "earlier": place.earlier[:SHOWN_CHARS],
+        "shared": shared,
+        "here": here,
+        "earlier": earlier,
         "earlier_ended_seconds_ago": _rounded(difference.seconds_ago),
     }
 
@@ -198,14 +200,15 @@ def _in_layout(layout: Layout | None, shared: str, text: str) -> int | None:
 
 def _changed(
     difference: Difference, place: _Place, asked: Explained, page_size: int
-) -> tuple[str, str]:
+) -> tuple[Named, str]:
     """The cause, and what to say of it."""
     where = _where(place, asked)
     role = None if place.message is None else asked.messages[place.message]["role"]
-    if role in (None, "system") and (pair := _dates(place)) is not None:
+    if role in (None, "system") and (found := drift(*place.beginnings)) is not None:
+        what, now, then = found
         return "template_drift", (
-            f"a date or time {where} has changed, from {pair[1]!r} to {pair[0]!r}: what follows it "
-            "cannot be shared; keep it out of the system prompt, or put it at the end"
+            f"{what} {where} has changed, from {then!r} to {now!r}: what follows it cannot be "
+            "shared; keep it out of the system prompt, or put it at the end"
         )
     if place.tools:
         return "tools_changed", (
@@ -221,6 +224,16 @@ def _changed(
             "send reasoning with the assistant's message"
         )
         return "reasoning_dropped", f"{where}, {who}"
+    if difference.removed is not None and not difference.inserted:
+        return "text_removed", (
+            f"{difference.removed} tokens that the closest earlier prompt has, {where}, are left "
+            "out, as when the oldest turns are dropped: what follows has moved, and its KV with it"
+        )
+    if difference.inserted is not None and not difference.removed:
+        return "text_inserted", (
+            f"{difference.inserted} tokens are put in, {where}, that the closest earlier prompt "
+            "does not have: what follows has moved, and its KV with it"
+        )
     small = difference.token < page_size
     if small and not _rejoins(difference, asked.token_ids):
         return _never_seen(asked)
@@ -235,19 +248,6 @@ def _where(place: _Place, asked: Explained) -> str:
     if place.message is not None:
         return f"in message {place.message} ({asked.messages[place.message]['role']})"
     return "in the prompt" if asked.layout is None else "in what the chat template writes"
-
-
-def _dates(place: _Place) -> tuple[str, str] | None:
-    """The date or time of this prompt and of the earlier one, where they part amid one."""
-    before = place.shared[-SHARED_CHARS:]
-    found = []
-    for text in (place.here, place.earlier):
-        whole = before + text[:SHOWN_CHARS]
-        spans = [m for m in _WHEN.finditer(whole) if m.start() <= len(before) < m.end()]
-        if not spans:
-            return None
-        found.append(spans[0][0])
-    return found[0], found[1]
 
 
 def _drops_thoughts(place: _Place, asked: Explained) -> bool:
@@ -346,7 +346,7 @@ def _words(
             return span.cause, "the server runs with --no-prefix-caching"
 
 
-def _never_seen(asked: Explained) -> tuple[str, str]:
+def _never_seen(asked: Explained) -> tuple[Named, str]:
     if asked.salted:
         return "not_seen_under_salt", (
             "no prompt that is remembered under this key and cache_salt goes on like this; what "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import numpy as np
@@ -17,10 +18,12 @@ import pytest
 from fastapi import FastAPI
 from safetensors.numpy import save_file
 
+import headstart
 from headstart.engine.config import EngineConfig
 from headstart.engine.engine import Engine
 from headstart.engine.process.messages import (
     AdapterInfo,
+    Cause,
     Difference,
     Explanation,
     Missed,
@@ -30,7 +33,7 @@ from headstart.engine.process.messages import (
 from headstart.server.http.app import create_app
 from headstart.server.http.keys import Keys
 from headstart.server.settings import ServerSettings
-from headstart.server.text.cache_explain import OPENERS, Explained, describe
+from headstart.server.text.cache_explain import OPENERS, Explained, Named, describe
 from headstart.server.text.templates import ChatTemplate
 from headstart.server.text.tokenizer import Tokenizer
 
@@ -291,6 +294,7 @@ async def test_a_small_change_within_the_first_page(served: Served) -> None:
         ("14:50:59", "14:51:03"),
         ("2026-12-01T14:50:59Z", "2026-12-01T14:51:03Z"),
         ("1795957948", "1795957960"),
+        ("31.12.2026", "1.1.2027"),
     ],
 )
 async def test_a_date_in_the_system_prompt(served: Served, then: str, now: str) -> None:
@@ -302,10 +306,51 @@ async def test_a_date_in_the_system_prompt(served: Served, then: str, now: str) 
     assert found["difference"]["role"] == "system"
 
 
-async def test_a_number_is_no_date(served: Served) -> None:
-    await served.chat(f"{SYSTEM}There are 25 shelves. {SYSTEM}", "hi")
-    found = await served.why(f"{SYSTEM}There are 28 shelves. {SYSTEM}", "hi")
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ("25 shelves", "28 shelves"),
+        ("10.0.0.12", "10.0.0.13"),
+        ("v1.2.30", "v1.2.31"),
+        ("0301234567", "0301234568"),
+        ("a Sunny day", "a Sundry day"),
+        ("deadbeefdeadbeef", "deadbeefcafebeef"),
+    ],
+)
+async def test_a_number_is_no_date(served: Served, then: str, now: str) -> None:
+    await served.chat(f"{SYSTEM}There is {then}, they say. {SYSTEM}", "hi")
+    found = await served.why(f"{SYSTEM}There is {now}, they say. {SYSTEM}", "hi")
     assert found["cause"] == "text_changed"
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ("3f2b8c1e-9a47-4d0e-8b16-0c5d7e9f1a2b", "3f2b8c1e-0a47-4d0e-8b16-0c5d7e9f1a2c"),
+        ("9f86d081884c7d659a2f", "9f86d081884c7d659a30"),
+    ],
+)
+async def test_an_identifier_in_the_system_prompt(served: Served, then: str, now: str) -> None:
+    await served.chat(f"{SYSTEM}Session {then}. {SYSTEM}", "hi")
+    found = await served.why(f"{SYSTEM}Session {now}. {SYSTEM}", "hi")
+    assert found["cause"] == "template_drift"
+    assert f"an identifier in message 0 (system) has changed, from {then!r}" in found["summary"]
+
+
+async def test_the_oldest_turns_are_dropped(served: Served) -> None:
+    turns = ["And the one on tides?", "It is on shelf nine.", "Which shelf was that again?"]
+    await served.chat(SYSTEM, LONG, "It is on shelf four.", *turns)
+    found = await served.why(SYSTEM, *turns)
+    assert found["cause"] == "text_removed"
+    assert "as when the oldest turns are dropped" in found["summary"]
+    assert found["difference"]["message"] == 1
+
+
+async def test_text_is_put_in(served: Served) -> None:
+    await served.chat(SYSTEM, LONG * 2)
+    found = await served.why(SYSTEM, "Shelf nine has books on tides and birds. " + LONG * 2)
+    assert found["cause"] == "text_inserted"
+    assert "tokens are put in, in message 1 (user)" in found["summary"]
 
 
 def tool(name: str) -> dict[str, Any]:
@@ -613,6 +658,13 @@ async def test_a_template_that_does_not_write_texts_as_they_are(served: Served) 
 
 
 # ------------------------------------------------------------------------------- words
+
+
+def test_each_cause_is_in_the_documents() -> None:
+    root = Path(headstart.__file__).parent.joinpath("server").resolve().parent
+    page = (root / "docs" / "cache-explain.md").read_text()
+    named = set(re.findall(r"^\| `(\w+)` \|", page.partition("## Causes")[2], re.MULTILINE))
+    assert named == {*get_args(Cause), *get_args(Named)} - {"differs"}
 
 
 def test_characters_that_are_cut_amid(tokenizer: Tokenizer) -> None:
