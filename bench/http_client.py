@@ -95,6 +95,11 @@ class HttpTarget:
         share = (time.process_time() - cpu) / (time.perf_counter() - wall)
         return Burst([_parse(*answer) for answer in raw], share)
 
+    async def ask(self, messages: Messages, output_tokens: int, **fields: Any) -> Sample:
+        """One conversation, with further fields of its body, now."""
+        body = {**self._body(messages, output_tokens), **fields}
+        return _parse(*await self._stream(json.dumps(body).encode()))
+
     def _body(self, messages: Messages, output_tokens: int) -> dict[str, Any]:
         return {
             "model": self.model,

@@ -28,7 +28,8 @@ from headstart.engine.batch import Batch, InFlight, Read, SharedRange, build_bat
 from headstart.engine.config import EngineConfig
 from headstart.engine.costs.attention import load_costs
 from headstart.engine.costs.forecast import Forecast, forecast
-from headstart.engine.costs.prefill import ObservedCosts
+from headstart.engine.costs.record import StepRecord
+from headstart.engine.costs.steps import StepCosts, load_steps
 from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.explain import Explainer
 from headstart.engine.kv.history import History, Namespace
@@ -37,9 +38,9 @@ from headstart.engine.kv.pool import PagePool
 from headstart.engine.kv.tree import RadixCache
 from headstart.engine.models.config import declared_pooling
 from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.loading import load_model
+from headstart.engine.models.loading import LoadedModel, load_model
 from headstart.engine.models.reading import Pooled, PromptScores, Reading
-from headstart.engine.models.runner import warm_up
+from headstart.engine.models.runner import chunk_seconds, warm_up
 from headstart.engine.process.cores import usable_cores
 from headstart.engine.process.groups import check_gpus
 from headstart.engine.process.messages import (
@@ -59,7 +60,6 @@ from headstart.engine.ranges.guard import RelayGuard
 from headstart.engine.ranges.segments import Segments, Span
 from headstart.engine.ranges.shared import MODES, Relay, RelayPlan
 from headstart.engine.runahead.chain import Chain
-from headstart.engine.runahead.jobs import Job
 from headstart.engine.sampling.device import DeviceSampler
 from headstart.engine.sampling.grammar import RUN_SECONDS, Grammar, Grammars, Masks
 from headstart.engine.sampling.params import PoolingParams, SamplingParams
@@ -67,13 +67,13 @@ from headstart.engine.sampling.sampler import Sampled, Sampler, Sampling
 from headstart.engine.schedule.scheduler import (
     NOTHING,
     NewToken,
-    Pace,
     Scheduler,
     SchedulerOutput,
 )
+from headstart.engine.schedule.turns import OLDEST_EVERY, Pace
 from headstart.engine.sequence import Adapter, FinishReason, Sequence, Status
 from headstart.engine.timeline import Timeline
-from headstart.engine.work import LongChunk
+from headstart.engine.work import LongChunk, Work
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,23 @@ class Launched(NamedTuple):
         ]
 
 
+class Round(NamedTuple):
+    """What a step leaves to do beside it, until the next one begins.
+
+    beside:          whose work goes on, for so many seconds each
+    tokens_left:     of the budget of a step, where steps are no time
+    idle:            nothing is in the step itself
+    prompt_seconds:  that its chunks of prompts take, as predicted
+    begun:           when it began
+    """
+
+    beside: Items[tuple[Sequence, float]]
+    tokens_left: int
+    idle: bool
+    prompt_seconds: float
+    begun: float
+
+
 class Engine:
     """One model with its scheduler and KV pool. Not thread-safe: one thread calls it.
 
@@ -143,11 +160,17 @@ class Engine:
         history = History()
         self._cache = RadixCache(self._pool, history.evicted)
         self.runahead: Chain | None = None
-        self._costs = ObservedCosts()
-        # A device computes beside the host: how long its chunks take is not seen here.
-        paced = config.step_time > 0 and not backend.asynchronous
-        pace = Pace(config.step_time, self._costs.costs, model.num_layers) if paced else None
-        self._step_time = config.step_time if paced else 0.0
+        self._relay = Relay(
+            config.relay if config.prefix_caching else "off",
+            backend.page_size,
+            backend.range_step,
+            lambda: load_costs(backend, shape, config.machine_folder),
+        )
+        # Before anything is kept in the pages that this writes to.
+        costs = _step_costs(config, loaded, self._relay) if config.step_time > 0 else None
+        # A device computes beside the host: how long its steps take is not seen here.
+        paced = costs is not None and not backend.asynchronous
+        self._record, self._paced = StepRecord(costs, follows=paced), paced
         self._scheduler = Scheduler(
             self._pool,
             self._cache,
@@ -157,17 +180,11 @@ class Engine:
             eos_token_ids=model.eos_token_ids,
             prefix_caching=config.prefix_caching,
             runs_ahead=self._runs_ahead,
-            pace=pace,
+            pace=Pace(config.step_time, costs, model.num_layers) if costs and paced else None,
             history=history,
         )
         self._explainer = Explainer(
             self._scheduler, history, backend.page_size, prefix_caching=config.prefix_caching
-        )
-        self._relay = Relay(
-            config.relay if config.prefix_caching else "off",
-            backend.page_size,
-            backend.range_step,
-            lambda: load_costs(backend, shape, config.machine_folder),
         )
         self._guard = RelayGuard(self._relay, self._runner, loaded.weights, config.relay_check)
         self._relayed = RelayStats()
@@ -195,7 +212,8 @@ class Engine:
         self._in_flight: Launched | None = None  # only where steps overlap
         logger.info("steps overlap: %s", "yes" if self._overlaps else "no")
         self._pages_ahead = PagesAhead(self._runner, self._pool, self._page_bytes)
-        self._beside: list[LongChunk | Job] = []
+        self._beside: dict[Sequence, Work] = {}
+        self._round = Round((), 0, True, 0.0, 0.0)
         self._max_batched_tokens = loaded.max_batched_tokens
         self._adapters = loaded.adapters(config.max_adapters)
         self._causal = model.causal
@@ -237,7 +255,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Have ready what the first requests would wait for: weights, kernels, RelayAttention."""
-        self._costs.observe(0, *warm_up(self._runner))
+        warm_up(self._runner)
         self._check_relay()
         self.model = msgspec.structs.replace(self.model, relay=self._relay.mode)
 
@@ -402,7 +420,7 @@ class Engine:
         for request_id in request_ids:
             self._compiling.pop(request_id, None)
         # Now, not with the next step: there may be none, while the ranks go on.
-        self._beside = [chunk for chunk in self._beside if self._goes_on(chunk)]
+        self._drop_ended()
 
     def step(self) -> list[Output]:
         """Compute one step for whatever the scheduler chose; new tokens of all sequences.
@@ -411,24 +429,33 @@ class Engine:
         """
         begin = time.perf_counter()
         self.attend_chain()
+        # What is computed beside a step comes behind it: its tokens are sent by now.
+        outputs = self._compute_beside() if self._beside else []
+        begun = time.perf_counter()
+        last = self._round
+        self._record.add_round(last.prompt_seconds + begun - begin, begun - last.begun)
         if self._compiling:
             self._add_compiled()
         in_flight = self._in_flight
         scheduled = self._scheduler.schedule(in_flight.scheduled if in_flight else NOTHING)
         self._explainer.look()
         if scheduled.long_chunk is not None:
-            self._beside.append(LongChunk(scheduled.long_chunk, self._runner, self._page_size))
+            chunk = LongChunk(scheduled.long_chunk, self._runner, self._page_size)
+            self._beside[chunk.seq] = chunk
         if self.runahead is not None:
-            self._beside += map(self.runahead.start, scheduled.ahead)
+            self._beside |= {seq: self.runahead.start(seq) for seq in scheduled.ahead}
         launched = self._launch(scheduled) if scheduled.scheduled else None
         if self._overlaps:
             self._in_flight, launched = launched, in_flight
-        outputs = self._commit(launched) if launched else []
-        if self._step_time and not self._overlaps:
-            self._observe(scheduled, time.perf_counter() - begin)
-        if self._beside:
-            outputs += self._compute_beside(scheduled, begin)
+        outputs += self._commit(launched) if launched else []
         outputs += self._progress.outputs(self._beside)
+        self._round = Round(
+            scheduled.beside,
+            max(self._max_batched_tokens - scheduled.num_prefilled, 0),
+            not scheduled.scheduled,
+            self._record.prompt_seconds(scheduled.scheduled),
+            begun,
+        )
         self._steps += 1
         self._step_seconds += time.perf_counter() - begin
         return outputs
@@ -459,7 +486,10 @@ class Engine:
         relay = self._relay.plan(scheduled.scheduled)
         batch = self._batch(scheduled, relay.ranges if relay else ())
         before = self._runner.decoder.attention_seconds
+        began = time.perf_counter()
         logits = self._runner.run(batch)
+        seconds = time.perf_counter() - began
+        self._record.add(scheduled.scheduled, relay.seconds if relay else None, seconds)
         if relay is not None:
             self._count(relay, self._runner.decoder.attention_seconds - before)
             if self._guard.is_due(relay):
@@ -549,49 +579,43 @@ class Engine:
         self._forced_tokens += len(taken)
         return taken
 
-    def _observe(self, step: SchedulerOutput, seconds: float) -> None:
-        """What a chunk of a prompt costs, where it was all of a step."""
-        if len(step.scheduled) == 1 and step.scheduled[0].num_tokens > 1:
-            self._costs.observe(step.scheduled[0].start, step.scheduled[0].num_tokens, seconds)
-
-    def _compute_beside(self, step: SchedulerOutput, begin: float) -> list[Output]:
-        """Compute as much of the first chunk beside the steps as is left of a step's work, or of
-        its time since ``begin``, and commit it if that is all."""
-        self._beside = [chunk for chunk in self._beside if self._goes_on(chunk)]
-        if not self._beside:
-            return []
-        chunk = self._beside[0]
-        begun = time.monotonic()
-        if self._step_time:
-            now = time.perf_counter()
-            # Where those that decode take all of a step's time, half as much is added to it.
-            logits = chunk.advance_until(max(begin + self._step_time, now + (now - begin) / 2))
-        else:
-            pieces = chunk.pieces(self._max_batched_tokens - step.num_prefilled)
-            logits = chunk.advance(pieces)
-        if logits is not None:
-            del self._beside[0]
-            if chunk.seconds:
-                self._costs.observe(chunk.entry.start, chunk.entry.num_tokens, chunk.seconds)
-            alone = SchedulerOutput([chunk.entry], 0)
-            masks = self._start_filling(alone)
-            outputs = self._commit(self._sample(alone, logits, chunk.reads, masks, begun))
-            chunk.finish()
-            return outputs
-        _note_chunk(chunk.seq, begun, time.monotonic(), 0)
-        if not step.scheduled and chunk.waits and self.runahead is not None:
+    def _compute_beside(self) -> list[Output]:
+        """Go on with what is computed beside the steps, for as long as the last one said, or for
+        as much work as it left; commit what is done."""
+        self._drop_ended()
+        outputs = []
+        last, works = self._round, list(self._beside.values())
+        until, seconds = time.perf_counter(), dict(last.beside)
+        tokens = last.tokens_left // max(len(works), 1)
+        for work in works:
+            begun = time.monotonic()
+            if self._paced:
+                until += seconds.get(work.seq, 0.0)  # and what others did not need
+                logits = work.advance_until(until)
+            else:
+                logits = work.advance(work.pieces(tokens))
+            if logits is None:
+                _note_chunk(work.seq, begun, time.monotonic(), 0)
+            else:
+                del self._beside[work.seq]
+                alone = SchedulerOutput([work.entry], 0)
+                self._record.add(alone.scheduled, None, work.seconds)
+                masks = self._start_filling(alone)
+                outputs += self._commit(self._sample(alone, logits, work.reads, masks, begun))
+                work.finish()
+        if last.idle and self.runahead and all(work.waits for work in works):
             self.runahead.wait(WAIT_SECONDS)
-        return []
+        return outputs
 
-    def _goes_on(self, chunk: LongChunk | Job) -> bool:
-        """False if it was aborted, or has failed: then it is computed in steps."""
-        running = chunk.seq.status is Status.RUNNING
-        if running and chunk.failed is None:
-            return True
-        chunk.cancel()
-        if running:
-            self._scheduler.fall_back(chunk.seq)
-        return False
+    def _drop_ended(self) -> None:
+        """Cancel what was aborted, and let the steps compute what does not run ahead any more."""
+        for seq, work in list(self._beside.items()):
+            running = seq.status is Status.RUNNING
+            if not running or work.failed is not None:
+                del self._beside[seq]
+                work.cancel()
+                if running:
+                    self._scheduler.fall_back(seq)
 
     def _count(self, plan: RelayPlan, seconds: float) -> None:
         total, layers = self._relayed, self._runner.decoder.config.num_layers
@@ -622,6 +646,8 @@ class Engine:
             preemptions=scheduler.preemptions,
             steps=self._steps,
             step_seconds=self._step_seconds,
+            prefill=self._record.prefill,
+            backlog=self._record.backlog(scheduler.backlog(), 1 / OLDEST_EVERY),
             relay=msgspec.structs.replace(
                 self._relayed,
                 enabled=self._relay.mode != "off",
@@ -660,6 +686,26 @@ class Engine:
             raise RequestError(
                 f"token id {ids[wrong[0]]} is not in the vocabulary of {size}", "prompt"
             )
+
+
+def _step_costs(config: EngineConfig, loaded: LoadedModel, relay: Relay) -> StepCosts:
+    """What this machine takes for a step, as kept or measured now."""
+    runner, model, backend = loaded.runner, loaded.config, loaded.backend
+    about = {
+        "device": backend.device,
+        "weights": loaded.weights,
+        "page_size": backend.page_size,
+        "ranks": config.tensor_parallel,
+        "shape": [
+            *(model.num_layers, model.hidden_size, model.intermediate_size, model.vocab_size),
+            *(model.num_heads, model.num_kv_heads, model.head_dim),
+        ],
+    }
+    longest = min(runner.num_pages * backend.page_size, loaded.max_model_len)
+    return load_steps(
+        lambda start, rows: chunk_seconds(runner, start, rows),
+        *(longest, relay.costs, model.num_layers, about, config.machine_folder),
+    )
 
 
 def _no_text(decoder: Decoder) -> str | None:

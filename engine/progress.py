@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 
 from headstart.engine.process.messages import Output
 from headstart.engine.sequence import Sequence, Status
-from headstart.engine.work import LongChunk
+from headstart.engine.work import Work
 
 
 class PromptProgress:
@@ -24,9 +24,8 @@ class PromptProgress:
             self._asked.pop(request_id, None)
             self._told.pop(request_id, None)
 
-    def outputs(self, beside: Collection[object]) -> list[Output]:
-        """Of each prompt that has come further since the last call. ``beside``: chunks that are
-        computed layer by layer."""
+    def outputs(self, beside: Mapping[Sequence, Work]) -> list[Output]:
+        """Of each prompt that has come further since the last call."""
         if not self._asked:
             return []
         self.forget(
@@ -36,14 +35,11 @@ class PromptProgress:
                 if seq.status is Status.FINISHED or seq.num_output_tokens
             ]
         )
-        long = {chunk.seq: chunk for chunk in beside if isinstance(chunk, LongChunk)}
         outputs = []
         for request_id, seq in self._asked.items():
             if seq.status is not Status.RUNNING:
                 continue
-            computed = seq.num_computed_tokens
-            if seq in long:
-                computed = long[seq].num_computed
+            computed = beside[seq].num_computed if seq in beside else seq.num_computed_tokens
             if computed > self._told.get(request_id, -1):
                 self._told[request_id] = computed
                 outputs.append(

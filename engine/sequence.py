@@ -113,10 +113,11 @@ class Sequence:
     computed again keeps its draws. ``constraint`` is there if the params have a grammar, once that
     is compiled. ``reading`` is what is wanted of the prompt itself, if anything. ``arrival`` is the
     scheduler's, in order of ``add``; among sequences of the lowest ``priority`` the first to arrive
-    comes first. ``began`` and ``scheduled``: when it came, and when it was first scheduled, by
-    ``time.monotonic``. ``timeline``: what is noted of it until its first output, if anything.
-    ``owner``: who may be told what it holds, beside those of equal salt.
-    ``taken``: the spans of its tokens that came from the cache.
+    comes first. ``num_expected_tokens``: how many the cache had of it when the scheduler last
+    looked. ``num_short``: steps in which there were no pages for it. ``began`` and ``scheduled``:
+    when it came, and when it was first scheduled, by ``time.monotonic``. ``timeline``: what is
+    noted of it until its first output, if anything. ``owner``: who may be told what it holds,
+    beside those of equal salt. ``taken``: the spans of its tokens that came from the cache.
     """
 
     id: int
@@ -133,6 +134,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
+    num_expected_tokens: int = 0
+    num_short: int = 0
     node: Node | None = None
     finish_reason: FinishReason | None = None
     arrival: int = 0

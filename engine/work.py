@@ -1,4 +1,4 @@
-"""LongChunk: rows of one sequence computed beside the steps of others, some layers with each step.
+"""Work: what is computed of one sequence beside the steps of others, some of it with each step.
 
 Between two layers nothing is half done, so it advances by a step's worth of work at a time, and
 those that decode wait no longer than beside a chunk of a causal prompt. Two kinds of chunks need
@@ -9,13 +9,63 @@ what is left of a prompt that runs ahead on other processes, layer by layer (eng
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Items
 from typing import Protocol
 
 from torch import Tensor
 
-from headstart.engine.batch import build_batch
+from headstart.engine.batch import Read, build_batch
 from headstart.engine.models.runner import ModelRunner
 from headstart.engine.sequence import ScheduledSequence, Sequence
+
+
+class Work(Protocol):
+    """``entry``: what is committed once it is done, ``reads``: who reads rows of it. ``waits``:
+    whether the last ``advance`` ended for want of others. ``failed``: why it will never be done,
+    and the steps have to compute it. ``num_computed``: about how many tokens of the sequence are.
+    ``seconds``: what it has taken, where that tells of the machine; else 0.
+    """
+
+    @property
+    def seq(self) -> Sequence: ...
+
+    @property
+    def entry(self) -> ScheduledSequence: ...
+
+    @property
+    def reads(self) -> Items[Read]: ...
+
+    @property
+    def waits(self) -> bool: ...
+
+    @property
+    def failed(self) -> str | None: ...
+
+    @property
+    def num_computed(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    def pieces(self, num_tokens: int) -> int:
+        """How many of its pieces are as much work as ``num_tokens`` tokens, roughly."""
+        ...
+
+    def advance(self, pieces: int) -> Tensor | None:
+        """Compute so many pieces, or as many as others allow; the logits, once done."""
+        ...
+
+    def advance_until(self, moment: float) -> Tensor | None:
+        """The same until ``time.perf_counter`` says that: a piece at least, if it does not yet."""
+        ...
+
+    def finish(self) -> None:
+        """Its logits are there."""
+        ...
+
+    def cancel(self) -> None:
+        """It was aborted, or has failed: leave no trace."""
+        ...
 
 
 class Neighbours(Protocol):
@@ -42,7 +92,7 @@ class Alone:
 
 
 class LongChunk:
-    """``entry`` on its way through the layers. Dropping it between two calls leaves no trace.
+    """Work: ``entry`` on its way through the layers. Dropping it between two calls leaves no trace.
 
         neighbours       KV of layer 0 ──╮  KV of layer 1 ──╮
         this chunk       q k v of 0, attention of 0 ... q k v of 1, attention of 1 ...
@@ -71,10 +121,8 @@ class LongChunk:
         self._sent = -1
         self.waits = False
         """Whether the last ``advance`` ended for want of a neighbour."""
-        self.seconds = 0.0
-        """That ``advance_until`` has taken."""
         self.failed: str | None = None
-        """It cannot."""
+        self.seconds = 0.0
 
     @property
     def seq(self) -> Sequence:
@@ -111,17 +159,19 @@ class LongChunk:
         return None
 
     def advance_until(self, moment: float) -> Tensor | None:
-        """The same until so much of ``time.perf_counter``, but one tile at least."""
-        begin = time.perf_counter()
-        while True:
+        """The same until ``time.perf_counter`` says that: one tile at least, if it does not yet."""
+        begin = now = time.perf_counter()
+        logits = None
+        while now < moment and logits is None:
             logits = self.advance(1)
             now = time.perf_counter()
-            if logits is not None or self.waits or now >= moment:
-                self.seconds += now - begin
-                return logits
+            if self.waits:
+                break
+        self.seconds += now - begin
+        return logits
 
     def finish(self) -> None:
-        """Nobody but this process knew of it."""
+        """Nobody else knew of it."""
 
     def cancel(self) -> None:
         """See the class: there is nothing to undo."""

@@ -437,6 +437,14 @@ class Engine:
     max_batched_tokens: int | None = setting(
         None, "token budget of one step (default: 512, on a GPU 2048)", positive, "TOKENS"
     )
+    step_time: float = setting(
+        0.12,
+        "seconds that a step may take on a CPU: what a running stream waits for its next token "
+        "while prompts are computed; more where decoding alone takes half of it; 0: as long as "
+        "--max-batched-tokens do",
+        seconds_or_never,
+        "SECONDS",
+    )
     max_running: int | None = setting(
         None, "sequences computed in one step (default: 64, on a GPU 256)", positive, "N"
     )

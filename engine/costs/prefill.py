@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-
-KEPT = 32
-"""Samples that are fitted to: costs follow a machine that becomes slower or quicker."""
 
 
 def check_costs(*costs: float) -> None:
@@ -94,22 +90,3 @@ class PrefillCosts(msgspec.Struct, frozen=True):
                     best, error = found, rest
         per_token, per_pair, fixed = map(float, best)
         return cls(fixed, per_token, per_pair)
-
-
-class ObservedCosts:
-    """Prefill costs as the chunks computed so far show them; 0 before the first."""
-
-    def __init__(self) -> None:
-        self._samples: deque[tuple[int, int, float]] = deque(maxlen=KEPT)
-        self._fitted: PrefillCosts | None = PrefillCosts(0.0, 0.0, 0.0)
-
-    def observe(self, start: int, num: int, seconds: float) -> None:
-        """Tokens ``[start, start + num)`` took so long."""
-        self._samples.append((start, num, seconds))
-        self._fitted = None
-
-    def costs(self) -> PrefillCosts:
-        """Fitted to the last of them."""
-        if self._fitted is None:
-            self._fitted = PrefillCosts.fit(self._samples)
-        return self._fitted

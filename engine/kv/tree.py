@@ -152,6 +152,24 @@ class RadixCache:
             break
         return Match(node, pages)
 
+    def depth(self, namespace: bytes, tokens: array[int], limit: int) -> int:
+        """How many of ``tokens[:limit]`` a match would find; nothing is changed."""
+        node, depth = self._roots.get(namespace), 0
+        if node is None:
+            return 0
+        wanted = tokens[:limit].tobytes()
+        while depth + self._page_bytes <= len(wanted):
+            node = node.children.get(wanted[depth : depth + self._page_bytes])
+            if node is None:
+                break
+            pages = len(node.pages)
+            if not wanted.startswith(node.key, depth):
+                pages = self._equal_pages(node.key, wanted[depth : depth + len(node.key)])
+            depth += pages * self._page_bytes
+            if pages < len(node.pages):
+                break
+        return depth // TOKEN_BYTES
+
     def insert(self, start: Node, tokens: array[int], pages: list[int]) -> Match:
         """Put ``pages``, which hold the tokens that follow ``start``, into the tree.
 

@@ -24,6 +24,8 @@ from headstart.engine.models.ranks import OneRank, Ranks
 from headstart.engine.models.spec import DOWN, GATE_UP, MATRICES, QKV, O
 from headstart.kernels.backend import AttentionShape, Backend, FixedBatch, Linear, RopeTable
 
+PLACES = 64
+"""Batches that are computed in pieces at a time, at most."""
 HEAD_ROWS = 64
 """Rows of a prompt whose logits are made at a time, for a reader: they are never all there."""
 
@@ -112,7 +114,7 @@ class Decoder:
 
         Of a model without a head they are its hidden states.
         """
-        tiles = self._tiles(batch, beside=False)
+        tiles = self._tiles(batch)
         if len(tiles) == 1 and self._can_fuse(tiles[0]):
             return self._fused_layers(tiles[0], kv)
         return _result(self._layers(tiles, kv))
@@ -125,18 +127,18 @@ class Decoder:
         return _result(self._layers([tile], kv))
 
     @torch.inference_mode()
-    def forward_beside(self, batch: Batch, kv: Any) -> Generator[int, None, Tensor]:
+    def forward_beside(self, batch: Batch, kv: Any, place: int) -> Generator[int, None, Tensor]:
         """The same in pieces, one layer of ``tile_rows`` rows each: calls of ``forward`` may come
-        between them. One at a time.
+        between them, and pieces of other batches, each in another ``place`` below PLACES.
 
         Yields the layer whose keys all rows have written and some will now read. Keys of other
         rows of this sequence, computed elsewhere, have to be in their pages by then.
         """
-        return (yield from self._layers(self._tiles(batch, beside=True), kv))
+        return (yield from self._layers(self._tiles(batch, place), kv))
 
-    def _tiles(self, batch: Batch, *, beside: bool) -> list[_Tile]:
-        """The rows of ``batch`` in tiles, uploaded, with numbers of their own for what is computed
-        beside: queries are kept by them."""
+    def _tiles(self, batch: Batch, place: int | None = None) -> list[_Tile]:
+        """The rows of ``batch`` in tiles, uploaded, with numbers of their own for each place beside
+        the steps: queries are kept by them."""
         ops = self._backend
         token_ids = ops.upload(batch.token_ids)
         if batch.pending is not None:
@@ -145,7 +147,7 @@ class Decoder:
         return [
             _Tile(
                 ops,
-                ~i if beside else i,
+                i if place is None else ~(i * PLACES + place),
                 residual[rows],
                 ops.upload(part.positions),
                 ops.upload(part.slots),

@@ -15,7 +15,7 @@ from headstart.engine.batch import Batch, build_batch
 from headstart.engine.errors import ConfigError, ModelError
 from headstart.engine.models.config import ModelConfig
 from headstart.engine.models.decode_graphs import DecodeGraphs
-from headstart.engine.models.decoder import Decoder
+from headstart.engine.models.decoder import PLACES, Decoder
 from headstart.engine.models.formats.int8 import read_int8
 from headstart.engine.models.parameters import read_float
 from headstart.engine.models.ranks import OneRank, Ranks
@@ -56,13 +56,13 @@ class Followers(Protocol):
 
     def run(self, batch: Batch) -> None: ...
 
-    def begin_beside(self, batch: Batch) -> None: ...
+    def begin_beside(self, batch: Batch, place: int) -> None: ...
 
-    def advance_beside(self) -> None:
-        """Compute the next piece of it."""
+    def advance_beside(self, place: int) -> None:
+        """Compute the next piece of what is there."""
         ...
 
-    def drop_beside(self) -> None:
+    def drop_beside(self, place: int) -> None:
         """Compute no more of it. Never fails: it is called while generators are collected."""
         ...
 
@@ -88,11 +88,11 @@ class NoFollowers:
 
     def run(self, batch: Batch) -> None: ...
 
-    def begin_beside(self, batch: Batch) -> None: ...
+    def begin_beside(self, batch: Batch, place: int) -> None: ...
 
-    def advance_beside(self) -> None: ...
+    def advance_beside(self, place: int) -> None: ...
 
-    def drop_beside(self) -> None: ...
+    def drop_beside(self, place: int) -> None: ...
 
     def prepare_pages(self, first: int, last: int) -> None: ...
 
@@ -129,6 +129,7 @@ class ModelRunner:
             raise ConfigError(
                 f"cannot allocate {num_pages} KV pages: use a smaller --kv-memory"
             ) from error
+        self._places: set[int] = set()  # taken beside the steps
         self.graphs = DecodeGraphs(decoder, backend, self.kv)
 
     def prepare_pages(self, first: int, last: int) -> None:
@@ -155,38 +156,50 @@ class ModelRunner:
             decoder.times_attention = counted
         return time.perf_counter() - begin, decoder.attention_seconds - before
 
-    def run_beside(self, batch: Batch) -> Generator[int, None, Tensor]:
-        """The same in pieces (``Decoder.forward_beside``): others may run between them."""
-        self.followers.begin_beside(batch)
-        pieces = self.decoder.forward_beside(batch, self.kv)
-        while True:
-            self.followers.advance_beside()
-            try:
-                layer = next(pieces)
-            except StopIteration as end:
-                logits: Tensor = end.value
-                return logits
-            try:
-                yield layer
-            except GeneratorExit:
-                self.followers.drop_beside()
-                raise
+    def run_beside(self, batch: Batch, place: int | None = None) -> Generator[int, None, Tensor]:
+        """The same in pieces (``Decoder.forward_beside``): others may run between them. ``place``:
+        by default one that is free."""
+        if place is None:
+            place = min(set(range(PLACES)) - self._places)
+        self._places.add(place)
+        try:
+            self.followers.begin_beside(batch, place)
+            pieces = self.decoder.forward_beside(batch, self.kv, place)
+            while True:
+                self.followers.advance_beside(place)
+                try:
+                    layer = next(pieces)
+                except StopIteration as end:
+                    logits: Tensor = end.value
+                    return logits
+                try:
+                    yield layer
+                except GeneratorExit:
+                    self.followers.drop_beside(place)
+                    raise
+        finally:
+            self._places.discard(place)
 
 
 def attention_shape(config: ModelConfig) -> AttentionShape:
     return AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
 
 
-def warm_up(runner: ModelRunner) -> tuple[int, float]:
-    """Touch every weight and kernel once, so that the first request does not pay for it. How many
-    tokens the last pass had, and its seconds."""
-    seconds, rows = 0.0, 1
+def warm_up(runner: ModelRunner) -> None:
+    """Touch every weight and kernel once, so that the first request does not pay for it."""
     for rows in (1, min(16, runner.num_pages * runner.backend.page_size)):
-        begin = time.perf_counter()
-        runner.run(_first_rows(rows, runner.backend.page_size))
-        runner.backend.synchronize()
-        seconds = time.perf_counter() - begin
-    return rows, seconds
+        runner.run(_chunk(0, rows, runner.backend.page_size))
+    runner.backend.synchronize()
+
+
+def chunk_seconds(runner: ModelRunner, start: int, rows: int) -> float:
+    """Seconds of a step with nothing but ``rows`` rows of a prompt from ``start`` on; overwrites
+    the first KV pages, over and over which the tokens before it are those of."""
+    batch = _chunk(start, rows, runner.backend.page_size)
+    begin = time.perf_counter()
+    runner.run(batch)
+    runner.backend.synchronize()
+    return time.perf_counter() - begin
 
 
 def measured_activations(decoder: Decoder, backend: Backend, rows: int) -> int | None:
@@ -195,13 +208,17 @@ def measured_activations(decoder: Decoder, backend: Backend, rows: int) -> int |
 
     def work() -> None:
         runner = ModelRunner(decoder, backend, -(-rows // backend.page_size))
-        runner.run(_first_rows(rows, backend.page_size))
+        runner.run(_chunk(0, rows, backend.page_size))
 
     return backend.peak_memory(work)
 
 
-def _first_rows(rows: int, page_size: int) -> Batch:
-    """The first tokens of a sequence in the first pages, token 0 all of them."""
-    pages = list(range(-(-rows // page_size)))
-    seq = Sequence(0, array("i", [0] * rows), rows, SamplingParams(max_tokens=1), pages=pages)
-    return build_batch([ScheduledSequence(seq, 0, rows, True)], page_size)
+def _chunk(start: int, rows: int, page_size: int) -> Batch:
+    """Rows ``[start, start + rows)`` of a sequence of tokens 0; those before them are in the first
+    pages over and over."""
+    pages = -(-rows // page_size)
+    before = [page % pages for page in range(start // page_size)]
+    length = start + rows
+    seq = Sequence(0, array("i", bytes(4 * length)), length, SamplingParams(max_tokens=1))
+    seq.pages = before + list(range(-(-length // page_size) - len(before)))
+    return build_batch([ScheduledSequence(seq, start, rows, True)], page_size)

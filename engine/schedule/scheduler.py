@@ -73,11 +73,11 @@ from collections.abc import Sequence as Items
 from operator import attrgetter
 from typing import NamedTuple
 
-from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.errors import RequestError
 from headstart.engine.kv.history import History
 from headstart.engine.kv.pool import AccountingError, PagePool
 from headstart.engine.kv.tree import Match, Node, RadixCache
+from headstart.engine.schedule.turns import Pace, Turns
 from headstart.engine.sequence import FinishReason, ScheduledSequence, Sequence, Status
 
 _by_rank = attrgetter("priority", "arrival")
@@ -88,12 +88,15 @@ class SchedulerOutput(NamedTuple):
 
     ``long_chunk``: begins with this step, and is committed by itself when it has been computed.
     ``ahead``: prompts that begin to run ahead; their ends are committed in the same way.
+    ``beside``: for how many seconds those are to be computed that go on beside this step; empty
+    where steps are no time.
     """
 
     scheduled: list[ScheduledSequence]
     preempted: int
     long_chunk: ScheduledSequence | None = None
     ahead: Items[Sequence] = ()
+    beside: Items[tuple[Sequence, float]] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -108,12 +111,12 @@ class SchedulerOutput(NamedTuple):
 NOTHING = SchedulerOutput([], 0)
 """No step."""
 
-LONG_SHARE = 0.5
-"""Of a step's time, for a long chunk; the rest is for the chunks of others."""
+MOST_LONG = 4
+"""Long chunks that are computed at a time, where steps are a time; together they have no more rows
+than the longest sequence."""
 
-AGEING = 0.5
-"""Seconds by which what is left of a prompt counts less, for each second that it has been here: no
-prompt waits longer than about twice as long as it takes."""
+REFRESHED = 4
+"""Waiting sequences a step whose cached part is looked up anew."""
 
 LONGEST_RUN = 32
 """Tokens of an output that are computed like a decoding one; more are a chunk like any other."""
@@ -127,23 +130,17 @@ class NewToken(NamedTuple):
     finished: bool
 
 
-class Pace(NamedTuple):
-    """``seconds``: what the prompts in a step may take. ``costs``: what they do take, as known now.
-    ``layers``: of the model, one of which is the least that is computed of a long chunk."""
-
-    seconds: float
-    costs: Callable[[], PrefillCosts]
-    layers: int
-
-
 class _Step:
     """What one call of ``schedule`` has decided so far."""
 
     __slots__ = (
         "ahead",
+        "all_seconds",
         "before",
+        "beside",
         "budget",
         "in_flight",
+        "keys",
         "long_chunk",
         "preempted",
         "prefills",
@@ -151,19 +148,21 @@ class _Step:
         "seconds",
     )
 
-    def __init__(self, budget: int, seconds: float, before: SchedulerOutput) -> None:
+    def __init__(self, budget: int, before: SchedulerOutput) -> None:
         self.budget = budget  # below 0 after a segment that is longer than what was left
-        self.seconds = seconds  # for chunks of prompts
+        self.seconds = self.all_seconds = math.inf  # for prompts: what is left, and at first
         # What the step in flight computes.
         self.before = {entry.seq: entry for entry in before.scheduled}
         self.prefills = False  # whether part of a prompt is in it
         self.long_chunk: ScheduledSequence | None = None
         self.ahead: list[Sequence] = []
+        self.beside: list[tuple[Sequence, float]] = []
         self.scheduled: dict[Sequence, ScheduledSequence] = {}
         # (node, tokens of the page after it) that this step or the one before computes, and for
         # whom.
         self.in_flight: dict[tuple[Node, bytes], Sequence] = {}
         self.preempted = 0
+        self.keys = 0  # that those which decode read
 
     def start(self, seq: Sequence) -> int:
         """The first position of ``seq`` that nobody has computed."""
@@ -221,16 +220,17 @@ class Scheduler:
         self._prefix_caching = prefix_caching
         self._runs_ahead = runs_ahead
         self._pace = pace
+        self._turns = None if pace is None else Turns(pace)
         self._clock = clock
         self._history = History(clock=clock) if history is None else history
         # Both in order.
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._by_id: dict[int, Sequence] = {}
-        self._long: Sequence | None = None  # whose long chunk is being computed
-        self._long_end = 0
+        self._long: dict[Sequence, int] = {}  # whose long chunks are being computed, up to where
         self._ahead: list[Sequence] = []  # those that run ahead
         self._num_arrived = 0
+        self._num_looks = 0  # for what is cached of waiting sequences
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generation_tokens = 0
@@ -259,6 +259,14 @@ class Scheduler:
         """Those that run or wait."""
         return self._by_id.values()
 
+    def backlog(self) -> list[float]:
+        """Seconds until the first token of each prompt that is not computed yet, alone; empty where
+        steps are no time."""
+        if self._pace is None:
+            return []
+        prompts = [s for s in self._running if s.num_computed_tokens < s.num_prompt_tokens]
+        return [self._pace.left(seq) for seq in (*prompts, *self._waiting)]
+
     def add(self, seq: Sequence) -> None:
         """Queue ``seq``. Raises RequestError if it could never run here."""
         num_prompt, limit = seq.num_prompt_tokens, self._max_model_len
@@ -285,6 +293,7 @@ class Scheduler:
         seq.arrival = self._num_arrived
         self._num_arrived += 1
         seq.status = Status.WAITING
+        self._expect(seq)
         insort(self._waiting, seq, key=_by_rank)
 
     def abort(self, ids: Iterable[int]) -> list[Sequence]:
@@ -306,8 +315,7 @@ class Scheduler:
 
         ``in_flight``: a step whose ``commit`` is to come, before that of the one decided here.
         """
-        seconds = math.inf if self._pace is None else self._pace.seconds
-        step = _Step(self._max_batched_tokens, seconds, in_flight)
+        step = _Step(self._max_batched_tokens, in_flight)
         spare = max(step.budget - len(self._running), 0)  # beside a token for everybody
         prefilling = []
         for seq, entry in step.before.items():
@@ -330,51 +338,64 @@ class Scheduler:
             lacking = self._pool.pages_for(start + run) - len(seq.pages)
             if lacking <= 0 or self._take_pages(step, seq, lacking):
                 spare -= run - 1
+                step.keys += start + run
                 self._put(step, seq, start, run)
-        if self._long is not None and self._pace is None:
+        if self._pace is not None:
+            decoding = self._pace.costs.decode_seconds(len(step.scheduled), step.keys)
+            step.seconds = step.all_seconds = self._pace.for_prompts(decoding)
+        elif self._long:
             step.budget = 0
-        elif self._long is not None:
-            step.seconds *= 1 - LONG_SHARE
-            self._note_in_flight(step, self._long, self._long_end)
         elif self._ahead:
             step.budget -= self._max_batched_tokens // 2
+        for seq, end in self._long.items():
+            self._note_in_flight(step, seq, end)
         for seq in self._ahead:
             self._note_in_flight(step, seq, len(seq.token_ids))
         self._prefill(step, prefilling)
         self.preemptions += step.preempted
         return SchedulerOutput(
-            list(step.scheduled.values()), step.preempted, step.long_chunk, step.ahead
+            list(step.scheduled.values()),
+            step.preempted,
+            step.long_chunk,
+            step.ahead,
+            step.beside,
         )
 
     def _put(self, step: _Step, seq: Sequence, start: int, num_tokens: int) -> None:
         end = start + num_tokens
         samples = seq.generates and end == step.num_tokens(seq)
         entry = ScheduledSequence(seq, start, num_tokens, samples)
-        if num_tokens > self._max_batched_tokens or self._is_long(step, seq, start, num_tokens):
-            self._begin_long(step, entry)
-            return
-        step.budget -= num_tokens
-        if self._pace is not None and num_tokens > 1:
-            step.seconds -= self._pace.costs().seconds(start, num_tokens)
-        step.scheduled[seq] = entry
+        if num_tokens > self._max_batched_tokens or (num_tokens > 1 and self._is_long(step, entry)):
+            self._long[seq] = end
+            step.long_chunk, step.budget = entry, 0
+            if self._pace is not None:
+                self._put_beside(step, seq)
+        else:
+            step.budget -= num_tokens
+            if self._pace is not None and num_tokens > 1:
+                self._take_seconds(step, seq, self._pace.costs.prefill.seconds(start, num_tokens))
+            step.scheduled[seq] = entry
         self._note_in_flight(step, seq, end)
 
-    def _is_long(self, step: _Step, seq: Sequence, start: int, num_tokens: int) -> bool:
-        """Whether a chunk takes longer than what is left of the step, and may be computed beside
-        it instead."""
-        if self._pace is None or self._long is not None:
-            return False
-        # A commit may exchange pages for equal ones, which a long chunk would go on reading.
-        in_flight = seq in step.before
-        return not in_flight and self._pace.costs().seconds(start, num_tokens) > step.seconds
-
-    def _begin_long(self, step: _Step, entry: ScheduledSequence) -> None:
-        step.long_chunk, self._long, self._long_end = entry, entry.seq, entry.end
+    def _is_long(self, step: _Step, entry: ScheduledSequence) -> bool:
+        """Whether a chunk takes longer than a step has for prompts."""
         if self._pace is None:
-            step.budget = 0
-            return
-        step.seconds = min(step.seconds, self._pace.seconds * (1 - LONG_SHARE))
-        self._note_in_flight(step, entry.seq, entry.end)
+            return False
+        seconds = self._pace.costs.prefill.seconds(entry.start, entry.num_tokens)
+        return seconds > step.all_seconds
+
+    def _put_beside(self, step: _Step, seq: Sequence) -> None:
+        """Go on with what is computed beside the steps, for what is left of this one's time; or
+        half of it, where others compute the most and it may have to wait for them."""
+        seconds = step.seconds / 2 if seq in self._ahead else step.seconds
+        if seconds > 0:
+            step.beside.append((seq, seconds))
+            self._take_seconds(step, seq, seconds)
+
+    def _take_seconds(self, step: _Step, seq: Sequence, seconds: float) -> None:
+        step.seconds -= seconds
+        if self._turns is not None:
+            self._turns.serve(seq, seconds)
 
     def _note_in_flight(self, step: _Step, seq: Sequence, end: int) -> None:
         """The page after what the cache has of ``seq`` is being computed, if ``end`` is beyond."""
@@ -387,7 +408,7 @@ class Scheduler:
 
     def _is_beside(self, seq: Sequence) -> bool:
         """Whether ``seq`` is computed beside the steps, and not in them."""
-        return seq is self._long or seq in self._ahead
+        return seq in self._long or seq in self._ahead
 
     def fall_back(self, seq: Sequence) -> None:
         """``seq`` does not run ahead any more: what is not cached of it is computed in steps."""
@@ -409,34 +430,35 @@ class Scheduler:
         waiting = self._waiting[: self._max_running]
         reserved: int | None = None  # pages that those running will take; None: not counted yet
         for seq in self._in_turn(prefilling, waiting):
-            if seq.status is Status.RUNNING:
+            if self._is_beside(seq):
+                self._put_beside(step, seq)
+            elif seq.status is Status.RUNNING:
                 if step.budget > 0:
                     self._continue_prefill(step, seq)
-                continue
             # What was just preempted for want of pages would only come and go.
-            if step.preempted or not waiting:
-                continue
-            if reserved is None:
-                reserved = sum(map(self._pages_to_come, self._running))
-            pages = self._admit(step, seq, reserved)
-            if pages is None:
-                waiting = []  # nobody behind it, either
-            else:
-                reserved += pages
+            elif seq.status is Status.WAITING and waiting and not step.preempted:
+                if reserved is None:
+                    reserved = sum(map(self._pages_to_come, self._running))
+                pages = self._admit(step, seq, reserved)
+                if pages is None:
+                    waiting = []  # nobody behind it, either
+                else:
+                    reserved += pages
 
     def _in_turn(self, prefilling: list[Sequence], waiting: list[Sequence]) -> list[Sequence]:
-        """By what is left of each and how long it has been here, where that is known; else those
-        that run first."""
-        if self._pace is None or not prefilling + waiting:
+        """Where steps are a time, the soonest done first; else those that run, then the others."""
+        if self._turns is None:
             return prefilling + waiting
-        costs, now = self._pace.costs(), self._clock()
+        for i in range(min(REFRESHED, len(waiting))):
+            self._expect(waiting[(self._num_looks + i) % len(waiting)])
+        self._num_looks += REFRESHED
+        return self._turns.order([*self._long, *self._ahead, *prefilling, *waiting])
 
-        def key(seq: Sequence) -> tuple[int, float]:
-            start = seq.num_computed_tokens
-            left = costs.seconds(start, max(len(seq.token_ids) - start, 0))
-            return seq.priority, left - AGEING * (now - seq.began)
-
-        return sorted(prefilling + waiting, key=key)
+    def _expect(self, seq: Sequence) -> None:
+        """How much of a waiting sequence is cached decides when its turn is."""
+        if self._pace is not None and self._prefix_caching:
+            keys = seq.cache_keys(self._page_size)
+            seq.num_expected_tokens = self._cache.depth(seq.namespace, keys, seq.cacheable)
 
     def _continue_prefill(self, step: _Step, seq: Sequence) -> None:
         if seq.node is not None:
@@ -465,7 +487,7 @@ class Scheduler:
         can't, and nobody that comes behind it shall."""
         if len(self._running) >= self._max_running:
             return None
-        if step.budget <= 0 and not self._may_run_ahead(seq, 0):
+        if (step.budget <= 0 or step.seconds <= 0) and not self._may_run_ahead(seq, 0):
             return None
         if self._prefix_caching:
             node, pages = self._match(self._cache.root(seq.namespace), seq)
@@ -484,13 +506,22 @@ class Scheduler:
             if seq.node is not None:
                 self._cache.unlock(seq.node)
                 seq.node, seq.pages = None, []
-            return 0 if not num_tokens and self._pace is not None else None
+            return self._pass(seq, short=num_tokens > 0)
         self._waiting.remove(seq)
         self._start(step, seq, num_tokens, ahead)
         return self._pages_to_come(seq)
 
+    def _pass(self, seq: Sequence, *, short: bool) -> int | None:
+        """Whether those behind ``seq`` may come in before it: 0, and None if not. ``short``: it is
+        kept out by want of pages, for as many steps as sequences can run."""
+        if self._pace is None:
+            return None
+        seq.num_short += short
+        return None if seq.num_short > self._max_running else 0
+
     def _may_run_ahead(self, seq: Sequence, start: int) -> bool:
-        return self._long is None and self._runs_ahead(seq, start, len(self._ahead))
+        free = self._pace is not None or not self._long
+        return free and self._runs_ahead(seq, start, len(self._ahead))
 
     def _start(self, step: _Step, seq: Sequence, num_tokens: int, ahead: bool) -> None:
         """Run a sequence that holds its lock and ``pages`` of the cache, without references."""
@@ -513,26 +544,30 @@ class Scheduler:
         self._put(step, seq, start, num_tokens)
 
     def _next_chunk(self, step: _Step, seq: Sequence, start: int) -> int:
-        """How many tokens of ``seq`` this step, or a long chunk, may compute; 0: it has to wait."""
-        num_tokens = self._chunk_of_tokens(step, seq, start)
-        if not num_tokens or self._pace is None:
+        """How many tokens of ``seq`` this step computes, or a long chunk; 0: it has to wait."""
+        if self._pace is None:
+            return self._chunk_of_tokens(step, seq, start)
+        if step.seconds <= 0 or step.budget <= 0:
+            return 0
+        costs = self._pace.costs.prefill
+        fits = int(min(costs.tokens(start, step.seconds), step.budget))
+        num_tokens = self._chunk(seq, start, fits) if fits else 0
+        left = len(seq.token_ids) - start
+        if num_tokens >= min(self._page_size, left):
             return num_tokens
-        costs = self._pace.costs()
-        if num_tokens <= self._max_batched_tokens:
-            if costs.seconds(start, num_tokens) <= step.seconds:
-                return num_tokens
-            if self._is_long(step, seq, start, num_tokens):
-                # So many that a layer of them is a part of a step; a segment is whole, though.
-                seconds = self._pace.seconds * LONG_SHARE * self._pace.layers
-                most = max(int(min(costs.tokens(start, seconds), num_tokens)), self._page_size)
-                return self._chunk(seq, start, most) or num_tokens
-        elif self._long is None:
-            return num_tokens
-        fits = int(min(costs.tokens(start, max(step.seconds, 0.0)), step.budget))
-        if fits < min(self._page_size, len(seq.token_ids) - start):
-            # The first of all goes on, page by page, where nothing does beside it.
-            fits = 0 if step.prefills or self._long is not None else self._page_size
-        return self._chunk(seq, start, fits) if fits else 0
+        # Not even a page, or a segment that is longer.
+        least = self._shortest_chunk(seq, start, left)
+        if least <= self._max_batched_tokens and costs.seconds(start, least) <= step.all_seconds:
+            # It waits for a step that has more left, and is the first of one in the end.
+            return 0 if step.seconds < step.all_seconds else least
+        held = sum(end - seq.num_computed_tokens for seq, end in self._long.items())
+        full = len(self._long) >= MOST_LONG or held + least > self._max_model_len
+        if step.long_chunk is not None or (self._long and full):
+            return 0
+        # So many rows that a layer of them is half a step; a segment is whole, though.
+        seconds = self._pace.layers * self._pace.seconds / 2
+        most = int(min(costs.tokens(start, seconds), self._max_batched_tokens))
+        return max(self._chunk(seq, start, most) if most else 0, least)
 
     def _chunk_of_tokens(self, step: _Step, seq: Sequence, start: int) -> int:
         """How many tokens of ``seq`` the budget has; 0: a segment has to wait for its turn.
@@ -645,8 +680,8 @@ class Scheduler:
             seq.node = None
 
     def _is_no_longer_beside(self, seq: Sequence) -> None:
-        if seq is self._long:
-            self._long = None
+        if seq in self._long:
+            del self._long[seq]
         elif seq in self._ahead:
             self._ahead.remove(seq)
 

@@ -68,7 +68,7 @@ class Follower:
         ranks.connect(store, backend.kv_pages(self._runner.kv).device)
         self._adapters: dict[int, Adapter] = {}
         self._smoothing = cache(self._setup.smoothing)
-        self._beside: Generator[int, None, Tensor] | None = None
+        self._beside: dict[int, Generator[int, None, Tensor]] = {}  # by place
 
     def follow(self) -> NoReturn:
         """Do what rank 0 says, until it is gone: then OSError."""
@@ -76,14 +76,14 @@ class Follower:
             match self._channel.receive():
                 case Run(batch):
                     self._runner.run(batch.batch(self._adapters))
-                case Beside(batch):
-                    self._beside = self._runner.run_beside(batch.batch(self._adapters))
-                case Advance():
-                    assert self._beside is not None
-                    if next(self._beside, None) is None:
-                        self._beside = None
-                case Drop():
-                    self._beside = None
+                case Beside(batch, place):
+                    batch_here = batch.batch(self._adapters)
+                    self._beside[place] = self._runner.run_beside(batch_here, place)
+                case Advance(place):
+                    if next(self._beside[place], None) is None:
+                        del self._beside[place]
+                case Drop(place):
+                    self._beside.pop(place, None)
                 case Prepare(first, last):
                     self._runner.prepare_pages(first, last)
                 case Load(number, path, digest):

@@ -122,14 +122,14 @@ class Leader:
     def run(self, batch: Batch) -> None:
         self._send(Run(WireBatch.of(batch, self._numbers.__getitem__)))
 
-    def begin_beside(self, batch: Batch) -> None:
-        self._send(Beside(WireBatch.of(batch, self._numbers.__getitem__)))
+    def begin_beside(self, batch: Batch, place: int) -> None:
+        self._send(Beside(WireBatch.of(batch, self._numbers.__getitem__), place))
 
-    def advance_beside(self) -> None:
-        self._send(Advance())
+    def advance_beside(self, place: int) -> None:
+        self._send(Advance(place))
 
-    def drop_beside(self) -> None:
-        self._queued.append(Drop())
+    def drop_beside(self, place: int) -> None:
+        self._queued.append(Drop(place))
 
     def prepare_pages(self, first: int, last: int) -> None:
         self._send(Prepare(first, last))

@@ -102,17 +102,22 @@ class Run(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Beside(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Begin to compute it in pieces, the first when told to advance. One at a time."""
+    """Begin to compute it in pieces, the first when told to advance; others are in other places."""
 
     batch: WireBatch
+    place: int
 
 
 class Advance(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Compute the next piece of what was begun."""
+    """Compute the next piece of what was begun there."""
+
+    place: int
 
 
 class Drop(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Compute no more of what was begun."""
+    """Compute no more of what was begun there."""
+
+    place: int
 
 
 class Prepare(msgspec.Struct, tag=True, array_like=True, frozen=True):

@@ -1,7 +1,6 @@
 """Scheduler: rules one by one, then random use against a model that remembers what pages hold."""
 
 import itertools
-import math
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from headstart.engine.costs.prefill import ObservedCosts, PrefillCosts
+from headstart.engine.costs.prefill import PrefillCosts
 from headstart.engine.errors import RequestError
 from headstart.engine.kv.pool import PagePool
 from headstart.engine.kv.tree import RadixCache
 from headstart.engine.ranges.segments import Segments, Span
 from headstart.engine.sampling.params import SamplingParams
 from headstart.engine.schedule.scheduler import (
-    LONG_SHARE,
     LONGEST_RUN,
+    MOST_LONG,
     NOTHING,
     NewToken,
-    Pace,
     Scheduler,
     SchedulerOutput,
 )
+from headstart.engine.schedule.turns import Pace
 from headstart.engine.sequence import FinishReason, ScheduledSequence, Sequence, Status
 
 EOS = 2
@@ -1299,142 +1298,252 @@ TestOverlappingUse.settings = settings(
 
 # --------------------------------------------------------------------------- steps that are a time
 
+
+class Costs:
+    """What chunks take is said; decoding takes nothing, or ``per_row`` seconds a row."""
+
+    def __init__(self, prefill: PrefillCosts, per_row: float = 0.0) -> None:
+        self.prefill = prefill
+        self._per_row = per_row
+
+    def decode_seconds(self, rows: int, keys: int) -> float:
+        return self._per_row * rows
+
+
 SECOND = PrefillCosts(0.0, 1.0, 0.0)
 """A second a token."""
 
 
 class PacedEngine(Engine):
-    """A step has ``seconds`` for prompts; a clock that stands still unless it is set."""
+    """A step has ``seconds``. What goes on beside the steps is computed in its own time."""
 
     def __init__(
         self,
         num_pages: int = 64,
         page_size: int = 4,
-        long_steps: int = 1,
         *,
         seconds: float = 8.0,
-        costs: PrefillCosts = SECOND,
+        prefill: PrefillCosts = SECOND,
+        per_row: float = 0.0,
         **options: Any,
     ) -> None:
-        self.now = 0.0
-        self.seconds, self.costs = seconds, costs
-        pace = Pace(seconds, lambda: costs, 8)
-        super().__init__(
-            num_pages, page_size, long_steps, pace=pace, clock=lambda: self.now, **options
-        )
+        self.seconds, self.costs = seconds, Costs(prefill, per_row)
+        self.beside: dict[Sequence, tuple[ScheduledSequence, float]] = {}  # and its seconds left
+        pace = Pace(seconds, self.costs, 8)
+        super().__init__(num_pages, page_size, pace=pace, **options)
 
     def schedule(self) -> SchedulerOutput:
         running = list(self.scheduler._running)
-        shared = self.long is not None and self.long.seq.status is Status.RUNNING
         output = self.scheduler.schedule()
         if output.long_chunk is not None:
-            assert self.long is None or self.long.seq.status is Status.FINISHED
-            self.long, self.long_steps_left, shared = output.long_chunk, self.long_steps, False
-        assert output.scheduled or self.long or not self.scheduler.has_work
-        beside = self.long.seq if self.long else None
+            seq, start, num_tokens, _ = output.long_chunk
+            assert seq not in self.beside
+            self.beside[seq] = output.long_chunk, self.costs.prefill.seconds(start, num_tokens)
+            assert len(self.beside) <= MOST_LONG
+        assert output.scheduled or output.beside or not self.scheduler.has_work
         chunks = {entry.seq: entry for entry in output.scheduled}
-        assert beside not in chunks
-        decoding = [seq for seq in running if decodes(seq) and seq is not beside]
+        assert not self.beside.keys() & chunks.keys()
+        decoding = [seq for seq in running if decodes(seq) and seq not in self.beside]
         for seq in decoding:
             assert seq.status is Status.WAITING or seq in chunks, "must decode"
-        prompts = [e for e in output.scheduled if e.num_tokens > 1 and e.seq not in decoding]
-        self.check_time(prompts, shared)
+        taken = sum(seconds for _, seconds in output.beside) + sum(
+            self.costs.prefill.seconds(entry.start, entry.num_tokens)
+            for entry in output.scheduled
+            if entry.num_tokens > 1 and entry.seq not in decoding
+        )
+        spent = self.costs.decode_seconds(len(decoding), 0)
+        assert taken <= max(self.seconds - spent, spent) * (1 + 1e-9), "takes too long"
         return output
 
-    def check_time(self, prompts: list[ScheduledSequence], shared: bool) -> None:
-        """Chunks take no longer than a step, or, ``shared`` with a long chunk, than their share of
-        it; but for the first one, of a page or a segment."""
-        share = self.seconds * (1 - LONG_SHARE if shared else 1)
-        taken = sum(self.costs.seconds(entry.start, entry.num_tokens) for entry in prompts)
-        if not shared and len(prompts) == 1:
-            [entry] = prompts
-            least = entry.num_tokens <= self.pool.page_size
-            whole = entry.seq.segments.end_of(entry.start + 1) > entry.start + 1
-            if least or whole:
-                return
-        assert taken <= share * (1 + 1e-9), "takes too long"
+    def complete(
+        self,
+        output: SchedulerOutput,
+        sample: Sample = lambda seq: 1,
+        force: Force = lambda seq: [],
+    ) -> list[NewToken]:
+        self.compute(output.scheduled)
+        tokens = [sample(entry.seq) for entry in output.scheduled if entry.samples]
+        new = self.scheduler.commit(output, tokens)
+        self.extend(new, force)
+        self.scheduler.check()
+        self.beside = {s: work for s, work in self.beside.items() if s.status is Status.RUNNING}
+        for seq, seconds in output.beside:
+            if seq not in self.beside:
+                continue
+            entry, left = self.beside[seq]
+            self.beside[seq] = entry, left - seconds
+            if left <= seconds:
+                del self.beside[seq]
+                self.compute([entry])
+                tokens = [sample(seq)] if entry.samples else []
+                new += self.scheduler.commit(SchedulerOutput([entry], 0), tokens)
+                self.scheduler.check()
+        return new
 
 
-def chunks(output: SchedulerOutput) -> list[tuple[int, int, int]]:
-    return [(entry.seq.id, entry.start, entry.num_tokens) for entry in output.scheduled]
-
-
-def long_chunk(output: SchedulerOutput) -> tuple[int, int, int] | None:
-    entry = output.long_chunk
-    return entry and (entry.seq.id, entry.start, entry.num_tokens)
+def first_tokens(engine: PacedEngine, steps: int = 200) -> list[int]:
+    """Who has a first token, in order."""
+    order: dict[int, None] = {}
+    for _ in range(steps):
+        if not engine.scheduler.has_work:
+            break
+        order |= dict.fromkeys(token.seq.id for token in engine.step())
+    return list(order)
 
 
 def words(first: int, num: int) -> list[int]:
     return list(range(first, first + num))
 
 
-def test_what_fits_is_in_the_step():
-    engine = PacedEngine()
-    for i in range(2):
-        engine.scheduler.add(make_sequence(i, words(100 * i, 4)))
-    assert chunks(engine.schedule()) == [(0, 0, 4), (1, 0, 4)]
-
-
-def test_what_does_not_fit_is_computed_beside_the_steps():
-    engine = PacedEngine(long_steps=3)
-    engine.scheduler.add(make_sequence(0, words(0, 40), max_tokens=2))
-    output = engine.schedule()
-    assert (chunks(output), long_chunk(output)) == ([], (0, 0, 16))
-
-
-def test_a_short_prompt_goes_on_beside_a_long_one():
-    engine = PacedEngine(long_steps=3)
+def test_chunks_are_cut_to_what_a_step_has_time_for() -> None:
+    engine = PacedEngine(prefill=PrefillCosts(1.0, 0.5, 0.0))
     engine.scheduler.add(make_sequence(0, words(0, 40)))
+    # 1 + 12 / 2 seconds; two more would make it 8, and end within a page.
+    assert scheduled(engine.schedule()) == [(0, 0, 12)]
+
+
+def test_chunks_become_shorter_as_contexts_become_longer() -> None:
+    engine = PacedEngine(prefill=PrefillCosts(0.0, 0.1, 0.02), max_batched_tokens=64)
+    engine.scheduler.add(make_sequence(0, words(0, 60)))
+    sizes = []
+    while engine.scheduler.has_work:
+        output = engine.schedule()
+        sizes += [num_tokens for _, _, num_tokens in scheduled(output)]
+        engine.complete(output)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > 2 * sizes[-1]
+
+
+def test_those_that_decode_leave_prompts_as_much_as_they_take() -> None:
+    engine = PacedEngine(per_row=6.0)
+    engine.scheduler.add(make_sequence(0, [1], max_tokens=9))
     engine.step()
-    engine.scheduler.add(make_sequence(1, words(100, 4), max_tokens=3))
-    new = engine.step()
-    assert [token.seq.id for token in new] == [1]
-    engine.scheduler.add(make_sequence(2, words(200, 7)))
-    assert chunks(engine.schedule()) == [(1, 4, 1), (2, 0, 4)]
+    engine.scheduler.add(make_sequence(1, words(0, 40)))
+    assert scheduled(engine.schedule())[1:] == [(1, 0, 4)]  # 6 seconds, in whole pages
 
 
-def test_equal_prompts_are_computed_once():
-    engine = PacedEngine(long_steps=2)
+def test_several_prompts_share_a_step() -> None:
+    engine = PacedEngine()
+    for i in range(3):
+        engine.scheduler.add(make_sequence(i, words(100 * i, 4)))
+    assert scheduled(engine.schedule()) == [(0, 0, 4), (1, 0, 4)]
+
+
+def test_what_takes_longer_than_a_step_is_computed_beside_the_steps() -> None:
+    engine = PacedEngine(seconds=8.0, prefill=PrefillCosts(0.0, 3.0, 0.0))
+    engine.scheduler.add(make_sequence(0, words(0, 24)))
+    output = engine.schedule()
+    assert output.long_chunk is not None
+    # A page takes 12 seconds; of 8 layers, half a step each, there is time for 8 tokens.
+    assert (output.scheduled, output.beside) == ([], [(output.long_chunk.seq, 8.0)])
+    assert scheduled(output) == [(0, 0, 8)]
+
+
+def test_a_segment_is_whole_however_long_it_takes() -> None:
+    engine = PacedEngine()
+    engine.scheduler.add(make_sequence(0, words(0, 40), spans=[(4, 34)]))
+    assert scheduled(engine.schedule()) == [(0, 0, 4)]
+    engine = PacedEngine()
+    engine.scheduler.add(make_sequence(0, words(0, 40), spans=[(0, 34)]))
+    assert scheduled(engine.schedule()) == [(0, 0, 34)]
+
+
+def test_a_short_prompt_goes_on_before_a_long_segment() -> None:
+    engine = PacedEngine()
+    engine.scheduler.add(make_sequence(0, words(0, 100), spans=[(0, 96)]))
+    engine.step()
+    engine.scheduler.add(make_sequence(1, words(100, 6), max_tokens=4))
+    assert scheduled(engine.schedule()) == [(1, 0, 6)]
+
+
+def test_several_long_segments_are_computed_at_a_time_the_shortest_first() -> None:
+    engine = PacedEngine()
+    engine.scheduler.add(make_sequence(0, words(0, 100), spans=[(0, 96)]))
+    engine.step()
+    engine.scheduler.add(make_sequence(1, words(100, 30), spans=[(0, 28)]))
+    assert first_tokens(engine) == [1, 0]
+
+
+def test_equal_prompts_are_computed_once() -> None:
+    engine = PacedEngine()
     for i in range(2):
         engine.scheduler.add(make_sequence(i, words(0, 24)))
     engine.drain(40)
     assert engine.num_computed == 24 + 4  # and the last page of the other
 
 
-def test_the_shortest_is_next_and_none_starves():
-    engine = PacedEngine(seconds=4.0)
-    engine.scheduler.add(make_sequence(0, words(0, 200)))
-    ended: list[int] = []
-    for i in range(1, 200):
-        if i % 2:  # there is always a shorter one, which takes all the time there is
-            engine.scheduler.add(make_sequence(i, words(1000 * i, 8)))
-        engine.now += 8.0
-        ended += [token.seq.id for token in engine.step()]
-        if 0 in ended:
-            break
-    assert len(ended) > 10
-    assert 0 in ended
+def test_equal_segments_are_computed_once() -> None:
+    engine = PacedEngine()
+    for i in range(2):
+        engine.scheduler.add(make_sequence(i, words(0, 24), spans=[(0, 20)]))
+    engine.drain(40)
+    assert engine.num_computed == 24 + 4
 
 
-def test_a_short_one_passes_one_that_came_before():
-    engine = PacedEngine(long_steps=1)
+def test_the_soonest_done_is_next() -> None:
+    engine = PacedEngine()
     engine.scheduler.add(make_sequence(0, words(0, 60)))
     engine.step()
     engine.scheduler.add(make_sequence(1, words(100, 16)))
-    order = []
-    for _ in range(40):
-        order += [token.seq.id for token in engine.step()]
-    assert order == [1, 0]
+    assert first_tokens(engine) == [1, 0]
 
 
-def test_priorities_come_before_what_is_left():
-    engine = PacedEngine(long_steps=1)
+def test_what_is_cached_is_not_left() -> None:
+    engine = PacedEngine()
+    engine.scheduler.add(make_sequence(0, words(0, 60)))
+    engine.finish(20)
+    engine.scheduler.add(make_sequence(1, words(100, 16)))
+    engine.scheduler.add(make_sequence(2, [*words(0, 60), 7, 8]))  # all but 6 tokens are cached
+    assert first_tokens(engine) == [2, 1]
+
+
+def test_none_starves_however_many_shorter_ones_come() -> None:
+    engine = PacedEngine(num_pages=200)
+    engine.scheduler.add(make_sequence(0, words(0, 200)))
+    for i in range(1, 400):
+        engine.scheduler.add(make_sequence(i, words(1000 * i, 8)))
+        if 0 in {token.seq.id for token in engine.step()}:
+            break
+    # A quarter of the steps is the oldest one's: 200 tokens, 8 of them each.
+    assert abs(i - 4 * 200 // 8) <= 8
+
+
+def test_a_tenant_of_many_prompts_does_not_hold_up_one_of_few() -> None:
+    engine = PacedEngine()
+    for i in range(6):
+        engine.scheduler.add(make_sequence(i, words(100 * i, 8), namespace=b"many"))
+    engine.scheduler.add(make_sequence(6, words(900, 8), namespace=b"one"))
+    assert first_tokens(engine).index(6) <= 2
+
+
+def test_priorities_come_before_what_is_left() -> None:
+    engine = PacedEngine()
     engine.scheduler.add(make_sequence(0, words(0, 30), priority=-1))
     engine.scheduler.add(make_sequence(1, words(100, 12)))
-    order = []
-    for _ in range(40):
-        order += [token.seq.id for token in engine.step()]
-    assert order == [0, 1]
+    assert first_tokens(engine) == [0, 1]
+
+
+def test_a_large_prompt_that_finds_no_pages_is_not_passed_over_for_ever() -> None:
+    engine = PacedEngine(num_pages=12, max_running=2)
+    engine.scheduler.add(make_sequence(0, words(0, 8), max_tokens=36))
+    engine.step()
+    engine.scheduler.add(make_sequence(1, words(100, 40)))
+    for i in range(2, 60):
+        engine.scheduler.add(make_sequence(i, words(1000 * i, 4)))
+        engine.step()
+        if i == 20:
+            engine.scheduler.abort([0])
+    assert 1 not in engine.scheduler._by_id
+
+
+def test_the_backlog_is_what_is_left_of_all_prompts() -> None:
+    engine = PacedEngine()
+    engine.scheduler.add(make_sequence(0, words(0, 20), max_tokens=3))
+    engine.scheduler.add(make_sequence(1, words(100, 12)))
+    engine.step()
+    assert sorted(engine.scheduler.backlog()) == [4.0, 20.0]
+    engine.finish(20)
+    assert engine.scheduler.backlog() == []
 
 
 class PacedUse(Use):
@@ -1446,9 +1555,9 @@ class PacedUse(Use):
         budget=st.integers(1, 12),
         max_running=st.integers(1, 5),
         prefix_caching=st.sampled_from([True, True, True, False]),
-        long_steps=st.integers(1, 3),
         seconds=st.sampled_from([1.0, 3.0, 8.0]),
-        costs=st.sampled_from([SECOND, PrefillCosts(1.0, 0.5, 0.1), PrefillCosts(0.0, 0.0, 0.0)]),
+        prefill=st.sampled_from([SECOND, PrefillCosts(1.0, 0.5, 0.1), PrefillCosts(0.0, 0.0, 0.0)]),
+        per_row=st.sampled_from([0.0, 1.0]),
     )
     def start(
         self,
@@ -1457,16 +1566,16 @@ class PacedUse(Use):
         budget: int,
         max_running: int,
         prefix_caching: bool,
-        long_steps: int,
         seconds: float,
-        costs: PrefillCosts,
+        prefill: PrefillCosts,
+        per_row: float,
     ) -> None:
         self.engine = PacedEngine(
             num_pages,
             page_size,
-            long_steps,
             seconds=seconds,
-            costs=costs,
+            prefill=prefill,
+            per_row=per_row,
             max_batched_tokens=budget,
             max_running=max_running,
             max_model_len=24,
@@ -1479,14 +1588,3 @@ TestPacedUse = PacedUse.TestCase
 TestPacedUse.settings = settings(
     max_examples=2 * settings.default.max_examples, stateful_step_count=40, deadline=None
 )
-
-
-def test_costs_are_those_of_the_last_chunks():
-    observed = ObservedCosts()
-    assert observed.costs().seconds(0, 512) == 0
-    for i in range(40):
-        observed.observe(i * 512, 512, 512 * (0.001 + 1e-6 * (i * 512 + 256)))
-    assert math.isclose(observed.costs().per_token, 0.001, rel_tol=1e-6)
-    for i in range(40):
-        observed.observe(i * 512, 512, 512 * (0.002 + 2e-6 * (i * 512 + 256)))
-    assert math.isclose(observed.costs().per_token, 0.002, rel_tol=1e-6)
