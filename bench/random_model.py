@@ -78,6 +78,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape("llama", 256, 2, 4, 2, 64, 512, 49152, True, 1e5, 2048),
     "smollm2-135m": Shape("llama", 576, 30, 9, 3, 64, 1536, 49152, True, 1e5, 8192),
+    "smollm2-135m-16k": Shape("llama", 576, 30, 9, 3, 64, 1536, 49152, True, 1e5, 16384),
     "qwen2.5-1.5b": Shape("qwen2", 1536, 28, 12, 2, 128, 8960, 151936, True, 1e6, 32768, True),
     "llama-3.1-8b": Shape("llama", 4096, 32, 32, 8, 128, 14336, 128256, False, 5e5, 131072),
 }

@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -28,8 +29,9 @@ from headstart.engine.batch import Batch, InFlight, Read, SharedRange, build_bat
 from headstart.engine.config import EngineConfig
 from headstart.engine.costs.attention import load_costs
 from headstart.engine.costs.forecast import Forecast, forecast
+from headstart.engine.costs.model import keep_table, step_table
 from headstart.engine.costs.record import StepRecord
-from headstart.engine.costs.steps import StepCosts, load_steps
+from headstart.engine.costs.steps import StepCosts
 from headstart.engine.errors import ConfigError, RequestError
 from headstart.engine.explain import Explainer
 from headstart.engine.kv.history import History, Namespace
@@ -38,9 +40,9 @@ from headstart.engine.kv.pool import PagePool
 from headstart.engine.kv.tree import RadixCache
 from headstart.engine.models.config import declared_pooling
 from headstart.engine.models.decoder import Decoder
-from headstart.engine.models.loading import LoadedModel, load_model
+from headstart.engine.models.loading import load_model
 from headstart.engine.models.reading import Pooled, PromptScores, Reading
-from headstart.engine.models.runner import chunk_seconds, warm_up
+from headstart.engine.models.runner import warm_up
 from headstart.engine.process.cores import usable_cores
 from headstart.engine.process.groups import check_gpus
 from headstart.engine.process.messages import (
@@ -167,9 +169,13 @@ class Engine:
             lambda: load_costs(backend, shape, config.machine_folder),
         )
         # Before anything is kept in the pages that this writes to.
-        costs = _step_costs(config, loaded, self._relay) if config.step_time > 0 else None
+        costs: StepCosts | None = None
+        if config.step_time > 0:
+            table = step_table(loaded, config.machine_folder, self._relay.costs)
+            costs = StepCosts(table, self._relay.costs, model.num_layers)
         # A device computes beside the host: how long its steps take is not seen here.
         paced = costs is not None and not backend.asynchronous
+        self._keep_table = partial(keep_table, loaded, config.machine_folder)
         self._record, self._paced = StepRecord(costs, follows=paced), paced
         self._scheduler = Scheduler(
             self._pool,
@@ -286,6 +292,11 @@ class Engine:
     def decoder(self) -> Decoder:
         """The model, for measurements."""
         return self._runner.decoder
+
+    @property
+    def step_costs(self) -> StepCosts | None:
+        """What is known of the seconds of steps, for measurements; None where nothing is."""
+        return self._record.costs
 
     @property
     def has_work(self) -> bool:
@@ -476,6 +487,8 @@ class Engine:
     def close(self) -> None:
         """End the processes it has started."""
         self._runner.followers.close()
+        if self._record.costs is not None and self._record.learned:
+            self._keep_table(self._record.costs.table)
         if self.runahead is not None:
             self.runahead.close()
 
@@ -686,26 +699,6 @@ class Engine:
             raise RequestError(
                 f"token id {ids[wrong[0]]} is not in the vocabulary of {size}", "prompt"
             )
-
-
-def _step_costs(config: EngineConfig, loaded: LoadedModel, relay: Relay) -> StepCosts:
-    """What this machine takes for a step, as kept or measured now."""
-    runner, model, backend = loaded.runner, loaded.config, loaded.backend
-    about = {
-        "device": backend.device,
-        "weights": loaded.weights,
-        "page_size": backend.page_size,
-        "ranks": config.tensor_parallel,
-        "shape": [
-            *(model.num_layers, model.hidden_size, model.intermediate_size, model.vocab_size),
-            *(model.num_heads, model.num_kv_heads, model.head_dim),
-        ],
-    }
-    longest = min(runner.num_pages * backend.page_size, loaded.max_model_len)
-    return load_steps(
-        lambda start, rows: chunk_seconds(runner, start, rows),
-        *(longest, relay.costs, model.num_layers, about, config.machine_folder),
-    )
 
 
 def _no_text(decoder: Decoder) -> str | None:

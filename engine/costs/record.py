@@ -15,6 +15,8 @@ from headstart.engine.sequence import ScheduledSequence
 
 FORGOTTEN = 0.95
 """What counts of the past after each step, for the pace."""
+LEARNED = 500
+"""Steps."""
 UNKNOWN = PrefillCosts(0.0, 0.0, 0.0)
 
 
@@ -26,6 +28,12 @@ class StepRecord:
         self.costs = costs
         self._follows = follows
         self._passed = self._worked = 0.0
+        self._num_steps = 0
+
+    @property
+    def learned(self) -> bool:
+        """Whether so many steps were seen that the costs are worth keeping."""
+        return self._num_steps >= LEARNED
 
     def add(
         self, scheduled: Items[ScheduledSequence], relay_seconds: float | None, seconds: float
@@ -33,6 +41,7 @@ class StepRecord:
         """A step took ``seconds``. ``relay_seconds``: as StepCosts.work takes it."""
         if self.costs is not None and self._follows:
             self.costs.observe(self.costs.work(scheduled, relay_seconds), seconds)
+            self._num_steps += 1
 
     def prompt_seconds(self, scheduled: Items[ScheduledSequence]) -> float:
         """That the chunks of prompts in a step take, as predicted."""

@@ -20,26 +20,19 @@ prompts, admission, RelayAttention, KV-Runahead's cuts, ``headstart plan``.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from headstart.engine.costs.attention import AttentionCosts
-from headstart.engine.costs.measurements import keep, load_kept
 from headstart.engine.costs.prefill import PrefillCosts, check_costs
 from headstart.engine.sequence import ScheduledSequence
 
-logger = logging.getLogger(__name__)
-
-VERSION = 1
-"""Of the measurement and its file: raise it when kernels change enough that old tables mislead."""
 KNOTS = tuple(2**i for i in range(11))
 """Rows of a step, at which its linear part is known."""
 MEASURE_SECONDS = 0.8
@@ -89,6 +82,14 @@ class StepTable(msgspec.Struct, frozen=True):
         if len(self.linear) != len(KNOTS) or not min(self.linear) > 0:
             raise ValueError("not a table of steps' costs")
 
+    @property
+    def prefill(self) -> PrefillCosts:
+        """Of chunks of prompts, alone: a line through the knots that such chunks have."""
+        low, high = KNOTS.index(64), KNOTS.index(512)
+        few, many = self.linear[low], self.linear[high]
+        per_token = max(many - few, 0.1 * many) / (KNOTS[high] - KNOTS[low])
+        return PrefillCosts(max(few - per_token * KNOTS[low], 0.0), per_token, self.per_pair)
+
 
 class StepCosts:
     """``table``: as measured. ``attention``: what reading KV costs. ``layers``: of the model."""
@@ -109,13 +110,9 @@ class StepCosts:
 
     @property
     def prefill(self) -> PrefillCosts:
-        """Of chunks of prompts, alone: a line through the knots that such chunks have."""
+        """Of chunks of prompts, alone."""
         if self._prefill is None:
-            low, high = KNOTS.index(64), KNOTS.index(512)
-            few, many = self._linear[low], self._linear[high]
-            per_token = max(many - few, 0.1 * many) / (KNOTS[high] - KNOTS[low])
-            fixed = max(few - per_token * KNOTS[low], 0.0)
-            self._prefill = PrefillCosts(fixed, per_token, self._factors[0])
+            self._prefill = self.table.prefill
         return self._prefill
 
     def decode_seconds(self, rows: int, keys: int) -> float:
@@ -192,14 +189,14 @@ Probe = Callable[[int, int], float]
 """Seconds of a step with a chunk: (start, rows)."""
 
 
-def measure_steps(probe: Probe, longest: int, attention: AttentionCosts, layers: int) -> StepTable:
+def measure_steps(probe: Probe, longest: int, pair: float = 0.0) -> StepTable:
     """Measure steps of PROBES rows, and one far into a prompt, as far as MEASURE_SECONDS allow.
 
-    ``longest``: tokens that a prompt may have here.
+    ``longest``: tokens that a prompt may have here. ``pair``: seconds of a row and a key that it
+    sees, as far as known.
     """
     deadline = time.perf_counter() + MEASURE_SECONDS
     known: list[tuple[int, float]] = []
-    pair = attention.of(FAR_ROWS)[1] / FAR_ROWS * layers  # by the table
     probe(0, 1)  # which touches every weight
     for rows in PROBES:
         if rows > longest:
@@ -215,11 +212,10 @@ def measure_steps(probe: Probe, longest: int, attention: AttentionCosts, layers:
             seconds = min(seconds, probe(0, rows))
         known.append((rows, max(seconds - pair * rows * rows / 2, seconds / 2)))
     linear = [_between(known, rows) for rows in KNOTS]
-    start = min(FAR, longest - FAR_ROWS)
-    expected = _between(known, FAR_ROWS) + pair * FAR_ROWS * start
+    near, start = _between(known, FAR_ROWS), min(FAR, longest - FAR_ROWS)
+    expected = 2 * near + pair * FAR_ROWS * start
     if start >= FAR // 4 and time.perf_counter() + expected < deadline:
-        seconds = probe(start, FAR_ROWS)
-        measured = (seconds - _between(known, FAR_ROWS)) / (FAR_ROWS * (start + FAR_ROWS / 2))
+        measured = (probe(start, FAR_ROWS) - near) / (FAR_ROWS * (start + FAR_ROWS / 2))
         pair = max(measured, pair / 8)
     per_token = max(linear[-1] - linear[-2], 0.0) / (KNOTS[-1] - KNOTS[-2])
     return StepTable(linear, pair, 1.0, 0.2 * per_token + 1e-5, 0.1 * per_token)
@@ -239,22 +235,3 @@ def _between(known: Items[tuple[int, float]], rows: int) -> float:
         return seconds * (1 + UNKNOWN_ROW * (rows - last))
     slope = (seconds - before[1]) / (last - before[0])
     return seconds + max(slope, 0.3 * seconds / last) * (rows - last)
-
-
-def load_steps(
-    probe: Probe,
-    longest: int,
-    attention: AttentionCosts,
-    layers: int,
-    about: dict[str, Any],
-    folder: Path | None,
-) -> StepCosts:
-    """As kept in ``folder`` for what ``about`` says, or measured now and kept there."""
-    about = {"version": VERSION, **about}
-    table = load_kept(folder, "steps", about, StepTable)
-    if table is None:
-        begin = time.perf_counter()
-        table = measure_steps(probe, longest, attention, layers)
-        keep(folder, "steps", about, table)
-        logger.info("step costs: measured in %.2f s", time.perf_counter() - begin)
-    return StepCosts(table, attention, layers)

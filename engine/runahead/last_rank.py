@@ -7,12 +7,13 @@ from pathlib import Path
 
 import msgspec
 
+from headstart.engine.costs.model import step_table
 from headstart.engine.config import EngineConfig
 from headstart.engine.kv.pool import PagePool
 from headstart.engine.models.loading import LoadedModel
 from headstart.engine.runahead.cuts import CutTable
 from headstart.engine.runahead.links import Pool, Sender
-from headstart.engine.runahead.measure import about_prefill, identity, rank_costs
+from headstart.engine.runahead.measure import about_prefill, identity
 from headstart.engine.runahead.part import Part
 from headstart.engine.runahead.planner import Planner
 from headstart.engine.runahead.rank import RankConfig
@@ -31,7 +32,7 @@ class LastRank:
         self.shares = self.memory.memory is not None  # as in a Welcome
         self.gpu = self.memory.gpu
         self.identity = identity(loaded)
-        self.costs = rank_costs(loaded, self.identity, config.machine_folder)
+        self.costs = step_table(loaded, config.machine_folder).prefill
         self.pace = 1.0
         links = {"transport": config.runahead_transport, "hosts": list(config.runahead_hosts)}
         self._about = about_prefill(loaded, self.identity) | links  # what searched cuts depend on

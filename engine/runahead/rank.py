@@ -26,6 +26,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from headstart.engine.costs.model import step_table
 from headstart.engine.config import EngineConfig
 from headstart.engine.errors import ConfigError, HeadstartError
 from headstart.engine.kv.pages_ahead import PagesAhead
@@ -37,7 +38,7 @@ from headstart.engine.process.groups import Store, use_gpu
 from headstart.engine.ranges.segments import Segments
 from headstart.engine.runahead import control
 from headstart.engine.runahead.links import Pool, Receiver
-from headstart.engine.runahead.measure import identity, rank_costs
+from headstart.engine.runahead.measure import identity
 from headstart.engine.runahead.messages import (
     Bye,
     Cancel,
@@ -107,7 +108,7 @@ class Rank:
         self._memory = Pool.of(self._runner)
         self._pages_ahead = PagesAhead(self._runner, self._pool, self._memory.page_bytes)
         self._identity = identity(loaded)
-        self._costs = rank_costs(loaded, self._identity, config.engine.machine_folder)
+        self._costs = step_table(loaded, config.engine.machine_folder).prefill
         self._transport = config.transport
         address = control.endpoint(config.listen)
         host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")

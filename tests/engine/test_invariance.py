@@ -101,6 +101,15 @@ def test_in_chunks(smollm2: Path, alone: list[Answer], budget: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.002, 0.02])
+def test_in_steps_of_a_time(smollm2: Path, alone: list[Answer], seconds: float) -> None:
+    """Chunks are of whatever size fits; most of them are computed beside the steps, layer by
+    layer, several at a time."""
+    paced = engine(smollm2, step_time=seconds)
+    assert answers(paced, prompts()) == alone
+    paced.check()
+
+
 def test_from_the_cache(smollm2: Path, alone: list[Answer]) -> None:
     cached = engine(smollm2)
     assert answers(cached, prompts()) == alone
@@ -159,6 +168,7 @@ SEGMENTED: dict[str, tuple[dict[str, Any], int]] = {
     "chunks of 64": ({"max_batched_tokens": 64}, 512),
     "few pages": ({"kv_memory": 30 * TINY_PAGE, "max_model_len": 800}, 512),
     "on one thread": ({"threads": 1}, 512),
+    "steps of 3 ms": ({"step_time": 0.003}, 64),
     "relay": ({"relay": "on", "relay_check": 3}, 512),
     "chunks of 200, tiles of 64": ({"max_batched_tokens": 200}, 64),
     "relay, tiles of 13": ({"relay": "on"}, 13),

@@ -3,8 +3,6 @@
 import random
 import statistics
 from array import array
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +18,6 @@ from headstart.engine.costs.steps import (
     StepCosts,
     StepTable,
     StepWork,
-    load_steps,
     measure_steps,
 )
 from headstart.engine.sampling.params import SamplingParams
@@ -58,7 +55,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def measured(machine: Machine, longest: int = 8192) -> StepCosts:
-    return StepCosts(measure_steps(machine.probe, longest, ATTENTION, LAYERS), ATTENTION, LAYERS)
+    return StepCosts(measure_steps(machine.probe, longest, 1e-7), ATTENTION, LAYERS)
 
 
 def some_work(draw: random.Random) -> StepWork:
@@ -87,7 +84,7 @@ def test_measuring_takes_no_longer_than_it_may(machine: Machine) -> None:
     measured(machine)
     assert machine.now <= 1.0
     machine.row, machine.weights, machine.now = 0.06, 0.3, 0.0  # 8 billion weights
-    table = measure_steps(machine.probe, 8192, ATTENTION, LAYERS)
+    table = measure_steps(machine.probe, 8192)
     assert machine.now <= 1.0
     # What was not measured is told from what was.
     assert 0.5 < table.linear[-1] / machine.seconds(StepWork(1024, 0, 0, 1, 0)) < 2
@@ -167,18 +164,6 @@ def test_the_work_of_a_step() -> None:
     assert work.attention == pytest.approx(LAYERS * ATTENTION.seconds(1, 100))
     shared = costs.work([entry(99, 1, True)] * 2, relay_seconds=0.25)
     assert (shared.attention, shared.pairs) == (LAYERS * 0.25, 0.0)
-
-
-def test_kept_and_found_again(machine: Machine, tmp_path: Path) -> None:
-    def load(**about: Any) -> StepCosts:
-        return load_steps(machine.probe, 8192, ATTENTION, LAYERS, about, tmp_path)
-
-    first = load(device="x")
-    taken = machine.now
-    assert load(device="x").table == first.table
-    assert machine.now == taken
-    load(device="y")
-    assert machine.now > taken
 
 
 def test_a_newcomer_waits_for_those_that_are_sooner_done() -> None:
