@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from headstart.engine.costs.model import step_table
 from headstart.engine.config import EngineConfig
+from headstart.engine.costs.model import step_table
 from headstart.engine.kv.pool import PagePool
 from headstart.engine.models.loading import LoadedModel
 from headstart.engine.runahead.cuts import CutTable

@@ -26,8 +26,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from headstart.engine.costs.model import step_table
 from headstart.engine.config import EngineConfig
+from headstart.engine.costs.model import step_table
 from headstart.engine.errors import ConfigError, HeadstartError
 from headstart.engine.kv.pages_ahead import PagesAhead
 from headstart.engine.kv.pool import PagePool
