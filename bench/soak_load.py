@@ -18,7 +18,7 @@ import aiohttp
 from headstart.bench.prompts import PromptSource
 from headstart.bench.soak_traffic import SHARED_PREFIXES, Answer, WrongAnswer
 
-OWN_WORDS = (10, 100, 400, 1500)
+OWN_WORDS = (10, 10, 50, 50, 200, 200, 1500)
 POOL_WORDS = 200_000
 """From which prompts are cut."""
 OUTPUT_TOKENS = (4, 16, 64)
@@ -90,7 +90,7 @@ class Load:
             "stream": draw.random() < 0.5,
         }
         deadline = draw.uniform(1, 30) if draw.random() < 0.1 else None
-        patience = draw.uniform(0, 5) if draw.random() < 0.1 else None
+        patience = draw.uniform(0, 20) if draw.random() < 0.1 else None
         return Asked(body, deadline, patience)
 
     async def send(self, asked: Asked) -> Outcome:

@@ -167,6 +167,7 @@ NO_LIMITS = {
     "inline_chars",
     "keys",
     "lora_dir",
+    "otlp_traces_endpoint",
     "pooling",
     "reasoning_parser",
     "segment_mask",
