@@ -120,14 +120,14 @@ class Round(NamedTuple):
     tokens_left:     of the budget of a step, where steps are no time
     idle:            nothing is in the step itself
     prompt_seconds:  that its chunks of prompts take, as predicted
-    begun:           when it began
+    seconds:         that it took
     """
 
     beside: Items[tuple[Sequence, float]]
     tokens_left: int
     idle: bool
     prompt_seconds: float
-    begun: float
+    seconds: float
 
 
 class Engine:
@@ -441,10 +441,13 @@ class Engine:
         begin = time.perf_counter()
         self.attend_chain()
         # What is computed beside a step comes behind it: its tokens are sent by now.
-        outputs = self._compute_beside() if self._beside else []
+        beside = bool(self._beside)
+        outputs = self._compute_beside() if beside else []
         begun = time.perf_counter()
         last = self._round
-        self._record.add_round(last.prompt_seconds + begun - begin, begun - last.begun)
+        if beside or last.prompt_seconds:  # else no prompt had any of the time
+            worked = last.prompt_seconds + (begun - begin if beside else 0.0)
+            self._record.add_round(worked, last.seconds + begun - begin)
         if self._compiling:
             self._add_compiled()
         in_flight = self._in_flight
@@ -465,7 +468,7 @@ class Engine:
             max(self._max_batched_tokens - scheduled.num_prefilled, 0),
             not scheduled.scheduled,
             self._record.prompt_seconds(scheduled.scheduled),
-            begun,
+            time.perf_counter() - begun,
         )
         self._steps += 1
         self._step_seconds += time.perf_counter() - begin

@@ -55,8 +55,8 @@ class StepRecord:
         )
 
     def add_round(self, worked: float, seconds: float) -> None:
-        """From the beginning of a step to that of the next ``seconds`` passed, of which prompts got
-        ``worked``, in the step and beside it."""
+        """In a step and what came beside it ``seconds`` passed, of which prompts got ``worked``.
+        The time in which nothing was there to do is in neither."""
         if worked > 0 and self.costs is not None:
             self._passed = FORGOTTEN * self._passed + seconds
             self._worked = FORGOTTEN * self._worked + worked

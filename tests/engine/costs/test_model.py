@@ -1,5 +1,6 @@
 """What steps of a model take here: kept for the next start, as measured and as learned."""
 
+import itertools
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -79,3 +80,23 @@ def test_a_server_is_told_what_prompts_take_and_what_waits(llama: Path, tmp_path
     while engine.has_work:
         engine.step()
     assert engine.stats.backlog.total == 0
+
+
+def test_the_pace_is_that_of_prompts_alone(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither steps that only decode nor a night without requests make it slower."""
+    engine = start(llama, tmp_path)
+    clock = itertools.count(1000.0, 0.001)
+    monkeypatch.setattr("headstart.engine.engine.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(record.StepRecord, "add", lambda *_: None)  # costs stay as they are
+
+    def pace(first: int, max_tokens: int) -> float:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        engine.generate([list(range(first, first + 57))], params)
+        return engine.stats.backlog.pace
+
+    alone = [pace(first, 1) for first in (3, 20, 40)][-1]
+    assert pace(60, 50) == pytest.approx(alone, rel=0.5)
+    clock = itertools.count(next(clock) + 36_000, 0.001)
+    assert pace(80, 2) == pytest.approx(alone, rel=0.5)
