@@ -155,7 +155,8 @@ class StepCosts:
         self.latest = predicted, seconds
         if not predicted > 0 or not 0 < seconds < math.inf:
             return
-        error = min(max(math.log(seconds / predicted), -MOST_NEWS), MOST_NEWS)
+        news = math.log(seconds) - math.log(predicted)  # of their ratio: it may be 0
+        error = min(max(news, -MOST_NEWS), MOST_NEWS)
         weight = sum(share * share for _, share in terms) / predicted
         for place, share in terms:
             factor = math.exp(NEWS * error * share / weight)
