@@ -129,7 +129,9 @@ class GatherRank:
         batch = build_batch([entry], self._page_size)
         if self._attention == DENSE:
             batch = _seeing_all(batch, prompt)
-        logits = self._gathering(self._runner.run_beside(batch), each)
+        logits = self._gathering(
+            self._runner.run_beside(batch, self._runner.backend.tile_rows), each
+        )
         token = self._runner.backend.argmax(logits)[0] if last else None
         now = time.perf_counter()
         layers = self._runner.decoder.config.num_layers

@@ -73,11 +73,20 @@ from headstart.engine.schedule.scheduler import (
     SchedulerOutput,
 )
 from headstart.engine.schedule.turns import OLDEST_EVERY, Pace
-from headstart.engine.sequence import Adapter, FinishReason, Sequence, Status
+from headstart.engine.sequence import (
+    Adapter,
+    FinishReason,
+    ScheduledSequence,
+    Sequence,
+    Status,
+)
 from headstart.engine.timeline import Timeline
 from headstart.engine.work import LongChunk, Work
 
 logger = logging.getLogger(__name__)
+
+LEAST_TILE = 32
+"""Rows of a tile of a long chunk, at least."""
 
 WAIT_SECONDS = 0.002
 """How long a step without anything to compute waits for KV of other processes."""
@@ -176,6 +185,7 @@ class Engine:
         # A device computes beside the host: how long its steps take is not seen here.
         paced = costs is not None and not backend.asynchronous
         self._keep_table = partial(keep_table, loaded, config.machine_folder)
+        self._step_time = config.step_time
         self._record, self._paced = StepRecord(costs, follows=paced), paced
         self._scheduler = Scheduler(
             self._pool,
@@ -451,10 +461,13 @@ class Engine:
         if self._compiling:
             self._add_compiled()
         in_flight = self._in_flight
-        scheduled = self._scheduler.schedule(in_flight.scheduled if in_flight else NOTHING)
+        scheduled = self._scheduler.schedule(
+            in_flight.scheduled if in_flight else NOTHING, begun - begin
+        )
         self._explainer.look()
         if scheduled.long_chunk is not None:
-            chunk = LongChunk(scheduled.long_chunk, self._runner, self._page_size)
+            rows = self._tile_rows(scheduled.long_chunk)
+            chunk = LongChunk(scheduled.long_chunk, self._runner, self._page_size, tile_rows=rows)
             self._beside[chunk.seq] = chunk
         if self.runahead is not None:
             self._beside |= {seq: self.runahead.start(seq) for seq in scheduled.ahead}
@@ -622,6 +635,16 @@ class Engine:
         if last.idle and self.runahead and all(work.waits for work in works):
             self.runahead.wait(WAIT_SECONDS)
         return outputs
+
+    def _tile_rows(self, entry: ScheduledSequence) -> int:
+        """So many rows that a layer of them takes half a step at most, if steps are a time."""
+        rows = self._runner.backend.tile_rows
+        while self._paced and rows > LEAST_TILE:
+            seconds = self._record.prefill.seconds(entry.end - rows, rows)
+            if seconds / self._runner.decoder.config.num_layers <= self._step_time / 2:
+                break
+            rows //= 2
+        return rows
 
     def _drop_ended(self) -> None:
         """Cancel what was aborted, and let the steps compute what does not run ahead any more."""

@@ -107,15 +107,17 @@ class LongChunk:
         runner: ModelRunner,
         page_size: int,
         neighbours: Neighbours | None = None,
+        tile_rows: int | None = None,
     ) -> None:
+        """``tile_rows``: of a piece; by default the backend's."""
+        self._tile_rows = tile_rows or runner.backend.tile_rows
         self.entry = entry
         self._neighbours = neighbours or Alone()
         batch = build_batch([entry], page_size)
         self.reads = batch.reads
-        self._layers = runner.run_beside(batch)
+        self._layers = runner.run_beside(batch, self._tile_rows)
         self._num_layers = runner.decoder.config.num_layers
         self._backend = runner.backend
-        self._tile_rows = runner.backend.tile_rows
         self._shares_page = entry.start % page_size > 0
         self._layer = -1  # whose keys are written, and are read next
         self._sent = -1
@@ -160,9 +162,11 @@ class LongChunk:
 
     def advance_until(self, moment: float) -> Tensor | None:
         """The same until ``time.perf_counter`` says that: one tile at least, if it does not yet."""
-        begin = now = time.perf_counter()
+        begin = before = now = time.perf_counter()
         logits = None
-        while now < moment and logits is None:
+        # The next piece takes about as long as the one before.
+        while logits is None and now + (now - before) / 2 < moment:
+            before = now
             logits = self.advance(1)
             now = time.perf_counter()
             if self.waits:

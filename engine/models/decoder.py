@@ -114,7 +114,7 @@ class Decoder:
 
         Of a model without a head they are its hidden states.
         """
-        tiles = self._tiles(batch)
+        tiles = self._tiles(batch, self._backend.tile_rows)
         if len(tiles) == 1 and self._can_fuse(tiles[0]):
             return self._fused_layers(tiles[0], kv)
         return _result(self._layers(tiles, kv))
@@ -127,16 +127,18 @@ class Decoder:
         return _result(self._layers([tile], kv))
 
     @torch.inference_mode()
-    def forward_beside(self, batch: Batch, kv: Any, place: int) -> Generator[int, None, Tensor]:
+    def forward_beside(
+        self, batch: Batch, kv: Any, tile_rows: int, place: int
+    ) -> Generator[int, None, Tensor]:
         """The same in pieces, one layer of ``tile_rows`` rows each: calls of ``forward`` may come
         between them, and pieces of other batches, each in another ``place`` below PLACES.
 
         Yields the layer whose keys all rows have written and some will now read. Keys of other
         rows of this sequence, computed elsewhere, have to be in their pages by then.
         """
-        return (yield from self._layers(self._tiles(batch, place), kv))
+        return (yield from self._layers(self._tiles(batch, tile_rows, place), kv))
 
-    def _tiles(self, batch: Batch, place: int | None = None) -> list[_Tile]:
+    def _tiles(self, batch: Batch, tile_rows: int, place: int | None = None) -> list[_Tile]:
         """The rows of ``batch`` in tiles, uploaded, with numbers of their own for each place beside
         the steps: queries are kept by them."""
         ops = self._backend
@@ -156,7 +158,7 @@ class Decoder:
                 part.adapters,
                 part.reads,
             )
-            for i, (rows, part) in enumerate(batch.tiles(ops.tile_rows))
+            for i, (rows, part) in enumerate(batch.tiles(tile_rows))
         ]
 
     def _layers(self, tiles: list[_Tile], kv: Any) -> Generator[int, None, Tensor]:

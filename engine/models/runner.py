@@ -56,7 +56,7 @@ class Followers(Protocol):
 
     def run(self, batch: Batch) -> None: ...
 
-    def begin_beside(self, batch: Batch, place: int) -> None: ...
+    def begin_beside(self, batch: Batch, tile_rows: int, place: int) -> None: ...
 
     def advance_beside(self, place: int) -> None:
         """Compute the next piece of what is there."""
@@ -88,7 +88,7 @@ class NoFollowers:
 
     def run(self, batch: Batch) -> None: ...
 
-    def begin_beside(self, batch: Batch, place: int) -> None: ...
+    def begin_beside(self, batch: Batch, tile_rows: int, place: int) -> None: ...
 
     def advance_beside(self, place: int) -> None: ...
 
@@ -156,15 +156,17 @@ class ModelRunner:
             decoder.times_attention = counted
         return time.perf_counter() - begin, decoder.attention_seconds - before
 
-    def run_beside(self, batch: Batch, place: int | None = None) -> Generator[int, None, Tensor]:
-        """The same in pieces (``Decoder.forward_beside``): others may run between them. ``place``:
-        by default one that is free."""
+    def run_beside(
+        self, batch: Batch, tile_rows: int, place: int | None = None
+    ) -> Generator[int, None, Tensor]:
+        """The same in pieces of so many rows (``Decoder.forward_beside``): others may run between
+        them. ``place``: by default one that is free."""
         if place is None:
             place = min(set(range(PLACES)) - self._places)
         self._places.add(place)
         try:
-            self.followers.begin_beside(batch, place)
-            pieces = self.decoder.forward_beside(batch, self.kv, place)
+            self.followers.begin_beside(batch, tile_rows, place)
+            pieces = self.decoder.forward_beside(batch, self.kv, tile_rows, place)
             while True:
                 self.followers.advance_beside(place)
                 try:

@@ -144,6 +144,7 @@ class _Step:
         "long_chunk",
         "preempted",
         "prefills",
+        "room",
         "scheduled",
         "seconds",
     )
@@ -151,6 +152,7 @@ class _Step:
     def __init__(self, budget: int, before: SchedulerOutput) -> None:
         self.budget = budget  # below 0 after a segment that is longer than what was left
         self.seconds = self.all_seconds = math.inf  # for prompts: what is left, and at first
+        self.room = math.inf  # what of that may be in the step itself
         # What the step in flight computes.
         self.before = {entry.seq: entry for entry in before.scheduled}
         self.prefills = False  # whether part of a prompt is in it
@@ -309,11 +311,14 @@ class Scheduler:
 
     # ---------------------------------------------------------------- schedule
 
-    def schedule(self, in_flight: SchedulerOutput = NOTHING) -> SchedulerOutput:
+    def schedule(
+        self, in_flight: SchedulerOutput = NOTHING, beside: float = 0.0
+    ) -> SchedulerOutput:
         """Decide the next step; never empty while there is work, but for a long chunk and what
         waits for the step in flight.
 
         ``in_flight``: a step whose ``commit`` is to come, before that of the one decided here.
+        ``beside``: seconds that passed since the tokens of the step before, with work beside it.
         """
         step = _Step(self._max_batched_tokens, in_flight)
         spare = max(step.budget - len(self._running), 0)  # beside a token for everybody
@@ -343,6 +348,8 @@ class Scheduler:
         if self._pace is not None:
             decoding = self._pace.costs.decode_seconds(len(step.scheduled), step.keys)
             step.seconds = step.all_seconds = self._pace.for_prompts(decoding)
+            # Who decodes has waited for that already.
+            step.room = step.seconds - beside if step.scheduled else step.seconds
         elif self._long:
             step.budget = 0
         elif self._ahead:
@@ -373,7 +380,9 @@ class Scheduler:
         else:
             step.budget -= num_tokens
             if self._pace is not None and num_tokens > 1:
-                self._take_seconds(step, seq, self._pace.costs.prefill.seconds(start, num_tokens))
+                seconds = self._pace.costs.prefill.seconds(start, num_tokens)
+                step.room -= seconds
+                self._take_seconds(step, seq, seconds)
             step.scheduled[seq] = entry
         self._note_in_flight(step, seq, end)
 
@@ -520,7 +529,12 @@ class Scheduler:
         return None if seq.num_short > self._max_running else 0
 
     def _may_run_ahead(self, seq: Sequence, start: int) -> bool:
-        free = self._pace is not None or not self._long
+        if self._pace is None:
+            free = not self._long
+        else:
+            # Ranks go on with one prompt after the other: a shorter one is sooner done here.
+            left = self._pace.left(seq)
+            free = all(left >= self._pace.left(other) for other in self._ahead)
         return free and self._runs_ahead(seq, start, len(self._ahead))
 
     def _start(self, step: _Step, seq: Sequence, num_tokens: int, ahead: bool) -> None:
@@ -550,16 +564,21 @@ class Scheduler:
         if step.seconds <= 0 or step.budget <= 0:
             return 0
         costs = self._pace.costs.prefill
-        fits = int(min(costs.tokens(start, step.seconds), step.budget))
+        seconds = max(min(step.seconds, step.room), 0.0)
+        fits = int(min(costs.tokens(start, seconds), step.budget))
         num_tokens = self._chunk(seq, start, fits) if fits else 0
         left = len(seq.token_ids) - start
         if num_tokens >= min(self._page_size, left):
             return num_tokens
         # Not even a page, or a segment that is longer.
         least = self._shortest_chunk(seq, start, left)
-        if least <= self._max_batched_tokens and costs.seconds(start, least) <= step.all_seconds:
-            # It waits for a step that has more left, and is the first of one in the end.
-            return 0 if step.seconds < step.all_seconds else least
+        wanted = costs.seconds(start, least)
+        if least <= self._max_batched_tokens and wanted <= step.all_seconds:
+            if wanted <= seconds and (least <= step.budget or not step.prefills):
+                return least
+            if wanted <= step.seconds:
+                step.seconds = 0.0  # the next step has room for it
+            return 0
         held = sum(end - seq.num_computed_tokens for seq, end in self._long.items())
         full = len(self._long) >= MOST_LONG or held + least > self._max_model_len
         if step.long_chunk is not None or (self._long and full):

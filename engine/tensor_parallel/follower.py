@@ -76,9 +76,9 @@ class Follower:
             match self._channel.receive():
                 case Run(batch):
                     self._runner.run(batch.batch(self._adapters))
-                case Beside(batch, place):
-                    batch_here = batch.batch(self._adapters)
-                    self._beside[place] = self._runner.run_beside(batch_here, place)
+                case Beside(batch, tile_rows, place):
+                    here = batch.batch(self._adapters)
+                    self._beside[place] = self._runner.run_beside(here, tile_rows, place)
                 case Advance(place):
                     if next(self._beside[place], None) is None:
                         del self._beside[place]

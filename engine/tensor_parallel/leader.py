@@ -122,8 +122,8 @@ class Leader:
     def run(self, batch: Batch) -> None:
         self._send(Run(WireBatch.of(batch, self._numbers.__getitem__)))
 
-    def begin_beside(self, batch: Batch, place: int) -> None:
-        self._send(Beside(WireBatch.of(batch, self._numbers.__getitem__), place))
+    def begin_beside(self, batch: Batch, tile_rows: int, place: int) -> None:
+        self._send(Beside(WireBatch.of(batch, self._numbers.__getitem__), tile_rows, place))
 
     def advance_beside(self, place: int) -> None:
         self._send(Advance(place))

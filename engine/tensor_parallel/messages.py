@@ -105,6 +105,7 @@ class Beside(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Begin to compute it in pieces, the first when told to advance; others are in other places."""
 
     batch: WireBatch
+    tile_rows: int
     place: int
 
 
