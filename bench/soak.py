@@ -43,7 +43,7 @@ OWN_FLAGS = (
     *("--kv-memory", "256MiB", "--max-model-len", "4096"),
     *("--max-running", "16", "--max-queue", "16"),
 )
-SHARES = {"traffic": 0.15, "capacity": 0.2, "overload": 0.65}
+SHARES = {"traffic": 0.1, "capacity": 0.3, "overload": 0.6}
 """Of the time; the second half of it, in which memory is looked at, is all overload."""
 OVERLOAD = 3.0
 """Requests that come, for each that the server can answer."""
