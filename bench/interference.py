@@ -66,6 +66,12 @@ class Interference:
         text = self._source.text(f"prompt/{self._count}", words)
         return [{"role": "user", "content": text}]
 
+    def _story(self) -> Messages:
+        """What is answered in plain words: each token has a text of its own, and is sent."""
+        [message] = self._prompt(6)
+        about = "Tell me a very long story, in plain English, about these things: "
+        return [message | {"content": about + message["content"]}]
+
     async def short(self) -> float:
         return _good(await self._target.ask(self._prompt(SHORT_WORDS), SHORT_TOKENS)).ttft
 
@@ -77,7 +83,7 @@ class Interference:
     async def together(self, seconds: float) -> Together:
         """``seconds``: that the long prompt takes alone."""
         streams = [
-            asyncio.create_task(self._target.ask(self._prompt(SHORT_WORDS), self._args.tokens))
+            asyncio.create_task(self._target.ask(self._story(), self._args.tokens))
             for _ in range(self._args.streams)
         ]
         await asyncio.sleep(HEAD_START)

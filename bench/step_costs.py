@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--weights", default="auto")
     parser.add_argument("--context", type=at_least(512), default=8000)
     parser.add_argument("--kv-memory", type=at_least(1 << 20, 1 << 40), default=4 << 30)
-    parser.add_argument("--step-time", type=float, default=0.12)
+    parser.add_argument("--step-time", type=float, default=0.15)
     parser.add_argument("--rounds", type=at_least(1), default=2)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

@@ -438,7 +438,7 @@ class Engine:
         None, "token budget of one step (default: 512, on a GPU 2048)", positive, "TOKENS"
     )
     step_time: float = setting(
-        0.18,
+        0.15,
         "seconds that a step may take on a CPU: what a running stream waits for its next token "
         "while prompts are computed; more where decoding alone takes half of it; 0: as long as "
         "--max-batched-tokens do",

@@ -346,8 +346,8 @@ class Scheduler:
                 step.keys += start + run
                 self._put(step, seq, start, run)
         if self._pace is not None:
-            decoding = self._pace.costs.decode_seconds(len(step.scheduled), step.keys)
-            step.seconds = step.all_seconds = self._pace.for_prompts(decoding)
+            step.seconds = self._pace.for_prompts(len(step.scheduled), step.keys)
+            step.all_seconds = step.seconds
             # Who decodes has waited for that already.
             step.room = step.seconds - beside if step.scheduled else step.seconds
         elif self._long:

@@ -33,16 +33,22 @@ class Costs(Protocol):
 
 
 class Pace(NamedTuple):
-    """``seconds``: what a step may take. ``layers``: of the model; one of a tile of rows is the
-    least that is computed of a chunk that takes longer."""
+    """``seconds``: what a step may take; ``undisturbed`` times as many where nobody decodes, who
+    would wait for a token. ``layers``: of the model; one of a tile of rows is the least that is
+    computed of a chunk that takes longer."""
 
     seconds: float
     costs: Costs
     layers: int
+    undisturbed: float = 3.0
 
-    def for_prompts(self, decoding: float) -> float:
-        """Seconds of a step that prompts get, where those that decode take ``decoding`` of it: as
-        much as these at least, so that streams have half of their own speed or more."""
+    def for_prompts(self, rows: int, keys: int) -> float:
+        """Seconds of a step that prompts get where ``rows`` sequences decode, which read ``keys``
+        keys: as much as these take at least, so that streams have half of their own speed or more.
+        """
+        if not rows:
+            return self.undisturbed * self.seconds
+        decoding = self.costs.decode_seconds(rows, keys)
         return max(self.seconds - decoding, decoding)
 
     def left(self, seq: Sequence) -> float:

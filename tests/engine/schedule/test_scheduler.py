@@ -1325,12 +1325,14 @@ class PacedEngine(Engine):
         seconds: float = 8.0,
         prefill: PrefillCosts = SECOND,
         per_row: float = 0.0,
+        undisturbed: float = 1.0,
         **options: Any,
     ) -> None:
         self.seconds, self.costs = seconds, Costs(prefill, per_row)
         self.beside: dict[Sequence, tuple[ScheduledSequence, float]] = {}  # and its seconds left
         self.passed = 0.0  # with them, since the last step
-        pace = Pace(seconds, self.costs, 8)
+        pace = Pace(seconds, self.costs, 8, undisturbed)
+        self.undisturbed = undisturbed
         super().__init__(num_pages, page_size, pace=pace, **options)
 
     def schedule(self) -> SchedulerOutput:
@@ -1357,6 +1359,8 @@ class PacedEngine(Engine):
         taken = inside + sum(seconds for _, seconds in output.beside)
         spent = self.costs.decode_seconds(len(set(decoding) & chunks.keys()), 0)
         most = max(self.seconds - spent, spent) * (1 + 1e-9)
+        if not set(decoding) & chunks.keys():
+            most *= self.undisturbed
         if output.preempted:  # which is decided with others in the step
             return output
         assert taken <= most, "takes too long"
@@ -1430,6 +1434,17 @@ def test_those_that_decode_leave_prompts_as_much_as_they_take() -> None:
     engine.step()
     engine.scheduler.add(make_sequence(1, words(0, 40)))
     assert scheduled(engine.schedule())[1:] == [(1, 0, 4)]  # 6 seconds, in whole pages
+
+
+def test_chunks_are_longer_where_nobody_decodes() -> None:
+    engine = PacedEngine(undisturbed=2.0, max_batched_tokens=32)
+    engine.scheduler.add(make_sequence(0, words(0, 40), max_tokens=9))
+    assert scheduled(engine.schedule()) == [(0, 0, 16)]
+    engine = PacedEngine(undisturbed=2.0, max_batched_tokens=32)
+    engine.scheduler.add(make_sequence(0, [1], max_tokens=9))
+    engine.step()
+    engine.scheduler.add(make_sequence(1, words(0, 40), max_tokens=9))
+    assert scheduled(engine.schedule()) == [(0, 1, 1), (1, 0, 8)]
 
 
 def test_several_prompts_share_a_step() -> None:
@@ -1582,6 +1597,7 @@ class PacedUse(Use):
         seconds=st.sampled_from([1.0, 3.0, 8.0]),
         prefill=st.sampled_from([SECOND, PrefillCosts(1.0, 0.5, 0.1), PrefillCosts(0.0, 0.0, 0.0)]),
         per_row=st.sampled_from([0.0, 1.0]),
+        undisturbed=st.sampled_from([1.0, 3.0]),
     )
     def start(
         self,
@@ -1593,6 +1609,7 @@ class PacedUse(Use):
         seconds: float,
         prefill: PrefillCosts,
         per_row: float,
+        undisturbed: float,
     ) -> None:
         self.engine = PacedEngine(
             num_pages,
@@ -1600,6 +1617,7 @@ class PacedUse(Use):
             seconds=seconds,
             prefill=prefill,
             per_row=per_row,
+            undisturbed=undisturbed,
             max_batched_tokens=budget,
             max_running=max_running,
             max_model_len=24,
