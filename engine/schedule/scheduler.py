@@ -29,20 +29,22 @@ with each, and until it is committed those steps hold nothing but the rows of se
     rows           d d d      d d d d     d d d       d d d  p p p p ...
     long chunk     layers 0..9   10..19      20..29                          committed
 
-Where it is known what chunks of prompts cost (``Pace``), a step is a time, too: chunks are cut to
-what fits. One that does not fit is computed beside the steps, as a long segment is; then others
-have half of each step's time, so that neither a long prompt nor those behind it stand still:
+Where it is known what steps cost (``Pace``), a step is a time: what prompts get of it is what those
+that decode leave. Chunks are cut to what fits, at any length of context. What does not fit, a page
+of a large model or a long segment, is a long chunk; several of them may be under way, and a work
+beside the steps takes its turn like a prompt in them (turns.py):
 
     step           n                    n + 1                n + 2
-    rows           d d d  p p p         d d d  p p           d d d d
-    long chunk     layers 0..9          10..19               20..29                committed
+    rows           d d d  p p p         d d d                d d d d  p p
+    beside         ·                    long chunk           other long chunk
 
-There is one such chunk at a time. Prompts have their turns by the seconds that are left of them,
-the least first, less half of those since they came: a short one passes a long one, none starves.
+Tokens of a step are sent before what is beside it is computed. Those who decode have waited for
+that when the next step begins, which therefore has so much less room for prompts.
 
 A prompt that *runs ahead* (engine/runahead) is computed by other processes but for its end, which
 is computed beside the steps, too. It has pages for all its tokens from the start. Meanwhile others
-get half the budget, and further prompts may run ahead behind it. If that fails, ``fall_back`` makes
+get half the budget, and further prompts may run ahead behind it, but where steps are a time none
+that is shorter: that is sooner done here. If that fails, ``fall_back`` makes
 it one of those that prefill here.
 
 A step may be scheduled while the one before is *in flight*: launched, and its tokens not known to
