@@ -440,7 +440,7 @@ class Engine:
     step_time: float = setting(
         0.15,
         "seconds that a step may take on a CPU: what a running stream waits for its next token "
-        "while prompts are computed; more where decoding alone takes half of it; 0: as long as "
+        "while prompts are computed; more where decoding takes a large part of it; 0: as long as "
         "--max-batched-tokens do",
         seconds_or_never,
         "SECONDS",

@@ -44,12 +44,14 @@ class Pace(NamedTuple):
 
     def for_prompts(self, rows: int, keys: int) -> float:
         """Seconds of a step that prompts get where ``rows`` sequences decode, which read ``keys``
-        keys: as much as these take at least, so that streams have half of their own speed or more.
+        keys: what these leave; or three times what they take, as long as that is no more than a
+        step; and as much as they take at least. So many streams take little of a prompt's speed,
+        and prompts half of the streams' at most where decoding alone is as long as a step.
         """
         if not rows:
             return self.undisturbed * self.seconds
         decoding = self.costs.decode_seconds(rows, keys)
-        return max(self.seconds - decoding, decoding)
+        return max(self.seconds - decoding, min(3 * decoding, self.seconds), decoding)
 
     def left(self, seq: Sequence) -> float:
         """Seconds until the first token of ``seq``, alone; of one that waits, what was cached when

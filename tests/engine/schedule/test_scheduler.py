@@ -1358,7 +1358,7 @@ class PacedEngine(Engine):
         )
         taken = inside + sum(seconds for _, seconds in output.beside)
         spent = self.costs.decode_seconds(len(set(decoding) & chunks.keys()), 0)
-        most = max(self.seconds - spent, spent) * (1 + 1e-9)
+        most = max(self.seconds - spent, min(3 * spent, self.seconds), spent) * (1 + 1e-9)
         if not set(decoding) & chunks.keys():
             most *= self.undisturbed
         if output.preempted:  # which is decided with others in the step
@@ -1428,12 +1428,16 @@ def test_chunks_become_shorter_as_contexts_become_longer() -> None:
     assert sizes[0] > 2 * sizes[-1]
 
 
-def test_those_that_decode_leave_prompts_as_much_as_they_take() -> None:
-    engine = PacedEngine(per_row=6.0)
+@pytest.mark.parametrize(
+    ("per_row", "tokens"), [(0.5, 4), (1.0, 4), (2.5, 4), (8 / 3, 8), (12, 12)]
+)
+def test_those_that_decode_leave_prompts_a_part_of_the_step(per_row: float, tokens: int) -> None:
+    """In whole pages of 4 tokens, a second each."""
+    engine = PacedEngine(per_row=per_row)
     engine.scheduler.add(make_sequence(0, [1], max_tokens=9))
     engine.step()
     engine.scheduler.add(make_sequence(1, words(0, 40)))
-    assert scheduled(engine.schedule())[1:] == [(1, 0, 4)]  # 6 seconds, in whole pages
+    assert scheduled(engine.schedule())[1:] == [(1, 0, tokens)]
 
 
 def test_chunks_are_longer_where_nobody_decodes() -> None:
