@@ -369,7 +369,11 @@ def test_defaults_are_those_of_the_config(tmp_path):
     from headstart.engine.config import EngineConfig
 
     args = parse("serve", "m")
-    expected = EngineConfig(model_path=str(tmp_path), cache_dir=str(args.cache_dir))
+    # An engine by itself counts tokens: what it does then does not depend on a clock.
+    expected = EngineConfig(
+        model_path=str(tmp_path), cache_dir=str(args.cache_dir), step_time=args.step_time
+    )
+    assert args.step_time > 0
     assert cli.engine_config(args, tmp_path) == expected
     served = ServerSettings(allowed_hosts=("127.0.0.1",))
     assert cli.server_settings(args) == served
@@ -460,14 +464,14 @@ def test_plan_prints_a_table(plan, capsys):
     assert lines[9].startswith("reading this prefix once ")
     assert len(lines) == 10
     # What was measured of this machine is kept beside the models.
-    [file] = (plan.home / "machine").iterdir()
-    before = file.read_bytes()
+    kept = {file: file.read_bytes() for file in (plan.home / "machine").iterdir()}
+    assert sorted(file.name.partition("-")[0] for file in kept) == ["attention", "steps"]
     assert plan(*flags, "--relay", "off", "--measure") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].endswith("; 0 tokens are read once")
     rows += [row.replace("predicted", "measured") for row in rows]
     assert [line[:28].strip() for line in lines[5:11]] == rows
-    assert file.read_bytes() == before
+    assert kept == {file: file.read_bytes() for file in (plan.home / "machine").iterdir()}
 
 
 @pytest.mark.parametrize(
