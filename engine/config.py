@@ -26,8 +26,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_len:       longest prompt plus output of one sequence, tokens
     max_batched_tokens:  token budget of one step; None: 512, or 2,048 on a gpu
     max_running:         sequences computed in one step; None: 64, or 256 on a gpu
-    step_time:           seconds that the prompts in a step may take on a CPU; 0: as long as
-                         max_batched_tokens of them do
+    step_time:           seconds that a step may take on a CPU (schedule/turns.py); 0: as long as
+                         max_batched_tokens do
     threads:             CPU threads of the kernels in each process; None: cores / processes
     prefix_caching:      keep KV of finished prompts in the radix cache
     relay:               read shared prefixes once a batch: "auto" where it pays, "on", or "off"
