@@ -13,8 +13,8 @@ step corrects it: what was wrong by a factor is put right by a fifth of that, sh
 terms by how much of the step they are (a normalised LMS filter on the terms' logarithms). So it
 follows a machine that has other work, and no term ever becomes negative.
 
-Everybody who wants to know what something takes asks here: the budget of a step, the order of
-prompts, admission, RelayAttention, KV-Runahead's cuts, ``headstart plan``.
+The budget of a step, the order of prompts, admission and KV-Runahead's cuts ask here;
+RelayAttention and ``headstart plan`` ask the table of attention that is a part of it.
 """
 
 from __future__ import annotations
