@@ -181,21 +181,24 @@ class Engine:
         force: Force = lambda seq: [],
     ) -> list[NewToken]:
         """Compute the step, and a long chunk when its last one has come; commit both."""
-        self.compute(output.scheduled)
-        tokens = [sample(entry.seq) for entry in output.scheduled if entry.samples]
-        new = self.scheduler.commit(output, tokens)
-        self.extend(new, force)
-        self.scheduler.check()
+        new = self.complete_step(output, sample, force)
         if self.long is None or self.long.seq.status is not Status.RUNNING:
             self.long = None
             return new
         self.long_steps_left -= 1
         if not self.long_steps_left:
             entry, self.long = self.long, None
-            self.compute([entry])
-            tokens = [sample(entry.seq)] if entry.samples else []
-            new += self.scheduler.commit(SchedulerOutput([entry], 0), tokens)
-            self.scheduler.check()
+            new += self.complete_step(SchedulerOutput([entry], 0), sample)
+        return new
+
+    def complete_step(
+        self, output: SchedulerOutput, sample: Sample, force: Force = lambda seq: []
+    ) -> list[NewToken]:
+        self.compute(output.scheduled)
+        tokens = [sample(entry.seq) for entry in output.scheduled if entry.samples]
+        new = self.scheduler.commit(output, tokens)
+        self.extend(new, force)
+        self.scheduler.check()
         return new
 
     def extend(self, new: list[NewToken], force: Force) -> None:
@@ -1374,11 +1377,7 @@ class PacedEngine(Engine):
         sample: Sample = lambda seq: 1,
         force: Force = lambda seq: [],
     ) -> list[NewToken]:
-        self.compute(output.scheduled)
-        tokens = [sample(entry.seq) for entry in output.scheduled if entry.samples]
-        new = self.scheduler.commit(output, tokens)
-        self.extend(new, force)
-        self.scheduler.check()
+        new = self.complete_step(output, sample, force)
         self.beside = {s: work for s, work in self.beside.items() if s.status is Status.RUNNING}
         for seq, seconds in output.beside:
             if seq not in self.beside:
@@ -1388,10 +1387,7 @@ class PacedEngine(Engine):
             self.beside[seq] = entry, left - seconds
             if left <= seconds:
                 del self.beside[seq]
-                self.compute([entry])
-                tokens = [sample(seq)] if entry.samples else []
-                new += self.scheduler.commit(SchedulerOutput([entry], 0), tokens)
-                self.scheduler.check()
+                new += self.complete_step(SchedulerOutput([entry], 0), sample)
         return new
 
 
